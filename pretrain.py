@@ -1,0 +1,158 @@
+"""Pretrain a spatiotemporal masked autoencoder on a folder of videos.
+
+one process       python pretrain.py --data_dirs VIDEOS --output_dir runs/a
+one machine       torchrun --standalone --nproc_per_node 8 pretrain.py --data_dirs VIDEOS --output_dir runs/a
+smoke test (CPU)  python pretrain.py --data_dirs samples/videos/train --model mae_vit_micro_patch16 --img_size 32 --max_steps 4
+
+The same command continues an interrupted run (--resume auto).
+"""
+
+from pathlib import Path
+
+import torch
+
+from data.index import find_videos, keep_fraction, read_manifest, write_manifest
+from data.loaders import ClipDataset, EpochSampler, make_loader, on_device
+from data.transforms import VIDEO_MEAN, VIDEO_STD, sample_seed, train_transform
+from engine_pretrain import reconstruction_picture, train_one_epoch
+from models_mae import MASK_TYPES, MaskedAutoencoderViT
+from models_vit import choose_attention, named_size
+from util import args as flags
+from util import checkpoint, dist
+from util.dist import UserError, print0
+from util.optim import Plan, amp_dtype, make_optimizer, pretrain_groups
+from util.tracking import Run, say_versions
+
+
+def get_parser() -> flags.Parser:
+    """The flags of this script."""
+    parser = flags.Parser(__doc__)
+    group = flags.add_model(parser, model="mae_vit_large_patch16", num_frames=16)
+    group.add_argument("--decoder_embed_dim", type=flags.positive, default=512, help="(default: %(default)s)")
+    group.add_argument("--decoder_depth", type=flags.positive, default=8, help="(default: %(default)s)")
+    group.add_argument("--decoder_num_heads", type=flags.positive, default=16, help="(default: %(default)s)")
+    group.add_argument("--pred_t_dim", type=flags.positive, default=16, help="frames to predict per clip (default: %(default)s)")
+    group.add_argument("--mask_ratio", type=float, default=0.9, help="share of tokens hidden (default: %(default)s)")
+    group.add_argument("--mask_type", choices=MASK_TYPES, default="random", help="(default: %(default)s)")
+    group.add_argument("--norm_pix_loss", action=flags.SWITCH, default=False, help="normalise each patch's target pixels (default: off)")
+    group.add_argument("--trunc_init", action="store_true", help="truncated normal initialisation")
+    group = flags.add_optimisation(parser, epochs=100, batch_size=4, effective="batch_size_per_gpu * accum_iter * processes")
+    group.add_argument("--bias_wd", action="store_true", help="let 1-d parameters other than biases decay")
+    group = flags.add_video(parser, sampling_rate=4, repeat_aug=4, scales=(0.5, 1.0))
+    group.add_argument("--data_dirs", nargs="+", default=[], help="folders of videos, searched recursively")
+    group.add_argument("--data_csv", default="", help="a manifest (path[,label] per line) instead of --data_dirs")
+    group.add_argument("--data_frac", type=flags.fraction, default=1.0, help="use the first part of the sorted videos (default: %(default)s)")
+    group = flags.add_run(parser)
+    group.add_argument("--recon_every", type=flags.natural, default=5, help="epochs between reconstruction pictures, 0 = none (default: %(default)s)")
+    flags.add_system(parser)
+    return parser
+
+
+def list_videos(args, resuming: bool) -> list[str]:
+    """Paths of the training videos, by way of the run's own manifest: rank 0 writes it, a resumed run reuses it."""
+    manifest = Path(args.datafile_dir, f"{args.save_prefix}_train.csv")
+
+    def write() -> None:
+        if resuming and manifest.exists():
+            return
+        if not args.data_dirs and not args.data_csv:
+            raise UserError("no videos given: --data_dirs FOLDER [FOLDER ...], or --data_csv FILE")
+        paths = read_manifest(args.data_csv)[0] if args.data_csv else find_videos(args.data_dirs)
+        kept = keep_fraction(paths, args.data_frac)
+        write_manifest(manifest, kept)
+        print0(f"{len(kept)} of {len(paths)} videos, listed in {manifest}")
+
+    dist.on_rank0(write)
+    return read_manifest(manifest)[0]
+
+
+def build_model(args, device: torch.device) -> MaskedAutoencoderViT:
+    """The model that the flags describe, initialised from --seed, on the device."""
+    torch.manual_seed(sample_seed(args.seed))
+    try:
+        model = MaskedAutoencoderViT(
+            **named_size(args.model, args.patch_size), img_size=args.img_size, num_frames=args.num_frames,
+            t_patch_size=args.t_patch_size, decoder_embed_dim=args.decoder_embed_dim, decoder_depth=args.decoder_depth,
+            decoder_num_heads=args.decoder_num_heads, pred_t_dim=args.pred_t_dim, norm_pix_loss=args.norm_pix_loss,
+            sep_pos_embed=args.sep_pos_embed, cls_embed=args.cls_embed, no_qkv_bias=args.no_qkv_bias,
+            trunc_init=args.trunc_init, attn=args.attn,
+        )  # fmt: skip
+        model.check_mask(args.mask_ratio, args.mask_type)
+        amp = amp_dtype(args.amp, device)
+        for part, blocks in (("encoder", model.blocks), ("decoder", model.decoder_blocks)):
+            head_dim = blocks[0].norm1.normalized_shape[0] // blocks[0].attn.num_heads
+            kernel, reason = choose_attention(args.attn, device.type, amp, head_dim)
+            print0(f"attention of the {part}: {kernel} ({reason})")
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    print0(f"model {args.model}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {model.num_tokens} tokens per clip")
+    return model.to(device)
+
+
+def build_data(args, place: dist.Place, paths: list[str], num_tokens: int):
+    """Dataset, sampler and loader of the training clips."""
+    dataset = ClipDataset(
+        paths=paths, labels=None, num_frames=args.num_frames, sampling_rate=args.sampling_rate, target_fps=args.target_fps,
+        repeat_aug=args.repeat_aug, repeat_windows=args.repeat_windows, decoder=args.decoder, seed=args.seed, noise_tokens=num_tokens,
+        transform=train_transform(args.img_size, args.jitter_scales_relative, args.jitter_aspect_relative, args.flip, args.color_jitter),
+        short_side=args.short_side or max(256, -(-args.img_size * 256 // 224)),
+    )  # fmt: skip
+    sampler = EpochSampler(len(paths), args.batch_size_per_gpu, args.accum_iter, place.rank, place.world_size, args.seed)
+    pin = args.pin_mem and place.device.type == "cuda"
+    return dataset, sampler, make_loader(dataset, sampler, args.batch_size_per_gpu, args.num_workers, pin)
+
+
+def save_picture(model: MaskedAutoencoderViT, dataset: ClipDataset, args, plan: Plan, run: Run, epoch: int, device: torch.device) -> None:
+    """Reconstructions of four fixed clips, spread over the dataset, with fixed masks; on rank 0."""
+    if dist.rank() != 0:
+        return
+    indices = torch.linspace(0, len(dataset) - 1, min(4, len(dataset))).long().tolist()
+    samples = [sample for sample in (dataset[(0, index)] for index in indices) if sample["clips"] is not None]
+    if samples:
+        clips, noise = (torch.stack([sample[key][0] for sample in samples]).to(device) for key in ("clips", "noise"))
+        run.picture("recon", reconstruction_picture(model, clips, noise, args, plan.amp), epoch)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the script on a command line (sys.argv by default). Raises UserError for bad input."""
+    args = flags.parse(get_parser(), argv)
+    place = dist.setup(args.device)
+    say_versions()
+    args.compile = place.device.type == "cuda" if args.compile is None else args.compile
+    resume_from = dist.on_rank0(lambda: checkpoint.find_resume(args))
+    model = build_model(args, place.device)
+    paths = list_videos(args, resuming=resume_from is not None)
+    dataset, sampler, loader = build_data(args, place, paths, model.num_tokens)
+    config = model.config | {"model": args.model, "mean": VIDEO_MEAN, "std": VIDEO_STD}
+    total_steps = args.max_steps or args.epochs * sampler.updates_per_epoch
+    lr = flags.effective_lr(args, place.world_size, {})
+    plan = Plan(lr, sampler.updates_per_epoch, total_steps, amp_dtype(args.amp, place.device), args.max_bad_frac * len(paths))
+
+    optimizer = make_optimizer(pretrain_groups(model, args.weight_decay, args.bias_wd), model.parameters(), betas=(0.9, 0.95))
+    scaler = torch.amp.GradScaler(place.device.type, enabled=plan.amp == torch.float16)
+    step, samples_consumed = checkpoint.resume(resume_from, model, optimizer, scaler, args, config) if resume_from else (0, 0)
+    if args.compile:
+        model.compile_parts()
+    wrapped = dist.wrap(model, place, static_graph=args.accum_iter == 1)
+    run = Run(args)
+
+    while step < plan.total_steps:
+        epoch, done = divmod(step, plan.steps_per_epoch)
+        sampler.set_position(epoch, done)
+        batches = on_device(loader, place.device)
+        start = step
+        step, record = train_one_epoch(wrapped, batches, optimizer, scaler, args, plan, run, place, step)
+        samples_consumed += (step - start) * args.batch_size_per_gpu * args.accum_iter * place.world_size
+        record["unreadable_videos"] = run.gather_unreadable(plan.bad_limit)
+        run.epoch(record | {"epoch": epoch, "step": step})
+        last = step >= plan.total_steps
+        if last or (epoch + 1) % args.checkpoint_period == 0:
+            state = checkpoint.state_of(model, optimizer, scaler, args, config, epoch=epoch, step=step, samples_consumed=samples_consumed)
+            checkpoint.save_on_rank0(run.checkpoint, state)
+        if args.recon_every and (last or (epoch + 1) % args.recon_every == 0):
+            save_picture(model, dataset, args, plan, run, epoch, place.device)
+    run.close()
+
+
+if __name__ == "__main__":
+    dist.run_script(main)

@@ -1,0 +1,6 @@
+"""Put the repository's root and the tests' own helpers on the path."""
+
+import sys
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]

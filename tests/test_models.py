@@ -1,0 +1,215 @@
+"""The models against rules: masks, initialisation, order of tokens, precision, compilation, errors."""
+
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import models_vit
+from models_mae import MaskedAutoencoderViT, split_tokens, untubelets
+from models_vit import SIZES, choose_attention, named_size, tubelets
+from tiny import clips_and_noise, tiny_mae, tiny_vit
+
+GRID = (4, 3, 3)
+
+
+def test_every_named_model_has_the_table_size_and_an_unknown_one_lists_them():
+    assert named_size("mae_vit_huge_patch14") == {"patch_size": 14, "embed_dim": 1280, "depth": 32, "num_heads": 16}
+    for size, (width, depth, heads) in SIZES.items():
+        assert named_size(f"vit_{size}_patch16", 8) == {"patch_size": 8, "embed_dim": width, "depth": depth, "num_heads": heads}
+    for wrong in ("vit_giant_patch14", "vit_large_patch14", "resnet50"):
+        with pytest.raises(ValueError, match="vit_large_patch16"):
+            named_size(wrong)
+
+
+def test_seed_configuration_has_the_counted_parameters():
+    with torch.device("meta"):
+        model = MaskedAutoencoderViT(
+            **named_size("mae_vit_huge_patch14"), img_size=224, num_frames=16, t_patch_size=2, decoder_embed_dim=512,
+            decoder_depth=4, decoder_num_heads=16, pred_t_dim=16,
+        )  # fmt: skip
+    assert model.num_tokens == 2048
+    assert round(sum(p.numel() for p in model.parameters()) / 1e6, 1) == 645.5
+
+
+@pytest.mark.parametrize("mask_type", ["random", "tube", "temporal", "boundary"])
+@pytest.mark.parametrize("ratio", [0.5, 0.75, 0.85])
+def test_masks_follow_their_rule(mask_type, ratio):
+    noise = torch.rand(5, 36)
+    visible, hidden = split_tokens(noise, GRID, ratio, mask_type)
+    assert torch.equal(torch.cat([visible, hidden], 1).sort(1).values, torch.arange(36).expand(5, 36))  # a partition
+    assert (visible.diff(dim=1) > 0).all() and (hidden.diff(dim=1) > 0).all()  # in token order
+    keep = int(9 * (1 - ratio)) * 4 if mask_type == "tube" else int(36 * (1 - ratio))
+    assert visible.shape == (5, keep)
+    if mask_type == "random":
+        assert noise.gather(1, visible).max(1).values.lt(noise.gather(1, hidden).min(1).values).all()
+    elif mask_type == "tube":
+        places = visible.view(5, 4, -1) % 9
+        assert (places == places[:, :1]).all()
+        assert noise.gather(1, places[:, 0]).max() <= noise[:, :9].gather(1, hidden.view(5, 4, -1)[:, 0]).min(1).values.max()
+    elif mask_type == "temporal":
+        assert torch.equal(visible[0], torch.arange(keep))
+    else:
+        assert set(visible[0].tolist()) == set(sorted(range(36), key=lambda i: min(i, 35 - i))[:keep])
+
+
+def test_equal_noise_keeps_the_first_tokens():
+    visible, _ = split_tokens(torch.zeros(1, 36), GRID, 0.75, "random")
+    assert visible.tolist() == [list(range(9))]
+
+
+def test_2048_tokens_at_090_keep_204():
+    assert split_tokens(torch.rand(1, 2048), (8, 16, 16), 0.9, "random")[0].shape[1] == 204
+
+
+@pytest.mark.parametrize(("ratio", "kind"), [(0.0, "random"), (1.0, "random"), (0.99, "random"), (0.9, "tube"), (0.5, "cube")])
+def test_impossible_masks_are_refused(ratio, kind):
+    with pytest.raises(ValueError, match="mask"):
+        split_tokens(torch.rand(1, 36), GRID, ratio, kind)
+
+
+def test_tubelets_and_back():
+    frames = torch.rand(2, 3, 8, 12, 12)
+    cut = tubelets(frames, 2, 4)  # (B, L, C, t, p, p)
+    kernel = torch.rand(7, 3, 2, 4, 4)
+    expected = F.conv3d(frames, kernel, stride=(2, 4, 4)).flatten(2).transpose(1, 2)
+    torch.testing.assert_close(cut.flatten(2) @ kernel.flatten(1).T, expected)
+    ids = torch.randint(36, (2, 5))
+    assert torch.equal(tubelets(frames, 2, 4, ids), cut[torch.arange(2)[:, None], ids])
+    values = cut.permute(0, 1, 3, 4, 5, 2).flatten(2)
+    assert torch.equal(untubelets(values, GRID, 2, 4), frames)
+
+
+@pytest.mark.parametrize("trunc_init", [False, True])
+def test_initialisation_table(trunc_init):
+    model = tiny_mae(trunc_init=trunc_init, embed_dim=256, num_heads=4, decoder_embed_dim=256)
+    std = {name: parameter.std(correction=0).item() for name, parameter in model.named_parameters()}
+    for name, parameter in model.named_parameters():
+        if name.endswith(".bias") or name == "decoder_cls_token":
+            assert (parameter == 0).all(), name
+        elif "norm" in name:
+            assert (parameter == 1).all(), name
+        elif name == "patch_embed.proj.weight":
+            fan_in, fan_out = parameter[0].numel(), len(parameter)
+            expected = 0.88 if trunc_init else (2 / (fan_in + fan_out)) ** 0.5  # a normal cut at two deviations has 0.88
+            assert std[name] == pytest.approx(expected, rel=0.03)
+        elif parameter.ndim == 2:
+            fan_out, fan_in = parameter.shape
+            bound = (6 / (fan_in + fan_out)) ** 0.5
+            assert std[name] == pytest.approx(0.02 if trunc_init else bound / 3**0.5, rel=0.03), name
+            assert trunc_init or parameter.abs().max() <= bound
+        else:
+            assert std[name] == pytest.approx(0.02, rel=0.15), name
+
+
+def test_classifier_starts_like_the_encoder():
+    model = tiny_vit(num_classes=400)
+    assert model.head.weight.std().item() == pytest.approx(0.02, rel=0.03)
+    assert (model.head.bias == 0).all()
+    torch.testing.assert_close(model.blocks[0].mlp.fc1.weight.std().item(), (2 / 320) ** 0.5, rtol=0.03, atol=0)
+
+
+def test_reconstruct_predicts_what_the_loss_sees():
+    model = tiny_mae().eval()
+    clips, noise = clips_and_noise()
+    loss, pred, mask = model(clips, 0.75, "random", noise)
+    original, predicted, hidden = model.reconstruct(clips, 0.75, "random", noise)
+    assert torch.equal(original, clips)
+    torch.testing.assert_close((predicted - clips)[hidden].square().mean(), loss)
+    values = tubelets(predicted, 2, 8).permute(0, 1, 3, 4, 5, 2).flatten(2)
+    torch.testing.assert_close(values[mask].view_as(pred), pred)
+
+
+def test_norm_pix_reconstruction_gets_its_patch_statistics_back():
+    model = tiny_mae(norm_pix_loss=True).eval()
+    clips, noise = clips_and_noise()
+    loss, _, mask = model(clips, 0.75, "random", noise)
+    _, predicted, _ = model.reconstruct(clips, 0.75, "random", noise)
+    true, ours = (tubelets(frames, 2, 8).flatten(2)[mask] for frames in (clips, predicted))
+    scale = (true.var(1, keepdim=True) + 1e-6).sqrt()
+    torch.testing.assert_close(((ours - true) / scale).square().mean(), loss)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"img_size": 30}, {"num_frames": 7}, {"pred_t_dim": 5}, {"num_heads": 3}, {"decoder_num_heads": 5}],
+)
+def test_sizes_that_do_not_fit_are_refused(changes):
+    with pytest.raises(ValueError, match=str(next(iter(changes.values())))):
+        tiny_mae(**changes)
+
+
+def test_wrong_clip_size_and_unknown_argument_are_refused():
+    with pytest.raises(ValueError, match="this model takes"):
+        tiny_mae()(torch.zeros(1, 3, 4, 32, 32))
+    with pytest.raises(TypeError):
+        tiny_mae(decoder_heads=4)
+    with pytest.raises(ValueError, match="class token"):
+        tiny_vit(cls_embed=False, global_pool=False)
+
+
+def test_compiled_model_is_the_same_model():
+    plain, compiled = tiny_mae(), tiny_mae()
+    names = list(compiled.state_dict())
+    compiled.compile_parts()
+    assert list(compiled.state_dict()) == names
+    clips, noise = clips_and_noise()
+    for model in (plain, compiled):
+        model(clips, 0.75, "random", noise)[0].backward()
+    for (name, a), b in zip(plain.named_parameters(), compiled.parameters(), strict=True):
+        torch.testing.assert_close(b.grad, a.grad, rtol=1e-4, atol=1e-7, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_drop_path_keeps_the_mean_and_drops_whole_clips():
+    block = tiny_vit(drop_path_rate=0.5).blocks[1]  # the last of two: rate 0.5
+    branch = torch.ones(4000, 2, 3)
+    torch.manual_seed(0)
+    dropped = block.train().drop_path(branch)
+    assert set(dropped.unique().tolist()) == {0.0, 2.0}
+    assert (dropped == dropped[:, :1, :1]).all()
+    assert dropped.mean().item() == pytest.approx(1, abs=0.06)
+    assert block.eval().drop_path(branch) is branch
+    assert "keep_prob" not in "".join(block.state_dict())
+
+
+def test_attention_kernels_agree():
+    qkv = torch.randn(2, 17, 3, 4, 8, dtype=torch.float64)
+    q, k, v = qkv.transpose(1, 3).unbind(2)  # (B, A, N, K)
+    expected = ((q @ k.transpose(-1, -2) / 8**0.5).softmax(-1) @ v).transpose(1, 2)
+    for attn in ("auto", "sdpa", "math"):
+        torch.testing.assert_close(models_vit.attend(qkv, attn), expected)
+
+
+def test_attention_choice(monkeypatch):
+    half = ("cuda", torch.bfloat16, 80)
+    monkeypatch.setattr(models_vit, "flash_attn_qkvpacked_func", None)
+    assert choose_attention("auto", *half)[0] == "sdpa"
+    with pytest.raises(ValueError, match="not installed"):
+        choose_attention("flash_attn", *half)
+    monkeypatch.setattr(models_vit, "flash_attn_qkvpacked_func", lambda qkv: qkv[:, :, 2])
+    assert choose_attention("auto", *half)[0] == "flash_attn"
+    assert choose_attention("sdpa", *half)[0] == "sdpa"
+    for other in (("cpu", torch.bfloat16, 80), ("cuda", torch.float32, 80), ("cuda", torch.bfloat16, 36)):
+        assert choose_attention("auto", *other)[0] == "sdpa"
+        with pytest.raises(ValueError, match="flash-attn"):
+            choose_attention("flash_attn", *other)
+    with pytest.raises(ValueError, match="auto, flash_attn, sdpa"):
+        choose_attention("xformers", *half)
+
+
+def test_flash_attn_branch_gets_the_packed_product(monkeypatch):
+    seen = []
+
+    def stand_in(qkv):  # the package's signature: (B, N, 3, A, K) -> (B, N, A, K), half precision only
+        seen.append((tuple(qkv.shape), qkv.dtype))
+        q, k, v = qkv.transpose(1, 3).unbind(2)
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+
+    monkeypatch.setattr(models_vit, "choose_attention", lambda *_: ("flash_attn", ""))
+    monkeypatch.setattr(models_vit, "flash_attn_qkvpacked_func", stand_in)
+    layer, x = models_vit.Attention(64, 4, True, "auto"), torch.randn(2, 9, 64)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = layer(x)
+    assert seen == [((2, 9, 3, 4, 16), torch.bfloat16)]
+    monkeypatch.undo()
+    torch.testing.assert_close(ours.float(), layer(x), rtol=0.05, atol=0.02)

@@ -1,0 +1,153 @@
+"""Flags shared by the three scripts, one add_* function per topic; each script adds its own.
+
+Flags that may change results stand in the groups "model", "optimisation" and "data"; those of "run" and "system" should not.
+"""
+
+import argparse
+import os
+
+from util.dist import UserError, local_world_size, print0
+
+RETIRED = (
+    "--local_rank", "--dist_url", "--world_size", "--dist_on_itp", "--no_env", "--cpu_mix", "--beta", "--resplit",
+    "--num_checkpoint_del", "--train_jitter_scales", "--start_epoch",
+)  # fmt: skip
+SWITCH = argparse.BooleanOptionalAction  # --x / --no-x
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser without abbreviations that reports a bad command as a UserError."""
+
+    def __init__(self, description: str):
+        super().__init__(
+            description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+        for flag in RETIRED:
+            self.add_argument(flag, nargs="*", help=argparse.SUPPRESS)
+
+    def error(self, message: str):
+        """Called by argparse for a bad command line."""
+        raise UserError(f"{message} ({self.prog} --help lists the flags)")
+
+
+def positive(text: str) -> int:
+    """An integer of at least 1."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive whole number")
+    return int(text)
+
+
+def natural(text: str) -> int:
+    """An integer of at least 0."""
+    if int(text) < 0:
+        raise argparse.ArgumentTypeError(f"{text} is negative")
+    return int(text)
+
+
+def fraction(text: str) -> float:
+    """A number in (0, 1]."""
+    if not 0 < float(text) <= 1:
+        raise argparse.ArgumentTypeError(f"{text} does not lie in (0, 1]")
+    return float(text)
+
+
+def add_model(parser: Parser, *, model: str, num_frames: int) -> argparse._ArgumentGroup:
+    """Architecture flags that all scripts have. Returns the group, for the script's own."""
+    group = parser.add_argument_group("model (changes results)")
+    group.add_argument("--model", default=model, help="named size, see SIZES in models_vit.py (default: %(default)s)")
+    group.add_argument("--img_size", "--input_size", type=positive, default=224, help="frame side in pixels (default: %(default)s)")
+    group.add_argument("--patch_size", type=positive, help="patch side in pixels (default: the one in the model's name)")
+    group.add_argument("--num_frames", type=positive, default=num_frames, help="frames per clip (default: %(default)s)")
+    group.add_argument("--t_patch_size", type=positive, default=2, help="frames per tubelet (default: %(default)s)")
+    group.add_argument("--cls_embed", action=SWITCH, default=True, help="class token in the encoder (default: on)")
+    group.add_argument("--sep_pos_embed", action=SWITCH, default=True, help="separate space and time positions (default: on)")
+    group.add_argument("--no_qkv_bias", action="store_true", help="no bias in q, k, v")
+    return group
+
+
+def add_optimisation(parser: Parser, *, epochs: int, batch_size: int, effective: str) -> argparse._ArgumentGroup:
+    """Schedule and optimizer flags. `effective` names the factors of the effective batch, for the help text."""
+    group = parser.add_argument_group("optimisation (changes results)")
+    group.add_argument("--epochs", type=positive, default=epochs, help="passes over the data (default: %(default)s)")
+    group.add_argument("--max_steps", type=positive, help="run length in optimizer updates, instead of --epochs")
+    group.add_argument("--batch_size_per_gpu", type=positive, default=batch_size, help="videos per process and micro-step (default: %(default)s)")
+    group.add_argument("--accum_iter", type=positive, default=1, help="micro-steps per update (default: %(default)s)")
+    group.add_argument("--lr", type=float, help=f"learning rate (default: blr * effective batch / 256; effective batch = {effective})")
+    group.add_argument("--blr", type=float, default=1e-3, help="base learning rate (default: %(default)s)")
+    group.add_argument("--min_lr", type=float, default=1e-5, help="where the cosine ends (default: %(default)s)")
+    group.add_argument("--warmup_epochs", type=float, default=0, help="epochs of linear warm-up (default: %(default)s)")
+    group.add_argument("--weight_decay", type=float, default=0.05, help="(default: %(default)s)")
+    group.add_argument("--clip_grad", type=float, help="largest total gradient norm (default: no clipping)")
+    group.add_argument("--seed", type=natural, default=0, help="(default: %(default)s)")
+    return group
+
+
+def add_video(parser: Parser, *, sampling_rate: int, repeat_aug: int, scales: tuple[float, float]) -> argparse._ArgumentGroup:
+    """Flags of the video pipeline."""
+    group = parser.add_argument_group("data (changes results)")
+    group.add_argument("--sampling_rate", type=positive, default=sampling_rate, help="distance of frames at --target_fps (default: %(default)s)")
+    group.add_argument("--target_fps", type=float, default=30, help="videos are read as if at this rate (default: %(default)s)")
+    group.add_argument("--repeat_aug", type=positive, default=repeat_aug, help="clips taken from each video it reads (default: %(default)s)")
+    group.add_argument("--repeat_windows", type=positive, default=1, help="time windows these come from, one decode each (default: %(default)s)")
+    group.add_argument("--short_side", type=positive, help="videos are decoded at this short side, never enlarged (default: 256, more for img_size > 224)")
+    group.add_argument("--jitter_scales_relative", type=float, nargs=2, default=scales, metavar=("MIN", "MAX"), help="area of the crop (default: %(default)s)")
+    group.add_argument("--jitter_aspect_relative", type=float, nargs=2, default=(0.75, 1.3333), metavar=("MIN", "MAX"), help="aspect of the crop (default: %(default)s)")
+    group.add_argument("--color_jitter", type=float, default=0.0, help="strength of colour jitter, 0 = off (default: %(default)s)")
+    group.add_argument("--flip", action=SWITCH, default=True, help="mirror half of the clips (default: on)")
+    group.add_argument("--decoder", choices=("decord", "pyav"), default="decord", help="(default: %(default)s)")
+    group.add_argument("--max_bad_frac", type=float, default=0.1, help="stop when more of the videos cannot be read (default: %(default)s)")
+    group.add_argument("--datafile_dir", default="./datafiles", help="where the manifests go (default: %(default)s)")
+    return group
+
+
+def add_run(parser: Parser) -> argparse._ArgumentGroup:
+    """Flags about the files of a run."""
+    group = parser.add_argument_group("run (should not change results)")
+    group.add_argument("--output_dir", default="./output_dir", help="checkpoints, log, TensorBoard, pictures (default: %(default)s)")
+    group.add_argument("--save_prefix", default="", help="names the run's files (default: the model's name)")
+    group.add_argument("--resume", default="auto", metavar="auto|PATH|''", help="continue from a checkpoint; auto: this run's own newest, if any (default: auto)")
+    group.add_argument("--overwrite", action="store_true", help="allow --resume '' to start over where a run of this prefix exists")
+    group.add_argument("--checkpoint_period", type=positive, default=1, help="epochs between checkpoints (default: %(default)s)")
+    group.add_argument("--log_every", type=positive, default=20, help="updates between log lines (default: %(default)s)")
+    group.add_argument("--max_bad_steps", type=positive, default=50, help="stop after this many non-finite updates in a row (default: %(default)s)")
+    return group
+
+
+def add_system(parser: Parser) -> argparse._ArgumentGroup:
+    """Flags about the machine."""
+    group = parser.add_argument_group("system (should not change results, up to rounding)")
+    group.add_argument("--device", help="cuda or cpu (default: cuda if there is one)")
+    group.add_argument("--compile", action=SWITCH, help="torch.compile (default: on with CUDA)")
+    group.add_argument("--amp", choices=("auto", "bf16", "fp16", "fp32"), default="auto", help="precision; auto: bf16 where the GPU has it, else fp16, fp32 on a CPU")
+    group.add_argument("--attn", choices=("auto", "flash_attn", "sdpa", "cudnn", "math"), default="auto", help="attention kernel (default: auto)")
+    group.add_argument("--num_workers", type=natural, help="loader processes (default: this machine's cores / processes, at most 16)")
+    group.add_argument("--pin_mem", action=SWITCH, default=True, help="pinned host memory (default: on)")
+    group.add_argument("--no_pin_mem", action="store_false", dest="pin_mem", help="same as --no-pin_mem")
+    return group
+
+
+def parse(parser: Parser, argv: list[str] | None) -> argparse.Namespace:
+    """Parse a command line and fill in the defaults that depend on the machine. Raises UserError."""
+    args = parser.parse_args(argv)
+    for flag in RETIRED:
+        if vars(args).pop(flag[2:]) is not None:
+            print0(f"note: {flag} has no effect any more and can be dropped")
+    args.save_prefix = args.save_prefix or args.model
+    if os.path.basename(args.save_prefix) != args.save_prefix:
+        raise UserError(f"--save_prefix {args.save_prefix!r} must be a file name, not a path: the folder is --output_dir")
+    if args.num_workers is None:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        args.num_workers = max(1, min(16, cores // local_world_size()))
+    return args
+
+
+def effective_lr(args: argparse.Namespace, world_size: int, factors: dict[str, int]) -> float:
+    """--lr, or --blr * effective batch / 256; says on rank 0 how the effective batch came about."""
+    factors = {"batch_size_per_gpu": args.batch_size_per_gpu, "accum_iter": args.accum_iter, "processes": world_size, **factors}
+    batch = 1
+    for value in factors.values():
+        batch *= value
+    lr = args.blr * batch / 256 if args.lr is None else args.lr
+    print0(f"effective batch {batch} = " + " x ".join(f"{value} {name}" for name, value in factors.items()))
+    print0(f"learning rate {lr:.4g}" + (f" = blr {args.blr:g} x {batch} / 256" if args.lr is None else " (--lr)"))
+    return lr

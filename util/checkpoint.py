@@ -1,0 +1,101 @@
+"""Checkpoints of a run: written atomically, read with one line of reason when they cannot be.
+
+A file holds `model`, `optimizer`, `scaler`, `epoch`, `step` (optimizer updates), `samples_consumed` (videos), `config`
+(what the model is: constructor arguments, pixel mean and std) and `args` (the flags, a plain dict).
+"""
+
+import os
+import pickle
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from util.dist import UserError, barrier, print0, rank
+
+
+def save(path: Path, checkpoint: dict) -> None:
+    """Write a checkpoint so that `path` is always complete: temp file, fsync, rename, fsync of the folder."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        torch.save(checkpoint, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    os.fsync(folder)
+    os.close(folder)
+
+
+def load(path: str | Path) -> dict:
+    """Read a checkpoint onto the CPU. Raises UserError if it is missing, damaged, or holds more than tensors and plain data."""
+    if not Path(path).is_file():
+        raise UserError(f"checkpoint {path} not found: check the path")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"checkpoint {path} cannot be read ({reason[:200]}): damaged, or not a checkpoint") from error
+    if not isinstance(checkpoint, dict):
+        raise UserError(f"checkpoint {path} holds a {type(checkpoint).__name__}, not a dictionary: not one of ours")
+    return checkpoint
+
+
+def find_resume(args) -> Path | None:
+    """The checkpoint that --resume asks for: a path, this run's own newest (auto), or None to start afresh.
+
+    Raises UserError for a path that is missing, and for --resume '' over an existing run without --overwrite.
+    """
+    own = Path(args.output_dir, f"{args.save_prefix}.pth")
+    if args.resume == "auto":
+        return own if own.exists() else None
+    if args.resume:
+        if not Path(args.resume).is_file():
+            raise UserError(f"--resume {args.resume}: no such file")
+        return Path(args.resume)
+    if own.exists() and not args.overwrite:
+        raise UserError(f"{own} exists and --resume '' would start over it: use another --save_prefix, or --overwrite")
+    return None
+
+
+def state_of(model: nn.Module, optimizer, scaler, args, config: dict, *, epoch: int, step: int, samples_consumed: int) -> dict:
+    """Everything that a run needs to go on: the content of a checkpoint file."""
+    return {
+        "model": model.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "epoch": epoch,
+        "step": step, "samples_consumed": samples_consumed, "config": config, "args": dict(sorted(vars(args).items())),
+    }  # fmt: skip
+
+
+def save_on_rank0(path: Path, checkpoint: dict) -> None:
+    """`save` on rank 0 while the others wait."""
+    if rank() == 0:
+        save(path, checkpoint)
+    barrier()
+
+
+def resume(path: Path, model: nn.Module, optimizer, scaler, args, config: dict) -> tuple[int, int]:
+    """Put a run's state back. Returns (step, samples_consumed).
+
+    Flags that changed since are named; weight decay and betas follow the flags, not the file. Raises UserError when the
+    file holds another architecture.
+    """
+    checkpoint = load(path)
+    missing = {"model", "optimizer", "scaler", "step", "samples_consumed", "config", "args"} - checkpoint.keys()
+    if missing:
+        raise UserError(f"{path} is no checkpoint of a run (no {', '.join(sorted(missing))}): --resume needs one")
+    changed = {key: (old, config.get(key)) for key, old in checkpoint["config"].items() if config.get(key) != old}
+    if changed:
+        listing = ", ".join(f"{key} {old} -> {new}" for key, (old, new) in sorted(changed.items()))
+        raise UserError(f"{path} is another model ({listing}): give the flags of that run, or another --save_prefix")
+    now = dict(vars(args))
+    for key, old in checkpoint["args"].items():
+        if key in now and now[key] != old and not (isinstance(old, (list, tuple)) and list(old) == list(now[key])):
+            print0(f"flag changed since the checkpoint: --{key} {old} -> {now[key]}")
+    model.load_state_dict(checkpoint["model"])
+    settings = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+    optimizer.load_state_dict(checkpoint["optimizer"])
+    for group, setting in zip(optimizer.param_groups, settings, strict=True):
+        group.update(setting)
+    scaler.load_state_dict(checkpoint["scaler"]) if scaler.is_enabled() and checkpoint["scaler"] else None
+    print0(f"resumed from {path} at update {checkpoint['step']}")
+    return checkpoint["step"], checkpoint["samples_consumed"]

@@ -1,0 +1,173 @@
+"""What a run says about itself: progress lines, one JSON line per epoch, TensorBoard, pictures, unreadable videos."""
+
+import csv
+import json
+import resource
+import subprocess
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torchvision
+from torch import Tensor
+
+from util.dist import UserError, gather_objects, print0, rank
+from util.optim import Plan
+
+
+class StallClock:
+    """How long the device stood idle between micro-steps, waiting for the next batch; never waits for the device itself.
+
+    On CUDA: the gap on the stream between the last kernel of one step and the first of the next, by events that are read
+    at the logging steps. On a CPU: the time that the loop spent in the loader.
+    """
+
+    def __init__(self, device: torch.device):
+        self.cuda = device.type == "cuda"
+        self.marks: list = []
+        self.since = time.perf_counter()
+
+    def _mark(self):
+        if not self.cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def stop(self) -> None:
+        """The step's work is under way; what follows is waiting for data."""
+        self.marks.append([self._mark(), None])
+
+    def start(self) -> None:
+        """The next batch is here."""
+        if self.marks and self.marks[-1][1] is None:
+            self.marks[-1][1] = self._mark()
+
+    def read(self) -> tuple[float, float]:
+        """Seconds since the last reading, and the share of them spent waiting. On CUDA after a synchronisation only."""
+        closed = [mark for mark in self.marks if mark[1] is not None]
+        idle = sum(begin.elapsed_time(end) / 1000 if self.cuda else end - begin for begin, end in closed)
+        now = time.perf_counter()
+        seconds, self.since = now - self.since, now
+        self.marks = [mark for mark in self.marks if mark[1] is None]
+        return seconds, min(idle / max(seconds, 1e-9), 1.0)
+
+
+def memory_gib(device: torch.device) -> float:
+    """Peak memory of this process so far in GiB: the GPU's where there is one, else resident host memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS, in KiB on Linux
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+class Run:
+    """The files of a run in `output_dir`, written by rank 0 only; every method may be called on every rank."""
+
+    def __init__(self, args):
+        self.folder, self.prefix = Path(args.output_dir), args.save_prefix
+        self.checkpoint = self.folder / f"{self.prefix}.pth"
+        self.first = None  # step and time of the first progress line, for the ETA
+        self.unreadable: dict[str, str] = {}
+        self.board = None
+        if rank() == 0:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for stale in self.folder.glob(f"{self.prefix}*.pth.tmp"):
+                stale.unlink()
+            (self.folder / f"{self.prefix}_args.json").write_text(json.dumps(vars(args), indent=2, sort_keys=True) + "\n")
+            self.board = SummaryWriter(str(self.folder / "tb" / self.prefix))
+
+    def progress(self, step: int, plan: Plan, values: dict[str, float], clips: int, clock: StallClock, device: torch.device) -> None:
+        """One progress line and the same numbers in TensorBoard. A terminal's line is overwritten, a file's is not.
+
+        clips: how many went through all processes since the last call.
+        """
+        seconds, waited = clock.read()
+        if rank() != 0:
+            return
+        self.first = self.first or (step, time.time())
+        done, elapsed = step - self.first[0], time.time() - self.first[1]
+        left = timedelta(seconds=int(elapsed / done * (plan.total_steps - step))) if done else "?"
+        values = {name: value for name, value in values.items() if name != "skipped" or value}
+        speed, memory = clips / max(seconds, 1e-9), memory_gib(device)
+        line = (
+            f"epoch {step / plan.steps_per_epoch:.2f}  update {step}/{plan.total_steps}  "
+            + "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+            + f"  {speed:.1f} clips/s  data wait {waited:.0%}  mem {memory:.2f} GiB  eta {left}"
+        )
+        if sys.stdout.isatty():
+            print0(f"\r\033[K{line}", end="")
+        else:
+            print0(line)
+        for name, value in (values | {"clips_per_second": speed, "data_wait": waited, "memory_gib": memory}).items():
+            self.board.add_scalar(f"train/{name}", value, step)
+
+    def epoch(self, record: dict) -> None:
+        """Append one JSON line to the log, and its numbers to TensorBoard."""
+        if rank() != 0:
+            return
+        with open(self.folder / f"{self.prefix}_log.txt", "a") as file:
+            file.write(json.dumps(record) + "\n")
+        for name, value in record.items():
+            if isinstance(value, (int, float)) and name != "epoch":
+                self.board.add_scalar(f"epoch/{name}", value, record["epoch"])
+        self.board.flush()
+        shown = "  ".join(f"{name} {value:.5g}" if isinstance(value, float) else f"{name} {value}" for name, value in record.items())
+        print0(f"\r\033[K{shown}" if sys.stdout.isatty() else shown)
+
+    def picture(self, name: str, image: Tensor, epoch: int) -> None:
+        """Save a picture (3, H, W) uint8 as {prefix}_{name}_{epoch}.png and show it in TensorBoard."""
+        if rank() == 0:
+            torchvision.io.write_png(image, str(self.folder / f"{self.prefix}_{name}_{epoch:05d}.png"))
+            self.board.add_image(name, image, epoch)
+
+    def note_unreadable(self, bad: list[tuple[str, str]], limit: float) -> None:
+        """Remember this rank's unreadable videos [(path, reason)]. Raises UserError when they are more than `limit`."""
+        self.unreadable.update(dict(bad))
+        if len(self.unreadable) > limit:
+            self.write_unreadable(self.unreadable)
+            path, reason = next(iter(self.unreadable.items()))
+            raise UserError(
+                f"{len(self.unreadable)} videos cannot be read, more than --max_bad_frac allows, for example {path}: {reason}; "
+                f"all in {self.folder / 'bad_videos.csv'}", this_rank_only=True,
+            )  # fmt: skip
+
+    def gather_unreadable(self, limit: float) -> int:
+        """Put all ranks' unreadable videos together (a collective call), list the new ones, return how many there are."""
+        for bad in gather_objects(self.unreadable):
+            self.unreadable.update(bad)
+        if rank() == 0:
+            self.write_unreadable(self.unreadable)
+        self.note_unreadable([], limit)
+        return len(self.unreadable)
+
+    def write_unreadable(self, bad: dict[str, str]) -> None:
+        """Append the videos that are not yet in bad_videos.csv."""
+        path = self.folder / "bad_videos.csv"
+        listed = set()
+        if path.exists():
+            with open(path, newline="") as file:
+                listed = {row[0] for row in csv.reader(file) if row}
+        new = [(video, reason) for video, reason in sorted(bad.items()) if video not in listed]
+        if new:
+            with open(path, "a", newline="") as file:
+                csv.writer(file).writerows(([] if listed else [("path", "reason")]) + new)
+
+    def close(self) -> None:
+        """Flush TensorBoard."""
+        if self.board is not None:
+            self.board.close()
+
+
+def say_versions() -> None:
+    """One line with the versions and the git revision that this run used."""
+    git = subprocess.run(
+        ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"], capture_output=True, text=True
+    )
+    revision = git.stdout.strip() or "unknown"
+    python = ".".join(map(str, sys.version_info[:3]))
+    print0(f"revision {revision}, python {python}, torch {torch.__version__}, torchvision {torchvision.__version__}")
