@@ -26,7 +26,7 @@ class StallClock:
 
     def __init__(self, device: torch.device):
         self.cuda = device.type == "cuda"
-        self.marks: list = []
+        self.marks = [[self._mark(), None]]  # [work handed over, next batch here]
         self.since = time.perf_counter()
 
     def _mark(self):
@@ -42,8 +42,7 @@ class StallClock:
 
     def start(self) -> None:
         """The next batch is here."""
-        if self.marks and self.marks[-1][1] is None:
-            self.marks[-1][1] = self._mark()
+        self.marks[-1][1] = self._mark()
 
     def read(self) -> tuple[float, float]:
         """Seconds since the last reading, and the share of them spent waiting. On CUDA after a synchronisation only."""
