@@ -15,7 +15,7 @@ demo: $(VENV)/.stamp  ## pretrain a tiny model on samples/ and draw reconstructi
 	$(PY) pretrain.py --data_dirs samples/videos/train --output_dir demo --datafile_dir demo --save_prefix pretrained \
 		--model mae_vit_tiny_patch16 --patch_size 8 --img_size 64 --num_frames 8 --pred_t_dim 8 --decoder_embed_dim 96 --decoder_depth 2 \
 		--decoder_num_heads 3 --short_side 96 --batch_size_per_gpu 8 --repeat_aug 2 --max_steps 300 --warmup_epochs 4 --lr 2e-3 \
-		--weight_decay 0.05 --mask_ratio 0.75 --clip_grad 1 --recon_every 0 --log_every 20
+		--weight_decay 0.05 --mask_ratio 0.75 --clip_grad 1 --recon_every 1000 --log_every 20
 
 test: $(VENV)/.stamp  ## run the tests (CPU)
 	$(PY) -m pytest -q

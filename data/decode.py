@@ -8,7 +8,6 @@ Frames are numbered in the order of display; `num_frames` counts the video packe
 
 import os
 import stat
-from pathlib import Path
 
 import numpy as np
 

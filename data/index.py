@@ -77,7 +77,8 @@ def read_manifest(path: str | Path) -> tuple[list[str], list[str]]:
                             keep_default_na=False, na_filter=False, skipinitialspace=True, skip_blank_lines=False, on_bad_lines="error",
                             quoting=csv.QUOTE_MINIMAL)  # fmt: skip
     except pd.errors.ParserError as error:
-        raise UserError(f"manifest {path}: {str(error).strip().removeprefix('Error tokenizing data. C error: ')}; one video a line, path or path,label") from None
+        reason = str(error).strip().removeprefix("Error tokenizing data. C error: ")
+        raise UserError(f"manifest {path}: {reason}; one video a line, path or path,label") from None
     table = table.fillna("").apply(lambda column: column.str.strip())
     table.index += 1  # line numbers
     table = table[(table != "").any(axis=1)]

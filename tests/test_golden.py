@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 import torch
-
 from golden_files import golden
+
 from models_mae import MaskedAutoencoderViT
 from util.optim import layer_scale, learning_rate, make_optimizer, pretrain_groups, set_learning_rate, update
 

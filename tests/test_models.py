@@ -4,11 +4,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny import clips_and_noise, tiny_mae, tiny_vit
 
 import models_vit
 from models_mae import MaskedAutoencoderViT, split_tokens, untubelets
 from models_vit import SIZES, choose_attention, named_size, tubelets
-from tiny import clips_and_noise, tiny_mae, tiny_vit
 
 GRID = (4, 3, 3)
 

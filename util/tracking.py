@@ -99,7 +99,7 @@ class Run:
             + f"  {speed:.1f} clips/s  data wait {waited:.0%}  mem {memory:.2f} GiB  eta {left}"
         )
         if sys.stdout.isatty():
-            print0(f"\r\033[K{line}", end="")
+            print0(f"\r\033[K{line}", end="\n" if step == plan.total_steps else "")
         else:
             print0(line)
         for name, value in (values | {"clips_per_second": speed, "data_wait": waited, "memory_gib": memory}).items():
@@ -115,8 +115,6 @@ class Run:
             if isinstance(value, (int, float)) and name != "epoch":
                 self.board.add_scalar(f"epoch/{name}", value, record["epoch"])
         self.board.flush()
-        shown = "  ".join(f"{name} {value:.5g}" if isinstance(value, float) else f"{name} {value}" for name, value in record.items())
-        print0(f"\r\033[K{shown}" if sys.stdout.isatty() else shown)
 
     def picture(self, name: str, image: Tensor, epoch: int) -> None:
         """Save a picture (3, H, W) uint8 as {prefix}_{name}_{epoch}.png and show it in TensorBoard."""
