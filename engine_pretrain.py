@@ -32,11 +32,12 @@ def train_one_epoch(model: nn.Module, batches, optimizer, scaler, args, plan: Pl
     model.train()
     clock, device, world_size = StallClock(place.device), place.device, place.world_size
     totals = torch.zeros(3, dtype=torch.float64)  # loss, gradient norm, skipped updates: of the epoch
-    sums, streak, loss = torch.zeros(3, device=device), torch.zeros(1, device=device), torch.zeros((), device=device)
+    sums, loss = torch.zeros(3, device=device), torch.zeros((), device=device)
+    streak = torch.full((1,), float(run.skipped_in_a_row), device=device)
     first, logged, last = step, step, min((step // plan.steps_per_epoch + 1) * plan.steps_per_epoch, plan.total_steps)
     for micro, batch in enumerate(batches, 1):
         clock.start()
-        run.note_unreadable(batch["bad"], plan.bad_limit)
+        run.check_batch(batch, plan.bad_limit)
         opening, closing = (micro - 1) % args.accum_iter == 0, micro % args.accum_iter == 0
         if opening:
             lr = plan.learning_rate(step, args)
@@ -51,10 +52,11 @@ def train_one_epoch(model: nn.Module, batches, optimizer, scaler, args, plan: Pl
             step += 1
         clock.stop()
         if closing and (step % args.log_every == 0 or step == last):
-            *sums_read, in_a_row = (sum_over_ranks(torch.cat([sums, streak])) / world_size).tolist()  # waits for the device
+            *sums_read, run.skipped_in_a_row = (sum_over_ranks(torch.cat([sums, streak])) / world_size).tolist()  # waits for the device
             totals += torch.tensor(sums_read)
-            if in_a_row >= args.max_bad_steps:
-                raise UserError(f"{int(in_a_row)} updates in a row without a finite gradient, up to update {step}: lower --lr, or try --amp bf16")
+            if run.skipped_in_a_row >= args.max_bad_steps:
+                raise UserError(f"{run.skipped_in_a_row:.0f} updates in a row without a finite gradient, up to update {step}: "
+                                f"lower --lr, or try --amp bf16")  # fmt: skip
             used = max(step - logged - sums_read[2], 1)
             values = {"loss": sums_read[0] / used, "lr": lr, "grad_norm": sums_read[1] / used, "skipped": int(sums_read[2])}
             clips = (step - logged) * args.accum_iter * batch["noise"].shape[:2].numel() * world_size

@@ -143,7 +143,7 @@ def main(argv: list[str] | None = None) -> None:
         start = step
         step, record = train_one_epoch(wrapped, batches, optimizer, scaler, args, plan, run, place, step)
         samples_consumed += (step - start) * args.batch_size_per_gpu * args.accum_iter * place.world_size
-        record["unreadable_videos"] = run.gather_unreadable(plan.bad_limit)
+        record["unreadable_videos"] = run.gather_unreadable()
         run.epoch(record | {"epoch": epoch, "step": step})
         last = step >= plan.total_steps
         if last or (epoch + 1) % args.checkpoint_period == 0:

@@ -79,7 +79,7 @@ class ClipDataset(Dataset):
         """
         epoch, index = key
         sample = {"clips": None, "label": -1, "noise": self.noise(epoch, index), "index": index, "bad": []}
-        draws = np.random.default_rng(sample_seed(self.seed, epoch, index, 2))
+        draws = np.random.default_rng(sample_seed(self.seed, epoch, index, 0, 2))
         candidates = [index, *draws.integers(len(self), size=SUBSTITUTES).tolist()]
         for candidate in candidates:
             try:

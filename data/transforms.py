@@ -27,7 +27,8 @@ def denormalize(clips: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) 
 
 def sample_seed(*numbers: int) -> int:
     """One well-mixed 63-bit seed of several numbers, such as (seed, epoch, index, repeat)."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
+    sequence = np.random.SeedSequence((len(numbers), *numbers))  # the length, since (1, 2) and (1, 2, 0) are one to it
+    return int(sequence.generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 @contextlib.contextmanager

@@ -70,6 +70,7 @@ class Run:
         self.checkpoint = self.folder / f"{self.prefix}.pth"
         self.first = None  # step and time of the first progress line, for the ETA
         self.unreadable: dict[str, str] = {}
+        self.skipped_in_a_row = 0.0  # updates without a finite gradient, up to now
         self.board = None
         if rank() == 0:
             from torch.utils.tensorboard import SummaryWriter
@@ -122,24 +123,24 @@ class Run:
             torchvision.io.write_png(image, str(self.folder / f"{self.prefix}_{name}_{epoch:05d}.png"))
             self.board.add_image(name, image, epoch)
 
-    def note_unreadable(self, bad: list[tuple[str, str]], limit: float) -> None:
-        """Remember this rank's unreadable videos [(path, reason)]. Raises UserError when they are more than `limit`."""
-        self.unreadable.update(dict(bad))
-        if len(self.unreadable) > limit:
-            self.write_unreadable(self.unreadable)
-            path, reason = next(iter(self.unreadable.items()))
-            raise UserError(
-                f"{len(self.unreadable)} videos cannot be read, more than --max_bad_frac allows, for example {path}: {reason}; "
-                f"all in {self.folder / 'bad_videos.csv'}", this_rank_only=True,
-            )  # fmt: skip
+    def check_batch(self, batch: dict, limit: float) -> None:
+        """Remember the videos of a batch that this rank could not read. Raises UserError when they are more than `limit`."""
+        self.unreadable.update(batch["bad"])
+        if batch["clips"] is not None and len(self.unreadable) <= limit:
+            return
+        self.write_unreadable(self.unreadable)
+        path, reason = next(iter(self.unreadable.items()))
+        tail = f"for example {path}: {reason}; all in {self.folder / 'bad_videos.csv'}"
+        if batch["clips"] is None:
+            raise UserError(f"no readable video found in {len(batch['bad'])} tries, {tail}", this_rank_only=True)
+        raise UserError(f"{len(self.unreadable)} videos cannot be read, more than --max_bad_frac allows, {tail}", this_rank_only=True)
 
-    def gather_unreadable(self, limit: float) -> int:
+    def gather_unreadable(self) -> int:
         """Put all ranks' unreadable videos together (a collective call), list the new ones, return how many there are."""
         for bad in gather_objects(self.unreadable):
             self.unreadable.update(bad)
         if rank() == 0:
             self.write_unreadable(self.unreadable)
-        self.note_unreadable([], limit)
         return len(self.unreadable)
 
     def write_unreadable(self, bad: dict[str, str]) -> None:

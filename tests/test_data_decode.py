@@ -1,0 +1,143 @@
+"""Reading frames: the right ones, the same ones from both decoders, and as few as possible."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from make_videos import frame_number, write_video
+
+from data.decode import PyAVVideo, VideoError, decord_installed, frame_indices, open_video, scaled_size, view_start
+
+DECODERS = ["pyav"] + (["decord"] if decord_installed() else [])
+ROUNDS_DIFFERENTLY = {  # decord's FFmpeg of 2019 against PyAV's: largest difference of a pixel
+    "exoplayer__roadtrip-vp92-10bit.webm": 255,  # 80 packets show 72 pictures: the two number those after a hidden one differently
+    "exoplayer__sample_with_color_info.mp4": 8,  # 10 bit to 8
+    "exoplayer__sample.avi": 2,  # MPEG-4 part 2
+}
+needs_test_data = pytest.mark.skipif("STMAE_TEST_DATA" not in os.environ, reason="STMAE_TEST_DATA is not set")
+
+
+def test_data(kind: str) -> list[Path]:
+    """Real files of a kind ("videos", "odd"), if they are here."""
+    return sorted(Path(os.environ.get("STMAE_TEST_DATA", "/nonexistent"), "data", kind).glob("*"))
+
+
+test_data.__test__ = False
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+@pytest.mark.parametrize(("gop", "b_frames"), [(250, 0), (12, 2), (1, 0)])
+def test_the_wanted_frames_are_read(tmp_path, decoder, gop, b_frames):
+    path = write_video(tmp_path / "v.mp4", frames=60, gop=gop, b_frames=b_frames)
+    with open_video(str(path), decoder) as video:
+        assert video.num_frames == 60
+        assert video.fps == 30
+        for wanted in ([0], [59], [3, 3, 10, 11, 47], list(range(5, 60, 7)), list(range(60))):
+            frames = video.read(np.array(wanted))
+            assert frames.dtype == np.uint8
+            assert [frame_number(frame) for frame in frames] == wanted
+        assert frame_number(video.read(np.array([200]))[0]) == 59  # past the end: the last frame
+
+
+def test_indices_follow_the_formula():
+    # 16 frames at stride 4 of a 60 fps video: a span of 128 source frames
+    assert frame_indices(1000, 60, num_frames=16, sampling_rate=4, start=0).tolist() == [int(i * 127 / 15) for i in range(16)]
+    assert frame_indices(1000, 60, num_frames=16, sampling_rate=4, start=1)[[0, -1]].tolist() == [872, 999]
+    assert frame_indices(1000, 30, num_frames=16, sampling_rate=4, start=0.5)[0] == 468
+    short = frame_indices(10, 30, num_frames=8, sampling_rate=4, start=0.7)
+    assert short.tolist() == [int(i * 31 / 7) if i * 31 / 7 < 9 else 9 for i in range(8)]
+
+
+def test_views_start_where_the_protocol_says():
+    def first(view, views):
+        start = view_start(301, 30, num_frames=16, sampling_rate=4, view=view, views=views)
+        return frame_indices(301, 30, num_frames=16, sampling_rate=4, start=start)[0]
+
+    assert first(0, 1) == 237 // 2
+    assert [first(view, 5) for view in range(5)] == [view * (237 // 4) for view in range(5)]
+    assert view_start(10, 30, num_frames=16, sampling_rate=4, view=2, views=3) == 0
+
+
+def test_only_wanted_frames_and_what_they_need_are_decoded(tmp_path):
+    path = write_video(tmp_path / "v.mp4", frames=240, gop=12, b_frames=2)
+    with PyAVVideo(str(path), None) as video:
+        wanted = np.array([100, 105])
+        video.read(wanted)
+        assert video.decoded <= 12  # one or two groups of pictures, without their unused B frames; 240 in the file
+        video.decoded = 0
+        video.read(np.array([0]))
+        assert video.decoded == 1
+
+
+@pytest.mark.skipif(not decord_installed(), reason="decord is not installed")
+def test_both_decoders_give_the_same_pixels(tmp_path):
+    path = write_video(tmp_path / "v.mkv", frames=50, gop=20)
+    wanted = np.arange(3, 50, 5)
+    with open_video(str(path), "decord") as a, open_video(str(path), "pyav") as b:
+        assert type(a) is not type(b)
+        assert np.array_equal(a.read(wanted), b.read(wanted))
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_short_side_is_reduced_and_never_enlarged(tmp_path, decoder):
+    path = write_video(tmp_path / "v.mp4", frames=5, size=(96, 64))
+    with open_video(str(path), decoder, short_side=32) as video:
+        assert video.read(np.array([2])).shape == (1, 32, 48, 3)
+        assert frame_number(video.read(np.array([2]))[0]) == 2
+    with open_video(str(path), decoder, short_side=640) as video:
+        assert video.read(np.array([2])).shape == (1, 64, 96, 3)
+    assert scaled_size(1080, 1920, 256) == (256, 455)
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_what_is_no_video_is_an_error_of_one_line(tmp_path, decoder):
+    (tmp_path / "text.mp4").write_text("hello\n" * 100)
+    (tmp_path / "empty.mp4").touch()
+    (tmp_path / "folder.mp4").mkdir()
+    os.mkfifo(tmp_path / "fifo.mp4")
+    for name in ("text.mp4", "empty.mp4", "folder.mp4", "fifo.mp4", "missing.mp4", "concat:a|b"):
+        with pytest.raises(VideoError) as raised:
+            open_video(str(tmp_path / name), decoder)
+        assert str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_a_name_that_starts_with_a_dash(tmp_path, monkeypatch):
+    write_video(tmp_path / "-v.mp4", frames=3)
+    monkeypatch.chdir(tmp_path)
+    for decoder in DECODERS:
+        with open_video("-v.mp4", decoder) as video:
+            assert frame_number(video.read(np.array([1]))[0]) == 1
+
+
+@needs_test_data
+@pytest.mark.parametrize("path", test_data("videos"), ids=lambda path: path.name)
+def test_every_ordinary_file_decodes_as_if_from_the_start(path):
+    """The selective path gives the pictures of a plain decode from the first frame on."""
+    with PyAVVideo(str(path), None) as video:
+        indices = frame_indices(video.num_frames, video.fps, num_frames=8, sampling_rate=4, start=0.6)
+        plain = video._counted(sorted(set(indices.tolist())))
+    if not all(index in plain for index in indices):
+        assert path.name in ("exoplayer__roadtrip-vp92-10bit.webm", "exoplayer__dolbyVision-hdr.MOV")  # packets that show nothing
+        plain = {}
+    for decoder in DECODERS:
+        with open_video(str(path), decoder) as video:
+            frames = video.read(indices)
+        assert len(frames) == 8
+        for index, frame in zip(indices, frames, strict=True):
+            if index in plain:
+                allowed = ROUNDS_DIFFERENTLY.get(path.name, 0) if decoder == "decord" else 0
+                assert np.abs(frame.astype(int) - plain[index]).max() <= allowed, (decoder, index)
+
+
+@needs_test_data
+@pytest.mark.parametrize("path", test_data("odd"), ids=lambda path: path.name)
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_every_odd_file_decodes_or_says_why(path, decoder):
+    try:
+        with open_video(str(path), decoder, short_side=128) as video:
+            frames = video.read(frame_indices(video.num_frames, video.fps, num_frames=8, sampling_rate=4, start=0.5))
+        assert frames.shape[0] == 8 and frames.shape[3] == 3
+    except VideoError as error:
+        assert str(error) and "\n" not in str(error)
+        assert path.stem.partition("__")[2] not in ("h264_no_pts", "raw_annexb_no_pts", "vfr_30_to_5fps", "single_frame", "truncated_half")
