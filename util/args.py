@@ -20,7 +20,8 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, description: str):
         super().__init__(
-            description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+            usage="%(prog)s [--flag value ...]", description=description, allow_abbrev=False,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         for flag in RETIRED:
             self.add_argument(flag, nargs="*", help=argparse.SUPPRESS)
@@ -119,7 +120,7 @@ def add_system(parser: Parser) -> argparse._ArgumentGroup:
     group = parser.add_argument_group("system (should not change results, up to rounding)")
     group.add_argument("--device", help="cuda or cpu (default: cuda if there is one)")
     group.add_argument("--compile", action=SWITCH, help="torch.compile (default: on with CUDA)")
-    group.add_argument("--amp", choices=("auto", "bf16", "fp16", "fp32"), default="auto", help="auto: bf16 if the GPU has it, else fp16; fp32 on CPUs")
+    group.add_argument("--amp", choices=("auto", "bf16", "fp16", "fp32"), default="auto", help="auto: bf16 if the GPU has it, else fp16; CPU: fp32")
     group.add_argument("--attn", choices=("auto", "flash_attn", "sdpa", "cudnn", "math"), default="auto", help="attention kernel (default: auto)")
     group.add_argument("--num_workers", type=natural, help="loader processes (default: this machine's cores / processes, at most 16)")
     group.add_argument("--pin_mem", action=SWITCH, default=True, help="pinned host memory (default: on)")
