@@ -12,10 +12,10 @@ $(VENV)/.stamp: requirements.txt requirements-dev.txt
 	touch $@
 
 demo: $(VENV)/.stamp  ## pretrain a tiny model on samples/ and draw reconstructions into demo/
-	$(PY) pretrain.py --data_dirs samples/videos/train --output_dir demo --datafile_dir demo --save_prefix pretrained \
-		--model mae_vit_tiny_patch16 --patch_size 8 --img_size 64 --num_frames 8 --pred_t_dim 8 --decoder_embed_dim 96 --decoder_depth 2 \
-		--decoder_num_heads 3 --short_side 96 --batch_size_per_gpu 8 --repeat_aug 2 --max_steps 300 --warmup_epochs 4 --lr 2e-3 \
-		--weight_decay 0.05 --mask_ratio 0.75 --clip_grad 1 --recon_every 1000 --log_every 20
+	OMP_NUM_THREADS=1 $(PY) pretrain.py --num_workers 1 --data_dirs samples/videos/train --output_dir demo --datafile_dir demo --save_prefix pretrained \
+		--model mae_vit_micro_patch16 --patch_size 8 --img_size 64 --num_frames 8 --pred_t_dim 8 --decoder_embed_dim 64 --decoder_depth 1 \
+		--decoder_num_heads 4 --short_side 96 --batch_size_per_gpu 4 --repeat_aug 2 --sampling_rate 2 --max_steps 2900 --warmup_epochs 12 \
+		--lr 6e-3 --mask_ratio 0.75 --clip_grad 1 --recon_every 1000 --checkpoint_period 1000 --log_every 100
 
 test: $(VENV)/.stamp  ## run the tests (CPU)
 	$(PY) -m pytest -q

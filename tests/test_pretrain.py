@@ -70,14 +70,15 @@ def test_the_seed_command_runs_with_sizes_and_paths_reduced(videos, tmp_path):
     assert len(list((tmp_path / "out").glob("*_recon_*.png"))) == 1
 
 
-def test_training_is_reproducible_and_learns(videos, tmp_path):
+def test_training_is_reproducible_and_learns(tmp_path):
+    real = str(ROOT / "samples/videos/train")
     for name in ("a", "b"):
-        pretrain.main(command(videos, tmp_path / name, "--epochs", "6", "--batch_size_per_gpu", "4"))
+        pretrain.main(command(real, tmp_path / name, "--epochs", "10", "--batch_size_per_gpu", "6", "--lr", "0.005"))
     first, second = weights(tmp_path / "a"), weights(tmp_path / "b")
     assert all(torch.equal(first[name], second[name]) for name in first)
     losses = [record["train_loss"] for record in records(tmp_path / "a")]
     assert losses == [record["train_loss"] for record in records(tmp_path / "b")]
-    assert losses[-1] < 0.9 * losses[0]
+    assert losses[-1] < 0.7 * losses[0]
 
 
 def test_stopping_and_resuming_changes_nothing(videos, tmp_path):
@@ -115,11 +116,11 @@ def test_a_run_that_ends_inside_an_epoch_goes_on_there(videos, tmp_path):
 
 
 def test_two_processes_equal_one(videos, tmp_path):
-    one = command(videos, tmp_path / "one", "--epochs", "2", "--batch_size_per_gpu", "4")
-    pretrain.main(one)
-    two = torchrun(2, command(videos, tmp_path / "two", "--epochs", "2", "--batch_size_per_gpu", "2"))
+    flags = ["--epochs", "2", "--lr", "0.0001"]  # Adam turns the rounding of a tiny gradient into a share of the rate
+    pretrain.main(command(videos, tmp_path / "one", *flags, "--batch_size_per_gpu", "4"))
+    two = torchrun(2, command(videos, tmp_path / "two", *flags, "--batch_size_per_gpu", "2"))
     assert two.returncode == 0, two.stderr[-2000:]
-    accumulated = torchrun(2, command(videos, tmp_path / "acc", "--epochs", "2", "--batch_size_per_gpu", "1", "--accum_iter", "2"))
+    accumulated = torchrun(2, command(videos, tmp_path / "acc", *flags, "--batch_size_per_gpu", "1", "--accum_iter", "2"))
     assert accumulated.returncode == 0, accumulated.stderr[-2000:]
     assert two.stdout.count("update 4/4") == 1  # only rank 0 speaks
     expected = weights(tmp_path / "one")
