@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torchvision.utils import make_grid
 
 from data.transforms import VIDEO_MEAN, VIDEO_STD, denormalize, normalize
-from util.dist import Place, UserError, sum_over_ranks
+from util.dist import Place, sum_over_ranks
 from util.optim import Plan, set_learning_rate, update
 from util.tracking import Run, StallClock
 
@@ -54,9 +54,7 @@ def train_one_epoch(model: nn.Module, batches, optimizer, scaler, args, plan: Pl
         if closing and (step % args.log_every == 0 or step == last):
             *sums_read, run.skipped_in_a_row = (sum_over_ranks(torch.cat([sums, streak])) / world_size).tolist()  # waits for the device
             totals += torch.tensor(sums_read)
-            if run.skipped_in_a_row >= args.max_bad_steps:
-                raise UserError(f"{run.skipped_in_a_row:.0f} updates in a row without a finite gradient, up to update {step}: "
-                                f"lower --lr, or try --amp bf16")  # fmt: skip
+            run.check_streak(args.max_bad_steps, step)
             used = max(step - logged - sums_read[2], 1)
             values = {"loss": sums_read[0] / used, "lr": lr, "grad_norm": sums_read[1] / used, "skipped": int(sums_read[2])}
             clips = (step - logged) * args.accum_iter * batch["noise"].shape[:2].numel() * world_size

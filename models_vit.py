@@ -153,6 +153,10 @@ class TubeletEmbed(nn.Module):
         """(B, N, C, t, p, p) -> (B, N, D)."""
         return F.linear(tubelets.flatten(2), self.proj.weight.flatten(1), self.proj.bias)
 
+    def static(self, patches: Tensor) -> Tensor:
+        """Patches (B, N, C, 1, p, p) that stand for t equal frames -> (B, N, D): the weights summed over time."""
+        return F.linear(patches.flatten(2), self.proj.weight.sum(dim=2).flatten(1), self.proj.bias)
+
 
 def tubelets(frames: Tensor, t: int, p: int, ids: Tensor | None = None) -> Tensor:
     """Cut (B, C, T, H, W) into tubelets (B, N, C, t, p, p): the tokens `ids` (B, N), or all L in token order."""
@@ -218,12 +222,19 @@ class VideoEncoder(nn.Module):
         return (joint[0, 1:], joint[:, :1]) if self.cls_embed else (joint[0], None)
 
     def embed(self, clips: Tensor, ids: Tensor | None = None) -> Tensor:
-        """Tokens before the blocks: clips (B, C, T, H, W) float, ids (B, N) or None for all -> (B, [1 +] N, D)."""
-        expected = (3, self.config["num_frames"], self.config["img_size"], self.config["img_size"])
-        if clips.shape[1:] != expected:
-            raise ValueError(f"clips of shape {tuple(clips.shape)}: this model takes (B, {', '.join(map(str, expected))})")
+        """Tokens before the blocks: clips (B, C, T, H, W) float, ids (B, N) or None for all -> (B, [1 +] N, D).
+
+        Clips of one frame (B, C, 1, H, W) stand for T equal frames: same tokens, for 1/T of the work.
+        """
+        frames, side = self.config["num_frames"], self.config["img_size"]
+        static = clips.shape[2] == 1 < frames and ids is None
+        if clips.shape[1:] != (3, 1 if static else frames, side, side):
+            raise ValueError(f"clips of shape {tuple(clips.shape)}: this model takes (B, 3, {frames}, {side}, {side})")
         positions, class_position = self.positions()
-        x = self.patch_embed(tubelets(clips, self.t_patch_size, self.patch_size, ids))
+        if static:
+            x = self.patch_embed.static(tubelets(clips, 1, self.patch_size)).repeat(1, self.grid[0], 1)  # (B, hw, D) -> (B, L, D)
+        else:
+            x = self.patch_embed(tubelets(clips, self.t_patch_size, self.patch_size, ids))
         x = x + (positions if ids is None else positions[ids])
         if self.cls_embed:
             x = torch.cat([(self.cls_token + class_position).expand(len(x), -1, -1).to(x.dtype), x], dim=1)
@@ -235,6 +246,10 @@ class VideoEncoder(nn.Module):
         for block in self.blocks:
             x = block(x)
         return x
+
+    def forward(self, clips: Tensor) -> Tensor:
+        """Normed tokens (B, [1 +] L, D) of clips (B, C, T, H, W) float."""
+        return self.norm(self.encode(clips))
 
     def compile_parts(self) -> None:
         """torch.compile in place: one graph for all blocks of a width. State dict names do not change."""

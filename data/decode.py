@@ -1,4 +1,4 @@
-"""Reading frames of video files. The only file that knows a decoder: decord, or PyAV where decord cannot.
+"""Reading frames of video files, and images. The only file that knows a decoder: decord, or PyAV where decord cannot; Pillow.
 
     with open_video(path, decoder="decord", short_side=256) as video:
         frames = video.read(frame_indices(video.num_frames, video.fps, num_frames=16, sampling_rate=4, start=0.5))
@@ -10,14 +10,15 @@ import os
 import stat
 
 import numpy as np
+from PIL import Image
 
 os.environ.setdefault("DECORD_EOF_RETRY_MAX", "2048")  # read when decord is imported; its own 10240 tries long on broken files
 
 HIGHEST_FPS = 240  # some containers claim 1000; a rate above this, or none, is taken for 30
 
 
-class VideoError(Exception):
-    """A video that cannot be read; the message is one line of reason."""
+class ReadError(Exception):
+    """A video or image that cannot be read; the message is one line of reason."""
 
 
 def frame_indices(available: int, fps: float, *, num_frames: int, sampling_rate: int, start: float, target_fps: float = 30) -> np.ndarray:
@@ -46,26 +47,41 @@ def scaled_size(width: int, height: int, short_side: int | None) -> tuple[int, i
     return max(round(width * scale), 1), max(round(height * scale), 1)
 
 
-def open_video(path: str, decoder: str = "decord", short_side: int | None = None) -> "DecordVideo | PyAVVideo":
-    """Open a video file for `read`. What decord cannot open goes to PyAV.
-
-    short_side: frames are reduced to it (pixels), never enlarged. Raises VideoError for anything that is no readable video.
-    """
+def checked_path(path: str) -> str:
+    """The absolute path of a regular, non-empty file. Raises ReadError for anything else."""
     path = os.path.abspath(path)  # neither "-name" nor "concat:a|b" means anything special any more
     try:
         status = os.stat(path)
     except OSError as error:
-        raise VideoError(error.strerror or "cannot be opened") from None
+        raise ReadError(error.strerror or "cannot be opened") from None
     if not stat.S_ISREG(status.st_mode):
-        raise VideoError("not a regular file")  # opening a FIFO would wait for ever
+        raise ReadError("not a regular file")  # opening a FIFO would wait for ever
     if not status.st_size:
-        raise VideoError("empty file")
+        raise ReadError("empty file")
+    return path
+
+
+def open_video(path: str, decoder: str = "decord", short_side: int | None = None) -> "DecordVideo | PyAVVideo":
+    """Open a video file for `read`. What decord cannot open goes to PyAV.
+
+    short_side: frames are reduced to it (pixels), never enlarged. Raises ReadError for anything that is no readable video.
+    """
+    path = checked_path(path)
     if decoder == "decord" and decord_installed():
         try:
             return DecordVideo(path, short_side)
-        except VideoError:
+        except ReadError:
             pass  # PyAV reads more formats, and gives the reason if it cannot either
     return PyAVVideo(path, short_side)
+
+
+def read_image(path: str) -> Image.Image:
+    """An image in RGB. Raises ReadError for anything that is no readable image."""
+    try:
+        with Image.open(checked_path(path)) as image:
+            return image.convert("RGB")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # what Pillow raises for broken files
+        raise ReadError(f"not an image: {_one_line(error).partition(': ')[0]}") from None
 
 
 def decord_installed() -> bool:
@@ -102,12 +118,12 @@ class DecordVideo:
             self.reader = decord.VideoReader(path, ctx=decord.cpu(0), width=width, height=height, num_threads=1)
             self.num_frames, self.fps = len(self.reader), _sane_fps(self.reader.get_avg_fps())
         except (decord.DECORDError, RuntimeError) as error:
-            raise VideoError(_one_line(error)) from None
+            raise ReadError(_one_line(error)) from None
         if not self.num_frames:
-            raise VideoError("no frames")
+            raise ReadError("no frames")
 
     def read(self, indices: np.ndarray) -> np.ndarray:
-        """Frames (T, H, W, 3) uint8 RGB of non-decreasing frame numbers (T,). Raises VideoError."""
+        """Frames (T, H, W, 3) uint8 RGB of non-decreasing frame numbers (T,). Raises ReadError."""
         import decord
 
         try:
@@ -124,20 +140,20 @@ class DecordVideo:
 
 
 def _open_container(path: str):
-    """A PyAV container and its first video stream, decoding on one thread. Raises VideoError."""
+    """A PyAV container and its first video stream, decoding on one thread. Raises ReadError."""
     import av
 
     try:
         container = av.open(path, metadata_errors="ignore")
     except (av.FFmpegError, ValueError) as error:
-        raise VideoError(f"not a video: {getattr(error, 'strerror', None) or _one_line(error)}") from None
+        raise ReadError(f"not a video: {getattr(error, 'strerror', None) or _one_line(error)}") from None
     if not container.streams.video:
         container.close()
-        raise VideoError("no video stream")
+        raise ReadError("no video stream")
     stream = container.streams.video[0]
     if stream.codec_context is None:
         container.close()
-        raise VideoError("no decoder for its codec")
+        raise ReadError("no decoder for its codec")
     stream.codec_context.thread_count = 1
     return container, stream
 
@@ -151,7 +167,7 @@ def _display_size(path: str) -> tuple[int, int]:
         try:
             frame = next(container.decode(stream))
         except (av.FFmpegError, StopIteration) as error:
-            raise VideoError(f"no frame can be decoded: {_one_line(error)}") from None
+            raise ReadError(f"no frame can be decoded: {_one_line(error)}") from None
         size = frame.width, frame.height
         return size[::-1] if frame.rotation % 180 else size
 
@@ -173,24 +189,24 @@ class PyAVVideo:
             self.packets = [packet for packet in self.container.demux(self.stream) if packet.size]
         except av.FFmpegError as error:
             if not getattr(self, "packets", None):
-                raise VideoError(_one_line(error)) from None
+                raise ReadError(_one_line(error)) from None
         self.num_frames, self.fps = len(self.packets), _sane_fps(self.stream.average_rate)
         if not self.packets:
-            raise VideoError("no frames")
+            raise ReadError("no frames")
         stamps = [packet.pts for packet in self.packets]
         reordered_avi = self.container.format.name == "avi" and self.stream.codec_context.has_b_frames  # AVI stores no such stamps
         self.timed = None not in stamps and len(set(stamps)) == len(stamps) and not reordered_avi
         self.decoded = 0  # frames that came out of the decoder, for tests and benchmarks
 
     def read(self, indices: np.ndarray) -> np.ndarray:
-        """Frames (T, H, W, 3) uint8 RGB of non-decreasing frame numbers (T,). Raises VideoError.
+        """Frames (T, H, W, 3) uint8 RGB of non-decreasing frame numbers (T,). Raises ReadError.
 
         A frame that cannot be decoded is replaced by the nearest one before it, or else after it.
         """
         wanted = sorted({int(index) for index in np.clip(indices, 0, self.num_frames - 1)})
         found = self._selected(wanted) if self.timed else self._counted(wanted)
         if not found:
-            raise VideoError("none of the wanted frames can be decoded")
+            raise ReadError("none of the wanted frames can be decoded")
         have = np.array(sorted(found))
         nearest = have[np.maximum(np.searchsorted(have, np.clip(indices, 0, self.num_frames - 1), side="right") - 1, 0)]
         return np.stack([found[int(index)] for index in nearest])

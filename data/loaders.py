@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from data.decode import VideoError, frame_indices, open_video
+from data.decode import ReadError, frame_indices, open_video, read_image, view_start
 from data.transforms import sample_seed, seeded
 from util.dist import UserError
 
@@ -32,29 +32,64 @@ class Paths:
         return self.bytes[self.ends[index] : self.ends[index + 1]].tobytes().decode()
 
 
-class ClipDataset(Dataset):
-    """Training clips of videos. `dataset[(epoch, index)]` reads video `index` and draws its clips for that epoch.
+class Samples(Dataset):
+    """What all datasets share: `dataset[(epoch, index)]` reads sample `index` with the random draws of that epoch.
 
-    repeat_aug clips come from repeat_windows time windows, one decode each. noise_tokens: L of the mask noise, 0 for none.
-    labels: class numbers, or None. transform: uint8 (T, C, H, W) -> the same, drawing from torch's global generator.
+    paths, labels: one per sample, labels as class numbers or None. substitutes: how many others to try in place of one that
+    cannot be read. noise: None, or (epoch, index) -> mask noise (R, L). A subclass has `read_clips`.
     """
 
-    def __init__(self, *, paths: list[str], labels: list[int] | None, num_frames: int, sampling_rate: int, target_fps: float,
-                 repeat_aug: int, repeat_windows: int, transform: Callable[[Tensor], Tensor], decoder: str, short_side: int,
-                 seed: int, noise_tokens: int):  # fmt: skip
-        if repeat_aug % repeat_windows:
-            raise UserError(f"--repeat_aug {repeat_aug} is not divisible by --repeat_windows {repeat_windows}")
+    def __init__(self, paths: list[str], labels: list[int] | None, seed: int, substitutes: int):
         self.paths, self.labels = Paths(paths), None if labels is None else np.array(labels)
-        self.num_frames, self.sampling_rate, self.target_fps = num_frames, sampling_rate, target_fps
-        self.repeat_aug, self.repeat_windows = repeat_aug, repeat_windows
-        self.transform, self.decoder, self.short_side = transform, decoder, short_side
-        self.seed, self.noise_tokens = seed, noise_tokens
+        self.seed, self.substitutes = seed, substitutes
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def read_clips(self, epoch: int, index: int, path: str) -> Tensor:
-        """The clips (R, C, T, H, W) uint8 of a video, with the draws of sample (epoch, index). Raises VideoError."""
+        """The clips (R, C, T, H, W) uint8 of a file, with the draws of sample (epoch, index). Raises ReadError."""
+        raise NotImplementedError
+
+    def __getitem__(self, key: tuple[int, int]) -> dict:
+        """clips (R, C, T, H, W) uint8, label, index, bad: [(path, reason)] of files that could not be read.
+
+        An unreadable file is replaced by another one, chosen by (seed, epoch, index); clips is None if too many are.
+        """
+        epoch, index = key
+        sample = {"clips": None, "label": -1, "index": index, "bad": []}
+        draws = np.random.default_rng(sample_seed(self.seed, epoch, index, 0, 2))
+        candidates = [index, *draws.integers(len(self), size=self.substitutes).tolist()]
+        for candidate in candidates:
+            try:
+                sample["clips"] = self.read_clips(epoch, index, self.paths[candidate])
+            except ReadError as error:
+                sample["bad"].append((self.paths[candidate], str(error)))
+                continue
+            if self.labels is not None:
+                sample["label"] = int(self.labels[candidate])
+            break
+        return sample
+
+
+class ClipDataset(Samples):
+    """Training clips of videos: repeat_aug of them from repeat_windows time windows, one decode each.
+
+    noise_tokens: L of the mask noise, 0 for none. transform: uint8 (T, C, H, W) -> the same, drawing from torch's global
+    generator.
+    """
+
+    def __init__(self, *, paths: list[str], labels: list[int] | None, num_frames: int, sampling_rate: int, target_fps: float,
+                 repeat_aug: int, repeat_windows: int, transform: Callable[[Tensor], Tensor], decoder: str, short_side: int,
+                 seed: int, noise_tokens: int):  # fmt: skip
+        super().__init__(paths, labels, seed, SUBSTITUTES)
+        if repeat_aug % repeat_windows:
+            raise UserError(f"--repeat_aug {repeat_aug} is not divisible by --repeat_windows {repeat_windows}")
+        self.num_frames, self.sampling_rate, self.target_fps = num_frames, sampling_rate, target_fps
+        self.repeat_aug, self.repeat_windows = repeat_aug, repeat_windows
+        self.transform, self.decoder, self.short_side, self.noise_tokens = transform, decoder, short_side, noise_tokens
+
+    def read_clips(self, epoch: int, index: int, path: str) -> Tensor:
+        """The clips (R, C, T, H, W) uint8 of a video, with the draws of sample (epoch, index). Raises ReadError."""
         clips = []
         with open_video(path, self.decoder, self.short_side) as video:
             for repeat in range(self.repeat_aug):
@@ -73,24 +108,45 @@ class ClipDataset(Dataset):
         return torch.stack([torch.rand(self.noise_tokens, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
 
     def __getitem__(self, key: tuple[int, int]) -> dict:
-        """clips (R, C, T, H, W) uint8, label, noise (R, L), index, bad: [(path, reason)] of videos that could not be read.
+        """As `Samples`, and in pretraining noise (R, L)."""
+        return super().__getitem__(key) | ({"noise": self.noise(*key)} if self.noise_tokens else {})
 
-        An unreadable video is replaced by another one, chosen by (seed, epoch, index); clips is None if too many are.
-        """
-        epoch, index = key
-        sample = {"clips": None, "label": -1, "noise": self.noise(epoch, index), "index": index, "bad": []}
-        draws = np.random.default_rng(sample_seed(self.seed, epoch, index, 0, 2))
-        candidates = [index, *draws.integers(len(self), size=SUBSTITUTES).tolist()]
-        for candidate in candidates:
-            try:
-                sample["clips"] = self.read_clips(epoch, index, self.paths[candidate])
-            except VideoError as error:
-                sample["bad"].append((self.paths[candidate], str(error)))
-                continue
-            if self.labels is not None:
-                sample["label"] = int(self.labels[candidate])
-            return sample
-        return sample
+
+class ViewDataset(Samples):
+    """Evaluation views of videos: num_views time windows, evenly spread, times the crops that `transform` makes of each.
+
+    R = num_views * crops; all windows are decoded in one pass. transform: uint8 (T, C, H, W) -> (crops, T, C, S, S).
+    """
+
+    def __init__(self, *, paths: list[str], labels: list[int], num_frames: int, sampling_rate: int, target_fps: float,
+                 num_views: int, transform: Callable[[Tensor], Tensor], decoder: str, short_side: int):  # fmt: skip
+        super().__init__(paths, labels, seed=0, substitutes=0)
+        self.spacing = {"num_frames": num_frames, "sampling_rate": sampling_rate, "target_fps": target_fps}
+        self.num_views, self.transform, self.decoder, self.short_side = num_views, transform, decoder, short_side
+
+    def read_clips(self, epoch: int, index: int, path: str) -> Tensor:
+        """The views (R, C, T, S, S) uint8 of a video, windows in order of time. Raises ReadError."""
+        with open_video(path, self.decoder, self.short_side) as video:
+            shape = {"available": video.num_frames, "fps": video.fps}
+            starts = [view_start(**shape, **self.spacing, view=view, views=self.num_views) for view in range(self.num_views)]
+            windows = np.stack([frame_indices(**shape, **self.spacing, start=start) for start in starts])  # (views, T)
+            wanted, place = np.unique(windows, return_inverse=True)
+            frames = torch.from_numpy(video.read(wanted)).permute(0, 3, 1, 2)
+        views = [self.transform(frames[torch.from_numpy(window)]) for window in place.reshape(windows.shape)]
+        return torch.cat(views).transpose(1, 2)
+
+
+class ImageDataset(Samples):
+    """Images as clips of one frame (1, C, 1, S, S). transform: a PIL image -> uint8 (C, S, S), drawing from the global generator."""
+
+    def __init__(self, *, paths: list[str], labels: list[int], transform: Callable, seed: int, substitutes: int):
+        super().__init__(paths, labels, seed, substitutes)
+        self.transform = transform
+
+    def read_clips(self, epoch: int, index: int, path: str) -> Tensor:
+        """The image as (1, C, 1, S, S) uint8. Raises ReadError."""
+        with seeded(sample_seed(self.seed, epoch, index)):
+            return self.transform(read_image(path))[None, :, None]
 
 
 class EpochSampler(Sampler):
@@ -126,16 +182,30 @@ class EpochSampler(Sampler):
             yield self.epoch, index
 
 
+class ShareSampler(Sampler):
+    """Every `world_size`-th sample from `rank` on, each exactly once over all ranks: for evaluation."""
+
+    def __init__(self, n: int, rank: int, world_size: int):
+        self.share = range(rank, n, world_size)
+
+    def __len__(self) -> int:
+        return len(self.share)
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        for index in self.share:
+            yield 0, index
+
+
 def collate(samples: list[dict]) -> dict:
-    """Samples to a batch: clips (B, R, C, T, H, W) or None, labels (B,), noise (B, R, L), index (B,), bad."""
+    """Samples to a batch: clips (B, R, C, T, H, W) or None, labels (B,), index (B,), bad; in pretraining noise (B, R, L)."""
     missing = any(sample["clips"] is None for sample in samples)
-    return {
+    batch = {
         "clips": None if missing else torch.stack([sample["clips"] for sample in samples]),
         "labels": torch.tensor([sample["label"] for sample in samples]),
-        "noise": torch.stack([sample["noise"] for sample in samples]),
         "index": torch.tensor([sample["index"] for sample in samples]),
         "bad": [entry for sample in samples for entry in sample["bad"]],
     }
+    return batch | ({"noise": torch.stack([sample["noise"] for sample in samples])} if "noise" in samples[0] else {})
 
 
 def one_thread(_worker: int) -> None:
@@ -147,8 +217,8 @@ def make_loader(dataset: Dataset, sampler: Sampler, batch_size: int, num_workers
     """A loader whose workers live for the whole run. It draws nothing from the global generators."""
     return DataLoader(
         dataset, batch_size=batch_size, sampler=sampler, num_workers=num_workers, collate_fn=collate, pin_memory=pin_memory,
-        drop_last=True, persistent_workers=num_workers > 0, prefetch_factor=4 if num_workers else None, worker_init_fn=one_thread,
-        generator=torch.Generator(),
+        drop_last=isinstance(sampler, EpochSampler), persistent_workers=num_workers > 0, prefetch_factor=4 if num_workers else None,
+        worker_init_fn=one_thread, generator=torch.Generator(),
     )  # fmt: skip
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from make_videos import frame_number, write_video
 
-from data.decode import PyAVVideo, VideoError, decord_installed, frame_indices, open_video, scaled_size, view_start
+from data.decode import PyAVVideo, ReadError, decord_installed, frame_indices, open_video, scaled_size, view_start
 
 DECODERS = ["pyav"] + (["decord"] if decord_installed() else [])
 ROUNDS_DIFFERENTLY = {  # decord's FFmpeg of 2019 against PyAV's: largest difference of a pixel
@@ -97,7 +97,7 @@ def test_what_is_no_video_is_an_error_of_one_line(tmp_path, decoder):
     (tmp_path / "folder.mp4").mkdir()
     os.mkfifo(tmp_path / "fifo.mp4")
     for name in ("text.mp4", "empty.mp4", "folder.mp4", "fifo.mp4", "missing.mp4", "concat:a|b"):
-        with pytest.raises(VideoError) as raised:
+        with pytest.raises(ReadError) as raised:
             open_video(str(tmp_path / name), decoder)
         assert str(raised.value) and "\n" not in str(raised.value)
 
@@ -138,6 +138,6 @@ def test_every_odd_file_decodes_or_says_why(path, decoder):
         with open_video(str(path), decoder, short_side=128) as video:
             frames = video.read(frame_indices(video.num_frames, video.fps, num_frames=8, sampling_rate=4, start=0.5))
         assert frames.shape[0] == 8 and frames.shape[3] == 3
-    except VideoError as error:
+    except ReadError as error:
         assert str(error) and "\n" not in str(error)
         assert path.stem.partition("__")[2] not in ("h264_no_pts", "raw_annexb_no_pts", "vfr_30_to_5fps", "single_frame", "truncated_half")

@@ -16,14 +16,15 @@ SWITCH = argparse.BooleanOptionalAction  # --x / --no-x
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser without abbreviations that reports a bad command as a UserError."""
+    """An argument parser without abbreviations that reports a bad command as a UserError. retired: more flags without effect."""
 
-    def __init__(self, description: str):
+    def __init__(self, description: str, retired: tuple[str, ...] = ()):
         super().__init__(
             usage="%(prog)s [--flag value ...]", description=description, allow_abbrev=False,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        for flag in RETIRED:
+        self.retired = RETIRED + retired
+        for flag in self.retired:
             self.add_argument(flag, nargs="*", help=argparse.SUPPRESS)
 
     def error(self, message: str):
@@ -83,6 +84,33 @@ def add_optimisation(parser: Parser, *, epochs: int, batch_size: int, effective:
     return group
 
 
+def add_classifier(model: argparse._ArgumentGroup, optimisation: argparse._ArgumentGroup, *, smoothing: float) -> None:
+    """Classification flags, in the groups of `add_model` and `add_optimisation`."""
+    model.add_argument("--num_classes", type=positive, default=700, help="size of the classifier (default: %(default)s)")
+    model.add_argument("--global_pool", action=SWITCH, default=True, help="classify the mean of the patch tokens (default: on)")
+    model.add_argument("--cls_token", action="store_false", dest="global_pool", help="classify the class token: same as --no-global_pool")
+    model.add_argument("--dropout", type=float, default=0.3, help="before the head (default: %(default)s)")
+    model.add_argument("--drop_path_rate", type=float, default=0.1, help="stochastic depth of the last block (default: %(default)s)")
+    model.add_argument("--finetune", default="", metavar="PATH", help="start from this checkpoint's encoder; '': from scratch (default: '')")
+    model.add_argument("--freeze_backbone", action="store_true", help="train the head alone (linear probe; without drop path)")
+    add = optimisation.add_argument
+    add("--layer_decay", type=float, default=0.8, help="learning rate factor from layer to layer (default: %(default)s)")
+    add("--smoothing", type=float, default=smoothing, help="label smoothing (default: %(default)s)")
+    add("--mixup", type=float, default=0.0, help="Beta parameter of MixUp, 0 = off (default: %(default)s)")
+    add("--cutmix", type=float, default=0.0, help="Beta parameter of CutMix, 0 = off (default: %(default)s)")
+    add("--mixup_prob", type=float, default=1.0, help="share of batches that are mixed (default: %(default)s)")
+    add("--rand_aug", action=SWITCH, default=False, help="RandAugment (--aa) and random erasing (--reprob) (default: off)")
+    add("--aa", default="rand-m7-mstd0.5-inc1", metavar="POLICY", help="magnitude 0-10 and count, rand-m7-n2 (default: %(default)s)")
+    add("--reprob", type=float, default=0.25, help="share of clips that are erased (default: %(default)s)")
+    add("--remode", choices=("const", "rand", "pixel"), default="pixel", help="what fills the box (default: %(default)s)")
+    add("--recount", type=positive, default=1, help="boxes per erased clip (default: %(default)s)")
+
+
+def add_eval(run: argparse._ArgumentGroup) -> None:
+    """--eval, in the group of `add_run`."""
+    run.add_argument("--eval", action=SWITCH, default=False, help="only evaluate the checkpoint of --resume (auto: best, else newest)")
+
+
 def add_video(parser: Parser, *, sampling_rate: int, repeat_aug: int, scales: tuple[float, float]) -> argparse._ArgumentGroup:
     """Flags of the video pipeline."""
     group = parser.add_argument_group("data (changes results)")
@@ -131,7 +159,7 @@ def add_system(parser: Parser) -> argparse._ArgumentGroup:
 def parse(parser: Parser, argv: list[str] | None) -> argparse.Namespace:
     """Parse a command line and fill in the defaults that depend on the machine. Raises UserError."""
     args = parser.parse_args(argv)
-    for flag in RETIRED:
+    for flag in parser.retired:
         if vars(args).pop(flag[2:]) is not None:
             print0(f"note: {flag} has no effect any more and can be dropped")
     args.save_prefix = args.save_prefix or args.model
@@ -141,6 +169,13 @@ def parse(parser: Parser, argv: list[str] | None) -> argparse.Namespace:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         args.num_workers = max(1, min(16, cores // local_world_size()))
     return args
+
+
+def augmentation(args: argparse.Namespace) -> str:
+    """The RandAugment policy in use, "" for none; says once what of it is not supported."""
+    if args.rand_aug and "mstd" in args.aa:
+        print0(f"note: --aa {args.aa}: mstd (noise on the magnitude) is not supported and left out")
+    return args.aa if args.rand_aug else ""
 
 
 def effective_lr(args: argparse.Namespace, world_size: int, factors: dict[str, int]) -> float:

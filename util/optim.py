@@ -68,6 +68,17 @@ def pretrain_groups(model: nn.Module, weight_decay: float, bias_wd: bool = False
     return [{"params": plain, "weight_decay": 0.0, "lr_scale": 1.0}, {"params": decayed, "weight_decay": weight_decay, "lr_scale": 1.0}]
 
 
+def finetune_groups(model: nn.Module, depth: int, weight_decay: float, layer_decay: float) -> list[dict]:
+    """One group per layer and decay; 1-d parameters, class token and positions do not decay. See `layer_scale`."""
+    groups: dict[tuple[float, float], dict] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            decay = 0.0 if parameter.ndim == 1 or name in POSITION_PARAMETERS else weight_decay
+            scale = layer_scale(name, depth, layer_decay)
+            groups.setdefault((scale, decay), {"params": [], "weight_decay": decay, "lr_scale": scale})["params"].append(parameter)
+    return list(groups.values())
+
+
 def make_optimizer(groups: list[dict], parameters, betas: tuple[float, float]) -> torch.optim.AdamW:
     """Fused AdamW over groups that hold every trainable parameter exactly once (asserted)."""
     grouped = [id(parameter) for group in groups for parameter in group["params"]]

@@ -9,6 +9,7 @@ import time
 from datetime import timedelta
 from pathlib import Path
 
+import pandas as pd
 import torch
 import torchvision
 from torch import Tensor
@@ -67,7 +68,7 @@ class Run:
 
     def __init__(self, args):
         self.folder, self.prefix = Path(args.output_dir), args.save_prefix
-        self.checkpoint = self.folder / f"{self.prefix}.pth"
+        self.checkpoint, self.best = self.folder / f"{self.prefix}.pth", self.folder / f"{self.prefix}_best.pth"
         self.first = None  # step and time of the first progress line, for the ETA
         self.unreadable: dict[str, str] = {}
         self.skipped_in_a_row = 0.0  # updates without a finite gradient, up to now
@@ -100,7 +101,7 @@ class Run:
             + f"  {speed:.1f} clips/s  data wait {waited:.0%}  mem {memory:.2f} GiB  eta {left}"
         )
         if sys.stdout.isatty():
-            print0(f"\r\033[K{line}", end="\n" if step == plan.total_steps else "")
+            print0(f"\r\033[K{line}", end="\n" if step % plan.steps_per_epoch == 0 or step == plan.total_steps else "")
         else:
             print0(line)
         for name, value in (values | {"clips_per_second": speed, "data_wait": waited, "memory_gib": memory}).items():
@@ -123,6 +124,17 @@ class Run:
             torchvision.io.write_png(image, str(self.folder / f"{self.prefix}_{name}_{epoch:05d}.png"))
             self.board.add_image(name, image, epoch)
 
+    def table(self, name: str, columns: dict[str, list]) -> None:
+        """Save a table as {prefix}_{name}.csv."""
+        if rank() == 0:
+            pd.DataFrame(columns).to_csv(self.folder / f"{self.prefix}_{name}.csv", index=False)
+
+    def check_streak(self, limit: int, step: int) -> None:
+        """Raises UserError when too many updates in a row, up to `step`, had no finite gradient."""
+        if self.skipped_in_a_row >= limit:
+            raise UserError(f"{self.skipped_in_a_row:.0f} updates in a row without a finite gradient, up to update {step}: "
+                            f"lower --lr, or try --amp bf16")  # fmt: skip
+
     def check_batch(self, batch: dict, limit: float) -> None:
         """Remember the videos of a batch that this rank could not read. Raises UserError when they are more than `limit`."""
         self.unreadable.update(batch["bad"])
@@ -132,8 +144,8 @@ class Run:
         path, reason = next(iter(self.unreadable.items()))
         tail = f"for example {path}: {reason}; all in {self.folder / 'bad_videos.csv'}"
         if batch["clips"] is None:
-            raise UserError(f"no readable video found in {len(batch['bad'])} tries, {tail}", this_rank_only=True)
-        raise UserError(f"{len(self.unreadable)} videos cannot be read, more than --max_bad_frac allows, {tail}", this_rank_only=True)
+            raise UserError(f"no readable file found in {len(batch['bad'])} tries, {tail}", this_rank_only=True)
+        raise UserError(f"{len(self.unreadable)} files cannot be read, more than --max_bad_frac allows, {tail}", this_rank_only=True)
 
     def gather_unreadable(self) -> int:
         """Put all ranks' unreadable videos together (a collective call), list the new ones, return how many there are."""

@@ -1,0 +1,240 @@
+"""Classification: one epoch of training, exact evaluation, and `run`, the loop that both finetuning scripts share.
+
+Shapes as in models_vit.py; R clips per video (repeats in training, views in evaluation), n videos, K classes.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from data.transforms import erase, mixer, normalize, sample_seed
+from util import checkpoint, dist
+from util.args import effective_lr
+from util.dist import Place, UserError, gather_objects, print0, sum_over_ranks
+from util.optim import Plan, amp_dtype, finetune_groups, make_optimizer, set_learning_rate, update
+from util.tracking import Run, StallClock
+
+
+class Task(NamedTuple):
+    """What a finetuning script hands over."""
+
+    classes: list[str]
+    train_size: int
+    updates_per_epoch: int
+    train_batches: Callable[[int, int], Iterator[dict]]  # (epoch, updates already done in it) -> batches on the device
+    val_batches: Callable[[], Iterator[dict]]  # this rank's share
+    val_paths: list[str]
+    repeats: int  # clips per sample in training
+    views: int  # clips per sample in evaluation
+    still_frames: int = 1  # for images: how many frames each is shown; 1: the model sees a single frame
+
+
+class Scores(NamedTuple):
+    """An evaluation: totals, and per sample (in the order of the validation set) label, loss and best classes."""
+
+    loss: float
+    acc1: float  # percent
+    acc5: float
+    labels: Tensor  # (n,)
+    top: Tensor  # (n, min(5, K)) classes, best first
+    top_scores: Tensor  # (n, min(5, K)) probabilities
+
+
+class Recipe:
+    """From a batch to the model's input and targets: normalisation, erasing, MixUp, CutMix, one-hot targets."""
+
+    def __init__(self, args, config: dict, still_frames: int):
+        self.args, self.config, self.still_frames = args, config, still_frames
+        self.mixes = args.mixup > 0 or args.cutmix > 0
+        self.mix = mixer(args.mixup, args.cutmix, args.mixup_prob, config["num_classes"])
+        self.plain = mixer(0, 0, 0, config["num_classes"])
+
+    def __call__(self, batch: dict) -> tuple[Tensor, Tensor]:
+        """(B, R, C, T, H, W) uint8 -> (R B, C, T, H, W) float and targets (R B, K). Repeats lie B apart, so that the
+        neighbour that a clip is mixed with is always of another video; a batch of one video is not mixed."""
+        videos, repeats = batch["clips"].shape[:2]
+        clips = normalize(batch["clips"].transpose(0, 1).flatten(0, 1), self.config["mean"], self.config["std"])
+        if self.args.rand_aug and self.args.reprob:
+            erase(clips, self.args.reprob, self.args.remode, self.args.recount)
+        clips, targets = (self.mix if self.mixes and videos > 1 else self.plain)(clips, batch["labels"].repeat(repeats))
+        return hold(clips, self.still_frames), targets
+
+
+def hold(clips: Tensor, frames: int) -> Tensor:
+    """Clips of one frame (B, C, 1, H, W) shown for `frames` frames, without copying; other clips as they are."""
+    return clips.expand(-1, -1, frames, -1, -1) if clips.shape[2] == 1 else clips
+
+
+def train_one_epoch(model: nn.Module, batches, optimizer, scaler, args, plan: Plan, recipe: Recipe, run: Run, place: Place,
+                    step: int) -> tuple[int, dict]:  # fmt: skip
+    """Train from update `step` to the end of its epoch, or of the run; as engine_pretrain.train_one_epoch, for classes.
+
+    Returns the updates done so far in the run, and the epoch's means over all ranks: train_loss, train_acc1 (percent; of
+    mixed clips, the heavier class), train_lr, train_grad_norm, and the number of skipped_steps.
+    """
+    model.train()
+    clock, device = StallClock(place.device), place.device
+    epoch = torch.zeros(4, dtype=torch.float64)  # loss, accuracy, gradient norm, skipped updates
+    sums, window = torch.zeros(4, device=device), torch.zeros(2, device=device)
+    streak = torch.full((1,), float(run.skipped_in_a_row), device=device)
+    first, logged, last = step, step, min((step // plan.steps_per_epoch + 1) * plan.steps_per_epoch, plan.total_steps)
+    for micro, batch in enumerate(batches, 1):
+        clock.start()
+        run.check_batch(batch, plan.bad_limit)
+        closing = micro % args.accum_iter == 0
+        if (micro - 1) % args.accum_iter == 0:
+            lr = plan.learning_rate(step, args)
+            set_learning_rate(optimizer, lr)
+        torch.manual_seed(sample_seed(args.seed, step * args.accum_iter + (micro - 1) % args.accum_iter, place.rank, 4))
+        clips, targets = recipe(batch)
+        with contextlib.nullcontext() if closing or place.world_size == 1 else model.no_sync():
+            with torch.autocast(device.type, plan.amp, enabled=plan.amp != torch.float32):
+                logits = model(clips)
+            loss = F.cross_entropy(logits.float(), targets, label_smoothing=args.smoothing)
+            scaler.scale(loss / args.accum_iter).backward()
+        right = (logits.detach().argmax(1) == targets.argmax(1)).float().mean() * 100
+        window = window + torch.stack([loss.detach(), right]) / args.accum_iter
+        if closing:
+            norm, skipped = update(optimizer, scaler, args.clip_grad)
+            now = torch.cat([window, norm[None], skipped[None]])
+            sums += now.where(skipped == 0, now.new_tensor([0.0, 0.0, 0.0, 1.0]))
+            streak, window = (streak + 1) * skipped, torch.zeros(2, device=device)
+            step += 1
+        clock.stop()
+        if closing and (step % args.log_every == 0 or step == last):
+            *read, run.skipped_in_a_row = (sum_over_ranks(torch.cat([sums, streak])) / place.world_size).tolist()  # waits for the device
+            epoch += torch.tensor(read)
+            run.check_streak(args.max_bad_steps, step)
+            used = max(step - logged - read[3], 1)
+            values = {"loss": read[0] / used, "acc1": read[1] / used, "lr": lr, "grad_norm": read[2] / used, "skipped": int(read[3])}
+            run.progress(step, plan, values, (step - logged) * args.accum_iter * len(clips) * place.world_size, clock, device)
+            sums.zero_()
+            logged = step
+        if step == last:
+            break
+    used = max(step - first - int(epoch[3]), 1)
+    loss, right, norm = (epoch[:3] / used).tolist()
+    return step, {"train_loss": loss, "train_acc1": right, "train_lr": lr, "train_grad_norm": norm, "skipped_steps": int(epoch[3])}
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, batches, size: int, config: dict, amp: torch.dtype, still_frames: int = 1) -> Scores:
+    """Every sample exactly once over all ranks; the probabilities of a sample's views are averaged.
+
+    model: unwrapped. It always sees `size` clips at a time (the last ones filled up), so that a
+    sample's scores depend neither on its neighbours nor on the number of ranks. Raises UserError for an unreadable file.
+    """
+    model.eval()
+    rows = []
+    for batch in batches:
+        if batch["clips"] is None:
+            path, reason = batch["bad"][0]
+            raise UserError(f"validation file {path} cannot be read ({reason}): repair it or take it out of the set", this_rank_only=True)
+        views, logits = batch["clips"].shape[1], []
+        for part in batch["clips"].flatten(0, 1).split(size):
+            missing = size - len(part)
+            part = torch.cat([part, part[-1:].expand(missing, -1, -1, -1, -1)])
+            with torch.autocast(part.device.type, amp, enabled=amp != torch.float32):
+                clips = hold(normalize(part, config["mean"], config["std"]), still_frames)
+                logits.append(model(clips)[: size - missing].float())
+        probabilities = torch.cat(logits).softmax(1).unflatten(0, (-1, views)).mean(1)  # (B, K)
+        scores, classes = probabilities.topk(min(5, probabilities.shape[1]))
+        losses = -probabilities.gather(1, batch["labels"][:, None]).clamp(min=1e-30).log()
+        rows.append(torch.cat([batch["index"][:, None].double(), batch["labels"][:, None], losses, classes, scores], dim=1).cpu())
+    shares = [share for share in gather_objects(torch.cat(rows) if rows else None) if share is not None]
+    table = torch.cat(shares)
+    table = table[table[:, 0].argsort()]
+    best = (table.shape[1] - 3) // 2
+    labels, top = table[:, 1].long(), table[:, 3 : 3 + best].long()
+    hits = top == labels[:, None]
+    acc1, acc5 = (100 * hits[:, :k].any(1).double().mean().item() for k in (1, 5))
+    return Scores(table[:, 2].mean().item(), acc1, acc5, labels, top, table[:, 3 + best :])
+
+
+def confusion_picture(scores: Scores, classes: int) -> Tensor:
+    """The confusion matrix as a picture (3, H', W') uint8: rows true classes, columns predictions, blue = share of the row."""
+    counts = torch.zeros(classes, classes).index_put_((scores.labels, scores.top[:, 0]), torch.ones(len(scores.labels)), accumulate=True)
+    share = counts / counts.sum(1, keepdim=True).clamp(min=1)
+    cell = max(1, min(48, 960 // classes))
+    share = share.repeat_interleave(cell, 0).repeat_interleave(cell, 1)
+    if cell > 4:
+        share[::cell], share[:, ::cell] = 0.15, 0.15  # grid
+    low, high = torch.tensor([255.0, 255.0, 255.0]), torch.tensor([8.0, 48.0, 107.0])
+    return (low + share[..., None] * (high - low)).permute(2, 0, 1).to(torch.uint8)
+
+
+def report(scores: Scores, task: Task, num_classes: int, run: Run, epoch: int) -> None:
+    """Write predictions, accuracy per class and the confusion matrix."""
+    names, best = task.classes, range(scores.top.shape[1])
+    predictions = {"path": task.val_paths, "label": [names[label] for label in scores.labels]}
+    for place in best:
+        predictions[f"top{place + 1}"] = [names[label] if label < len(names) else str(int(label)) for label in scores.top[:, place]]
+        predictions[f"score{place + 1}"] = [f"{score:.6f}" for score in scores.top_scores[:, place].tolist()]
+    run.table("predictions", predictions)
+    right = (scores.top[:, 0] == scores.labels).numpy()
+    labels = scores.labels.numpy()
+    counts = np.bincount(labels, minlength=len(names))
+    hits = np.bincount(labels, weights=right, minlength=len(names))
+    accuracy = [f"{100 * hit / count:.2f}" if count else "" for hit, count in zip(hits, counts, strict=True)]
+    run.table("classes", {"class": names, "samples": counts.tolist(), "acc1": accuracy})
+    run.picture("confusion", confusion_picture(scores, num_classes), epoch)
+
+
+def test(args, place: Place, model: nn.Module, config: dict, task: Task) -> Scores:
+    """--eval: the validation set by the weights of a checkpoint, every view that the flags ask for."""
+    path = dist.on_rank0(lambda: checkpoint.find_eval(args))
+    checkpoint.load_strictly(path, model, config)
+    if args.compile:
+        model.compile_parts()
+    scores = evaluate(model, task.val_batches(), args.batch_size_per_gpu, config, amp_dtype(args.amp, place.device), task.still_frames)
+    files = Run(args)
+    report(scores, task, config["num_classes"], files, 0)
+    files.close()
+    print0(f"top-1 {scores.acc1:.2f} %  top-5 {scores.acc5:.2f} %  loss {scores.loss:.4f}  ({len(scores.labels)} samples, {task.views} views each)")
+    return scores
+
+
+def run(args, place: Place, model: nn.Module, config: dict, task: Task) -> Scores | None:
+    """Train, and validate after each epoch. Returns the last validation (None: the run was complete already).
+
+    The model starts from --finetune, or goes on from --resume. `{prefix}_best.pth` and the tables are those of the best top-1.
+    """
+    resume_from = dist.on_rank0(lambda: checkpoint.find_resume(args))
+    lr, amp = effective_lr(args, place.world_size, {"repeat_aug": task.repeats}), amp_dtype(args.amp, place.device)
+    total_steps = args.max_steps or args.epochs * task.updates_per_epoch
+    plan = Plan(lr, task.updates_per_epoch, total_steps, amp, args.max_bad_frac * task.train_size)
+    if args.finetune and not resume_from:
+        checkpoint.load_pretrained(args.finetune, model)
+    optimizer = make_optimizer(finetune_groups(model, config["depth"], args.weight_decay, args.layer_decay), model.parameters(), (0.9, 0.999))
+    scaler = torch.amp.GradScaler(place.device.type, enabled=amp == torch.float16)
+    step, samples_consumed = checkpoint.resume(resume_from, model, optimizer, scaler, args, config) if resume_from else (0, 0)
+    best, scores = checkpoint.best_acc1(resume_from), None
+    if args.compile:
+        model.compile_parts()
+    wrapped, files = dist.wrap(model, place, static_graph=args.accum_iter == 1), Run(args)
+    recipe = Recipe(args, config, task.still_frames)
+    while step < plan.total_steps:
+        epoch, done = divmod(step, plan.steps_per_epoch)
+        batches, start = task.train_batches(epoch, done), step
+        step, record = train_one_epoch(wrapped, batches, optimizer, scaler, args, plan, recipe, files, place, step)
+        samples_consumed += (step - start) * args.batch_size_per_gpu * args.accum_iter * place.world_size
+        scores = evaluate(model, task.val_batches(), args.batch_size_per_gpu, config, amp, task.still_frames)
+        improved, best = scores.acc1 > best, max(best, scores.acc1)
+        record |= {"test_loss": scores.loss, "test_acc1": scores.acc1, "test_acc5": scores.acc5}
+        files.epoch(record | {"unreadable_samples": files.gather_unreadable(), "epoch": epoch, "step": step})
+        print0(f"epoch {epoch}: train top-1 {record['train_acc1']:.2f} %, validation top-1 {scores.acc1:.2f} % (best {best:.2f} %), "
+               f"top-5 {scores.acc5:.2f} %, loss {scores.loss:.4f}, {len(scores.labels)} samples")  # fmt: skip
+        state = checkpoint.state_of(model, optimizer, scaler, args, config, epoch=epoch, step=step, samples_consumed=samples_consumed)
+        state["best_acc1"] = best
+        if improved:
+            report(scores, task, config["num_classes"], files, epoch)
+            checkpoint.save_on_rank0(files.best, state)
+        if step >= plan.total_steps or (epoch + 1) % args.checkpoint_period == 0:
+            checkpoint.save_on_rank0(files.checkpoint, state)
+    files.close()
+    return scores
