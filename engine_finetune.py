@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data.transforms import erase, mixer, normalize, sample_seed
+from models_vit import VisionTransformer, named_size
 from util import checkpoint, dist
 from util.args import effective_lr
 from util.dist import Place, UserError, gather_objects, print0, sum_over_ranks
@@ -24,14 +25,14 @@ class Task(NamedTuple):
     """What a finetuning script hands over."""
 
     classes: list[str]
-    train_size: int
-    updates_per_epoch: int
-    train_batches: Callable[[int, int], Iterator[dict]]  # (epoch, updates already done in it) -> batches on the device
-    val_batches: Callable[[], Iterator[dict]]  # this rank's share
     val_paths: list[str]
-    repeats: int  # clips per sample in training
+    val_batches: Callable[[], Iterator[dict]]  # this rank's share, on the device
     views: int  # clips per sample in evaluation
     still_frames: int = 1  # for images: how many frames each is shown; 1: the model sees a single frame
+    train_size: int = 0  # samples; these four are not needed for --eval
+    updates_per_epoch: int = 0
+    train_batches: Callable[[int, int], Iterator[dict]] | None = None  # (epoch, updates already done in it) -> the rest of its batches
+    repeats: int = 1  # clips per sample in training
 
 
 class Scores(NamedTuple):
@@ -182,7 +183,7 @@ def report(scores: Scores, task: Task, num_classes: int, run: Run, epoch: int) -
     hits = np.bincount(labels, weights=right, minlength=len(names))
     accuracy = [f"{100 * hit / count:.2f}" if count else "" for hit, count in zip(hits, counts, strict=True)]
     run.table("classes", {"class": names, "samples": counts.tolist(), "acc1": accuracy})
-    run.picture("confusion", confusion_picture(scores, num_classes), epoch)
+    run.picture("confusion", confusion_picture(scores, num_classes), epoch, numbered=False)
 
 
 def test(args, place: Place, model: nn.Module, config: dict, task: Task) -> Scores:
@@ -192,11 +193,30 @@ def test(args, place: Place, model: nn.Module, config: dict, task: Task) -> Scor
     if args.compile:
         model.compile_parts()
     scores = evaluate(model, task.val_batches(), args.batch_size_per_gpu, config, amp_dtype(args.amp, place.device), task.still_frames)
-    files = Run(args)
+    files = Run(args, "_test")
     report(scores, task, config["num_classes"], files, 0)
     files.close()
     print0(f"top-1 {scores.acc1:.2f} %  top-5 {scores.acc5:.2f} %  loss {scores.loss:.4f}  ({len(scores.labels)} samples, {task.views} views each)")
     return scores
+
+
+def build_model(args, device: torch.device) -> VisionTransformer:
+    """The classifier that the flags describe, initialised from --seed, on the device."""
+    torch.manual_seed(sample_seed(args.seed))
+    try:
+        model = VisionTransformer(
+            **named_size(args.model, args.patch_size), img_size=args.img_size, num_frames=args.num_frames,
+            t_patch_size=args.t_patch_size, num_classes=args.num_classes, dropout=args.dropout,
+            drop_path_rate=0.0 if args.freeze_backbone else args.drop_path_rate, global_pool=args.global_pool,
+            sep_pos_embed=args.sep_pos_embed, cls_embed=args.cls_embed, no_qkv_bias=args.no_qkv_bias, attn=args.attn,
+        )  # fmt: skip
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad = not args.freeze_backbone or name.startswith("head.")
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    print0(f"model {args.model}: {trained / 1e6:.1f} M parameters to train, {model.num_tokens} tokens per clip")
+    return model.to(device)
 
 
 def run(args, place: Place, model: nn.Module, config: dict, task: Task) -> Scores | None:
@@ -205,15 +225,16 @@ def run(args, place: Place, model: nn.Module, config: dict, task: Task) -> Score
     The model starts from --finetune, or goes on from --resume. `{prefix}_best.pth` and the tables are those of the best top-1.
     """
     resume_from = dist.on_rank0(lambda: checkpoint.find_resume(args))
-    lr, amp = effective_lr(args, place.world_size, {"repeat_aug": task.repeats}), amp_dtype(args.amp, place.device)
+    lr = effective_lr(args, place.world_size, {"repeat_aug": task.repeats} if task.repeats > 1 else {})
+    amp = amp_dtype(args.amp, place.device)
     total_steps = args.max_steps or args.epochs * task.updates_per_epoch
     plan = Plan(lr, task.updates_per_epoch, total_steps, amp, args.max_bad_frac * task.train_size)
     if args.finetune and not resume_from:
         checkpoint.load_pretrained(args.finetune, model)
     optimizer = make_optimizer(finetune_groups(model, config["depth"], args.weight_decay, args.layer_decay), model.parameters(), (0.9, 0.999))
     scaler = torch.amp.GradScaler(place.device.type, enabled=amp == torch.float16)
-    step, samples_consumed = checkpoint.resume(resume_from, model, optimizer, scaler, args, config) if resume_from else (0, 0)
-    best, scores = checkpoint.best_acc1(resume_from), None
+    state, scores = checkpoint.resume(resume_from, model, optimizer, scaler, args, config) if resume_from else {}, None
+    step, samples_consumed, best = (state.get(key, start) for key, start in (("step", 0), ("samples_consumed", 0), ("best_acc1", -1.0)))
     if args.compile:
         model.compile_parts()
     wrapped, files = dist.wrap(model, place, static_graph=args.accum_iter == 1), Run(args)

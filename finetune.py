@@ -11,14 +11,11 @@ The same command continues an interrupted run (--resume auto).
 
 from pathlib import Path
 
-import torch
-
 import engine_finetune
 from data.index import VIDEO_EXTENSIONS, check_classes, class_numbers, find_labelled, read_manifest, write_classes, write_manifest
-from data.loaders import ClipDataset, EpochSampler, ShareSampler, ViewDataset, make_loader, on_device
-from data.transforms import VIDEO_MEAN, VIDEO_STD, sample_seed, train_transform, view_transform
+from data.loaders import ClipDataset, ViewDataset, eval_feed, train_feed
+from data.transforms import VIDEO_MEAN, VIDEO_STD, train_transform, view_transform
 from engine_finetune import Task
-from models_vit import VisionTransformer, named_size
 from util import args as flags
 from util import checkpoint, dist
 from util.dist import UserError, print0
@@ -29,8 +26,8 @@ def get_parser() -> flags.Parser:
     """The flags of this script."""
     parser = flags.Parser(__doc__, retired=("--bias_wd",))
     model = flags.add_model(parser, model="vit_large_patch16", num_frames=32)
-    factors = "batch_size_per_gpu * accum_iter * processes * repeat_aug"
-    flags.add_classifier(model, flags.add_optimisation(parser, epochs=50, batch_size=64, effective=factors), smoothing=0.1)
+    optimisation = flags.add_optimisation(parser, epochs=50, batch_size=64, effective=f"{flags.EFFECTIVE} * repeat_aug")
+    flags.add_classifier(model, optimisation, smoothing=0.1)
     group = flags.add_video(parser, sampling_rate=2, repeat_aug=1, scales=(0.2, 1.0))
     group.add_argument("--train_dir", default="", help="training videos, one subfolder per class")
     group.add_argument("--val_dir", default="", help="validation videos, the same subfolders")
@@ -56,52 +53,26 @@ def labelled(folder: str, manifest: str, kind: str) -> tuple[list[str], list[str
 
 
 def list_videos(args, known: dict | None) -> tuple[tuple[list[str], list[int]], tuple[list[str], list[int]], list[str]]:
-    """Training and validation videos (paths, class numbers) and the class names; by way of the run's own manifests.
+    """Training and validation videos (paths, class numbers) and the class names; call on one rank.
 
-    known: the config of the checkpoint that the run goes on from or evaluates, whose classes stay valid. A resumed run
-    reads its manifests again instead of the folders.
+    known: the config of the checkpoint that the run goes on from or evaluates, whose classes stay valid. A run keeps its
+    lists as manifests; when it is resumed, it reads these again instead of the folders.
     """
     lists = {kind: Path(args.datafile_dir, f"{args.save_prefix}_{kind}.csv") for kind in ("train", "val")}
-
-    def write() -> list[str]:
-        if known and not args.eval and all(path.exists() for path in lists.values()):
-            return known["classes"]
-        val_source = args.val_dir or args.val_csv
-        val = labelled(args.val_dir, args.val_csv, "val")
-        if args.eval:
-            classes = known["classes"]
-            class_numbers(val[1], classes, val_source)
-        else:
-            train = labelled(args.train_dir, args.train_csv, "train")
-            classes = check_classes(train[1], val[1], args.num_classes, val_source)
-            write_manifest(lists["train"], *train)
-            write_classes(Path(args.datafile_dir, f"{args.save_prefix}_classes.json"), classes)
+    val_source = args.val_dir or args.val_csv or str(lists["val"])
+    if args.eval:
+        paths, labels = labelled(args.val_dir, args.val_csv, "val")
+        return ([], []), (paths, class_numbers(labels, known["classes"], val_source)), known["classes"]
+    if known and all(path.exists() for path in lists.values()):
+        train, val, classes = read_manifest(lists["train"]), read_manifest(lists["val"]), known["classes"]
+    else:
+        train, val = labelled(args.train_dir, args.train_csv, "train"), labelled(args.val_dir, args.val_csv, "val")
+        classes = check_classes(train[1], val[1], args.num_classes, val_source)
+        write_manifest(lists["train"], *train)
         write_manifest(lists["val"], *val)
-        return classes
-
-    classes = dist.on_rank0(write)
-    sets = [read_manifest(lists[kind]) if kind == "val" or not args.eval else ([], []) for kind in ("train", "val")]
-    train, val = ((paths, class_numbers(labels, classes, f"{args.save_prefix}'s manifest")) for paths, labels in sets)
+        write_classes(Path(args.datafile_dir, f"{args.save_prefix}_classes.json"), classes)
+    train, val = ((paths, class_numbers(labels, classes, val_source)) for paths, labels in (train, val))
     return train, val, classes
-
-
-def build_model(args, device: torch.device) -> VisionTransformer:
-    """The classifier that the flags describe, initialised from --seed, on the device."""
-    torch.manual_seed(sample_seed(args.seed))
-    try:
-        model = VisionTransformer(
-            **named_size(args.model, args.patch_size), img_size=args.img_size, num_frames=args.num_frames,
-            t_patch_size=args.t_patch_size, num_classes=args.num_classes, dropout=args.dropout,
-            drop_path_rate=0.0 if args.freeze_backbone else args.drop_path_rate, global_pool=args.global_pool,
-            sep_pos_embed=args.sep_pos_embed, cls_embed=args.cls_embed, no_qkv_bias=args.no_qkv_bias, attn=args.attn,
-        )  # fmt: skip
-    except ValueError as error:
-        raise UserError(str(error)) from error
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad = not args.freeze_backbone or name.startswith("head.")
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    print0(f"model {args.model}: {trained / 1e6:.1f} M parameters to train, {model.num_tokens} tokens per clip")
-    return model.to(device)
 
 
 def build_task(args, place: dist.Place, train, val, classes: list[str]) -> Task:
@@ -110,27 +81,16 @@ def build_task(args, place: dist.Place, train, val, classes: list[str]) -> Task:
               "short_side": args.short_side or max(256, -(-args.img_size * 256 // 224))}  # fmt: skip
     clips, crops = (args.test_num_clips, args.test_num_crops) if args.eval else (1, 1)
     views = ViewDataset(paths=val[0], labels=val[1], num_views=clips, transform=view_transform(args.img_size, crops), **shared)
-    pin = args.pin_mem and place.device.type == "cuda"
-    videos_at_once = max(1, args.batch_size_per_gpu // (clips * crops))
-    val_loader = make_loader(views, ShareSampler(len(views), place.rank, place.world_size), videos_at_once, args.num_workers, pin)
-    task = Task(classes, 0, 0, None, lambda: on_device(val_loader, place.device), val[0], args.repeat_aug, clips * crops)
+    val_batches = eval_feed(views, max(1, args.batch_size_per_gpu // (clips * crops)), args, place)
+    task = Task(classes, val[0], val_batches, clips * crops)
     if args.eval:
         return task
-    try:
-        transform = train_transform(args.img_size, args.jitter_scales_relative, args.jitter_aspect_relative, args.flip, args.color_jitter,
-                                    flags.augmentation(args))  # fmt: skip
-    except ValueError as error:
-        raise UserError(f"--aa: {error}") from error
+    transform = train_transform(args.img_size, args.jitter_scales_relative, args.jitter_aspect_relative, args.flip, args.color_jitter,
+                                flags.augmentation(args))  # fmt: skip
     dataset = ClipDataset(paths=train[0], labels=train[1], repeat_aug=args.repeat_aug, repeat_windows=args.repeat_windows,
                           transform=transform, seed=args.seed, noise_tokens=0, **shared)  # fmt: skip
-    sampler = EpochSampler(len(dataset), args.batch_size_per_gpu, args.accum_iter, place.rank, place.world_size, args.seed)
-    loader = make_loader(dataset, sampler, args.batch_size_per_gpu, args.num_workers, pin)
-
-    def train_batches(epoch: int, done: int):
-        sampler.set_position(epoch, done)
-        return on_device(loader, place.device)
-
-    return task._replace(train_size=len(dataset), updates_per_epoch=sampler.updates_per_epoch, train_batches=train_batches)
+    updates_per_epoch, train_batches = train_feed(dataset, args, place)
+    return task._replace(train_size=len(dataset), updates_per_epoch=updates_per_epoch, train_batches=train_batches, repeats=args.repeat_aug)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -139,9 +99,8 @@ def main(argv: list[str] | None = None) -> None:
     place = dist.setup(args.device)
     say_versions()
     args.compile = place.device.type == "cuda" if args.compile is None else args.compile
-    model = build_model(args, place.device)
-    known = dist.on_rank0(lambda: checkpoint.known_config(args))
-    train, val, classes = list_videos(args, known)
+    model = engine_finetune.build_model(args, place.device)
+    train, val, classes = dist.on_rank0(lambda: list_videos(args, checkpoint.known_config(args)))
     print0(f"{len(train[0])} videos to train on, {len(val[0])} to validate on, {len(classes)} classes")
     config = model.config | {"model": args.model, "mean": VIDEO_MEAN, "std": VIDEO_STD, "classes": classes}
     task = build_task(args, place, train, val, classes)

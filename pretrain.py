@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from data.index import find_videos, keep_fraction, read_manifest, write_manifest
-from data.loaders import ClipDataset, EpochSampler, make_loader, on_device
+from data.loaders import ClipDataset, train_feed
 from data.transforms import VIDEO_MEAN, VIDEO_STD, sample_seed, train_transform
 from engine_pretrain import reconstruction_picture, train_one_epoch
 from models_mae import MASK_TYPES, MaskedAutoencoderViT
@@ -36,7 +36,7 @@ def get_parser() -> flags.Parser:
     group.add_argument("--mask_type", choices=MASK_TYPES, default="random", help="(default: %(default)s)")
     group.add_argument("--norm_pix_loss", action=flags.SWITCH, default=False, help="normalise each patch's target pixels (default: off)")
     group.add_argument("--trunc_init", action="store_true", help="truncated normal initialisation")
-    group = flags.add_optimisation(parser, epochs=100, batch_size=4, effective="batch_size_per_gpu * accum_iter * processes")
+    group = flags.add_optimisation(parser, epochs=100, batch_size=4)
     group.add_argument("--bias_wd", action="store_true", help="let 1-d parameters other than biases decay")
     group = flags.add_video(parser, sampling_rate=4, repeat_aug=4, scales=(0.5, 1.0))
     group.add_argument("--data_dirs", nargs="+", default=[], help="folders of videos, searched recursively")
@@ -89,17 +89,14 @@ def build_model(args, device: torch.device) -> MaskedAutoencoderViT:
     return model.to(device)
 
 
-def build_data(args, place: dist.Place, paths: list[str], num_tokens: int):
-    """Dataset, sampler and loader of the training clips."""
-    dataset = ClipDataset(
+def build_data(args, paths: list[str], num_tokens: int) -> ClipDataset:
+    """The training clips."""
+    return ClipDataset(
         paths=paths, labels=None, num_frames=args.num_frames, sampling_rate=args.sampling_rate, target_fps=args.target_fps,
         repeat_aug=args.repeat_aug, repeat_windows=args.repeat_windows, decoder=args.decoder, seed=args.seed, noise_tokens=num_tokens,
         transform=train_transform(args.img_size, args.jitter_scales_relative, args.jitter_aspect_relative, args.flip, args.color_jitter),
         short_side=args.short_side or max(256, -(-args.img_size * 256 // 224)),
     )  # fmt: skip
-    sampler = EpochSampler(len(paths), args.batch_size_per_gpu, args.accum_iter, place.rank, place.world_size, args.seed)
-    pin = args.pin_mem and place.device.type == "cuda"
-    return dataset, sampler, make_loader(dataset, sampler, args.batch_size_per_gpu, args.num_workers, pin)
 
 
 def save_picture(model: MaskedAutoencoderViT, dataset: ClipDataset, args, plan: Plan, run: Run, epoch: int, device: torch.device) -> None:
@@ -122,15 +119,17 @@ def main(argv: list[str] | None = None) -> None:
     resume_from = dist.on_rank0(lambda: checkpoint.find_resume(args))
     model = build_model(args, place.device)
     paths = list_videos(args, resuming=resume_from is not None)
-    dataset, sampler, loader = build_data(args, place, paths, model.num_tokens)
+    dataset = build_data(args, paths, model.num_tokens)
+    updates_per_epoch, batches = train_feed(dataset, args, place)
     config = model.config | {"model": args.model, "mean": VIDEO_MEAN, "std": VIDEO_STD}
-    total_steps = args.max_steps or args.epochs * sampler.updates_per_epoch
+    total_steps = args.max_steps or args.epochs * updates_per_epoch
     lr = flags.effective_lr(args, place.world_size, {})
-    plan = Plan(lr, sampler.updates_per_epoch, total_steps, amp_dtype(args.amp, place.device), args.max_bad_frac * len(paths))
+    plan = Plan(lr, updates_per_epoch, total_steps, amp_dtype(args.amp, place.device), args.max_bad_frac * len(paths))
 
     optimizer = make_optimizer(pretrain_groups(model, args.weight_decay, args.bias_wd), model.parameters(), betas=(0.9, 0.95))
     scaler = torch.amp.GradScaler(place.device.type, enabled=plan.amp == torch.float16)
-    step, samples_consumed = checkpoint.resume(resume_from, model, optimizer, scaler, args, config) if resume_from else (0, 0)
+    state = checkpoint.resume(resume_from, model, optimizer, scaler, args, config) if resume_from else {}
+    step, samples_consumed = state.get("step", 0), state.get("samples_consumed", 0)
     if args.compile:
         model.compile_parts()
     wrapped = dist.wrap(model, place, static_graph=args.accum_iter == 1)
@@ -138,10 +137,8 @@ def main(argv: list[str] | None = None) -> None:
 
     while step < plan.total_steps:
         epoch, done = divmod(step, plan.steps_per_epoch)
-        sampler.set_position(epoch, done)
-        batches = on_device(loader, place.device)
         start = step
-        step, record = train_one_epoch(wrapped, batches, optimizer, scaler, args, plan, run, place, step)
+        step, record = train_one_epoch(wrapped, batches(epoch, done), optimizer, scaler, args, plan, run, place, step)
         samples_consumed += (step - start) * args.batch_size_per_gpu * args.accum_iter * place.world_size
         record["unreadable_videos"] = run.gather_unreadable()
         run.epoch(record | {"epoch": epoch, "step": step})

@@ -8,6 +8,7 @@ import math
 import os
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from util.dist import UserError, print0, run_script
@@ -149,6 +150,16 @@ def read_manifest(path: str | Path) -> tuple[list[str], list[str]]:
     folder = os.path.dirname(os.path.abspath(path))
     paths = [item if os.path.isabs(item) else os.path.normpath(os.path.join(folder, item)) for item in table["path"]]
     return paths, table["label"].tolist()
+
+
+def keep_stratified(labels: list[int], share: float, seed: int) -> list[int]:
+    """Places of a random part of the samples, sorted: of each class ceil(n * share), the same for the same seed."""
+    labels, generator = np.array(labels), np.random.default_rng(seed)
+    kept = []
+    for label in np.unique(labels):
+        places = np.flatnonzero(labels == label)
+        kept += generator.permutation(places)[: math.ceil(len(places) * share)].tolist()
+    return sorted(kept)
 
 
 def check_classes(train: list[str], val: list[str], num_classes: int, val_source: str) -> list[str]:

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from data.decode import ReadError, frame_indices, open_video, read_image, view_start
 from data.transforms import sample_seed, seeded
-from util.dist import UserError
+from util.dist import Place, UserError
 
 SUBSTITUTES = 32  # other videos to try in place of one that cannot be read
 
@@ -238,3 +238,23 @@ def on_device(loader: DataLoader, device: torch.device) -> Iterator[dict]:
             if isinstance(value, Tensor):
                 value.record_stream(current)  # not to be handed out again before the current stream is done with it
         yield moved
+
+
+def train_feed(dataset: Dataset, args, place: Place) -> tuple[int, Callable[[int, int], Iterator[dict]]]:
+    """Updates per epoch, and (epoch, updates already done in it) -> the rest of the epoch's batches on the device."""
+    sampler = EpochSampler(len(dataset), args.batch_size_per_gpu, args.accum_iter, place.rank, place.world_size, args.seed)
+    pin = args.pin_mem and place.device.type == "cuda"
+    loader = make_loader(dataset, sampler, args.batch_size_per_gpu, args.num_workers, pin)
+
+    def batches(epoch: int, done: int) -> Iterator[dict]:
+        sampler.set_position(epoch, done)
+        return on_device(loader, place.device)
+
+    return sampler.updates_per_epoch, batches
+
+
+def eval_feed(dataset: Dataset, batch_size: int, args, place: Place) -> Callable[[], Iterator[dict]]:
+    """() -> this rank's share of the samples, in batches on the device."""
+    pin = args.pin_mem and place.device.type == "cuda"
+    loader = make_loader(dataset, ShareSampler(len(dataset), place.rank, place.world_size), batch_size, args.num_workers, pin)
+    return lambda: on_device(loader, place.device)

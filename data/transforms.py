@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 from torchvision.transforms import v2
 
+from util.dist import UserError
+
 VIDEO_MEAN, VIDEO_STD = (0.45, 0.45, 0.45), (0.225, 0.225, 0.225)
 IMAGE_MEAN, IMAGE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
 
@@ -59,6 +61,18 @@ def train_transform(img_size: int, area: tuple[float, float], aspect: tuple[floa
     return v2.Compose(steps)
 
 
+def image_transform(img_size: int, train: bool, flip: bool = True, policy: str = "") -> v2.Transform:
+    """PIL image -> uint8 (C, S, S): random crop by area (8 to 100 %), flip and RandAugment (policy) for training, else the centre
+    of the image at short side S + 32 (bicubic)."""
+    if train:
+        steps = [v2.RandomResizedCrop(img_size, antialias=True)]
+        steps += [v2.RandomHorizontalFlip()] if flip else []
+        steps += [rand_augment(policy)] if policy else []
+    else:
+        steps = [v2.Resize(img_size + 32, interpolation=v2.InterpolationMode.BICUBIC), v2.CenterCrop(img_size)]
+    return v2.Compose([*steps, v2.PILToTensor()])
+
+
 def view_transform(img_size: int, crops: int) -> Callable[[Tensor], Tensor]:
     """The evaluation crops of uint8 frames (T, C, H, W) -> (crops, T, C, S, S), S = img_size.
 
@@ -81,12 +95,12 @@ def rand_augment(policy: str) -> v2.RandAugment:
     """RandAugment of a string such as rand-m7-n4-mstd0.5-inc1: magnitude m (0 to 10), n operations (2 if absent).
 
     Magnitude m is bin 3 m of torchvision's 31; mstd is not supported, and inc1 is what torchvision does anyway.
-    Raises ValueError for anything else.
+    Raises UserError for anything else.
     """
     parts = re.fullmatch(r"rand((?:-(?:m\d+|n\d+|mstd[\d.]+|inc[01]))+)", policy)
     settings = dict(re.findall(r"-(mstd|m|n|inc)([\d.]+)", parts[1])) if parts else {}
     if "m" not in settings or int(settings["m"]) > 10 or int(settings.get("n", 2)) < 1:
-        raise ValueError(f"augmentation {policy!r} is not of the form rand-m7-n2-mstd0.5-inc1 with m from 0 to 10")
+        raise UserError(f"--aa {policy!r} is not of the form rand-m7-n2-mstd0.5-inc1 with m from 0 to 10")
     return v2.RandAugment(int(settings.get("n", 2)), 3 * int(settings["m"]), num_magnitude_bins=31)
 
 

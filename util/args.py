@@ -12,6 +12,7 @@ RETIRED = (
     "--local_rank", "--dist_url", "--world_size", "--dist_on_itp", "--no_env", "--cpu_mix", "--beta", "--resplit",
     "--num_checkpoint_del", "--train_jitter_scales", "--start_epoch",
 )  # fmt: skip
+EFFECTIVE = "batch_size_per_gpu * accum_iter * processes"
 SWITCH = argparse.BooleanOptionalAction  # --x / --no-x
 
 
@@ -67,7 +68,7 @@ def add_model(parser: Parser, *, model: str, num_frames: int) -> argparse._Argum
     return group
 
 
-def add_optimisation(parser: Parser, *, epochs: int, batch_size: int, effective: str) -> argparse._ArgumentGroup:
+def add_optimisation(parser: Parser, *, epochs: int, batch_size: int, effective: str = EFFECTIVE) -> argparse._ArgumentGroup:
     """Schedule and optimizer flags. `effective` names the factors of the effective batch, for the help text."""
     group = parser.add_argument_group("optimisation (changes results)")
     group.add_argument("--epochs", type=positive, default=epochs, help="passes over the data (default: %(default)s)")
@@ -111,6 +112,12 @@ def add_eval(run: argparse._ArgumentGroup) -> None:
     run.add_argument("--eval", action=SWITCH, default=False, help="only evaluate the checkpoint of --resume (auto: best, else newest)")
 
 
+def add_shared_data(group: argparse._ArgumentGroup) -> None:
+    """Data flags of videos and images."""
+    group.add_argument("--flip", action=SWITCH, default=True, help="mirror half of the clips (default: on)")
+    group.add_argument("--max_bad_frac", type=float, default=0.1, help="stop when more of the files cannot be read (default: %(default)s)")
+
+
 def add_video(parser: Parser, *, sampling_rate: int, repeat_aug: int, scales: tuple[float, float]) -> argparse._ArgumentGroup:
     """Flags of the video pipeline."""
     group = parser.add_argument_group("data (changes results)")
@@ -123,9 +130,8 @@ def add_video(parser: Parser, *, sampling_rate: int, repeat_aug: int, scales: tu
     group.add_argument("--jitter_scales_relative", **span, default=scales, help="area of the crop (default: %(default)s)")
     group.add_argument("--jitter_aspect_relative", **span, default=(0.75, 1.3333), help="aspect of the crop (default: %(default)s)")
     group.add_argument("--color_jitter", type=float, default=0.0, help="strength of colour jitter, 0 = off (default: %(default)s)")
-    group.add_argument("--flip", action=SWITCH, default=True, help="mirror half of the clips (default: on)")
     group.add_argument("--decoder", choices=("decord", "pyav"), default="decord", help="(default: %(default)s)")
-    group.add_argument("--max_bad_frac", type=float, default=0.1, help="stop when more of the videos cannot be read (default: %(default)s)")
+    add_shared_data(group)
     group.add_argument("--datafile_dir", default="./datafiles", help="where the manifests go (default: %(default)s)")
     return group
 

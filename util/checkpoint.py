@@ -121,19 +121,14 @@ def load_strictly(path: str | Path, model: nn.Module, config: dict) -> None:
     print0(f"weights from {path}, update {loaded['step']}")
 
 
-def best_acc1(path: str | Path | None) -> float:
-    """The best validation accuracy (percent) that a run had reached at this checkpoint; -1 for none."""
-    return load(path).get("best_acc1", -1.0) if path else -1.0
-
-
 def short(value: object) -> str:
     """A value in at most 60 characters."""
     text = str(value)
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def resume(path: Path, model: nn.Module, optimizer, scaler, args, config: dict) -> tuple[int, int]:
-    """Put a run's state back. Returns (step, samples_consumed).
+def resume(path: Path, model: nn.Module, optimizer, scaler, args, config: dict) -> dict:
+    """Put a run's state back. Returns the checkpoint.
 
     Flags that changed since are named; weight decay and betas follow the flags, not the file. Raises UserError when the
     file holds another architecture.
@@ -154,7 +149,7 @@ def resume(path: Path, model: nn.Module, optimizer, scaler, args, config: dict) 
         group.update(setting)
     scaler.load_state_dict(checkpoint["scaler"]) if scaler.is_enabled() and checkpoint["scaler"] else None
     print0(f"resumed from {path} at update {checkpoint['step']}")
-    return checkpoint["step"], checkpoint["samples_consumed"]
+    return checkpoint
 
 
 # Encoders from checkpoints: ours, optimized-stmae's and mae_st's.

@@ -66,8 +66,9 @@ def memory_gib(device: torch.device) -> float:
 class Run:
     """The files of a run in `output_dir`, written by rank 0 only; every method may be called on every rank."""
 
-    def __init__(self, args):
-        self.folder, self.prefix = Path(args.output_dir), args.save_prefix
+    def __init__(self, args, suffix: str = ""):
+        """suffix: follows --save_prefix in the names of all files."""
+        self.folder, self.prefix = Path(args.output_dir), args.save_prefix + suffix
         self.checkpoint, self.best = self.folder / f"{self.prefix}.pth", self.folder / f"{self.prefix}_best.pth"
         self.first = None  # step and time of the first progress line, for the ETA
         self.unreadable: dict[str, str] = {}
@@ -118,10 +119,11 @@ class Run:
                 self.board.add_scalar(f"epoch/{name}", value, record["epoch"])
         self.board.flush()
 
-    def picture(self, name: str, image: Tensor, epoch: int) -> None:
-        """Save a picture (3, H, W) uint8 as {prefix}_{name}_{epoch}.png and show it in TensorBoard."""
+    def picture(self, name: str, image: Tensor, epoch: int, numbered: bool = True) -> None:
+        """Save a picture (3, H, W) uint8 as {prefix}_{name}[_{epoch}].png and show it in TensorBoard."""
         if rank() == 0:
-            torchvision.io.write_png(image, str(self.folder / f"{self.prefix}_{name}_{epoch:05d}.png"))
+            file = f"{self.prefix}_{name}_{epoch:05d}.png" if numbered else f"{self.prefix}_{name}.png"
+            torchvision.io.write_png(image, str(self.folder / file))
             self.board.add_image(name, image, epoch)
 
     def table(self, name: str, columns: dict[str, list]) -> None:
