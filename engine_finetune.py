@@ -58,10 +58,10 @@ class Recipe:
     def __call__(self, batch: dict) -> tuple[Tensor, Tensor]:
         """(B, R, C, T, H, W) uint8 -> (R B, C, T, H, W) float and targets (R B, K). Repeats lie B apart, so that the
         neighbour that a clip is mixed with is always of another video; a batch of one video is not mixed."""
-        videos, repeats = batch["clips"].shape[:2]
+        args, (videos, repeats) = self.args, batch["clips"].shape[:2]
         clips = normalize(batch["clips"].transpose(0, 1).flatten(0, 1), self.config["mean"], self.config["std"])
-        if self.args.rand_aug and self.args.reprob:
-            erase(clips, self.args.reprob, self.args.remode, self.args.recount)
+        if args.rand_aug and args.reprob:
+            erase(clips, args.reprob, args.remode, args.recount)
         clips, targets = (self.mix if self.mixes and videos > 1 else self.plain)(clips, batch["labels"].repeat(repeats))
         return hold(clips, self.still_frames), targets
 

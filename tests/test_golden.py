@@ -8,7 +8,8 @@ import torch
 from golden_files import golden
 
 from models_mae import MaskedAutoencoderViT
-from util.optim import layer_scale, learning_rate, make_optimizer, pretrain_groups, set_learning_rate, update
+from models_vit import VisionTransformer
+from util.optim import finetune_groups, layer_scale, learning_rate, make_optimizer, pretrain_groups, set_learning_rate, update
 
 MAE = ("base", "norm_pix", "pred_t_half", "joint_pos_no_cls", "no_qkv_bias", "temporal", "boundary")
 
@@ -53,6 +54,25 @@ def test_mae_loss_predictions_and_gradients(case):
             assert parameter.grad.abs().max() <= 1e-5 * scale
         else:
             assert close(parameter.grad, gradients[name], 1e-5), name
+
+
+@pytest.mark.parametrize("case", ["base", "joint_pos"])
+@pytest.mark.parametrize("read_out", ["cls_token", "global_pool"])
+def test_vit_logits_and_gradients(case, read_out):
+    file = golden(f"vit_{case}.npz")
+    config = json.loads(str(file["config"]))
+    config.pop("batch")
+    model = VisionTransformer(**config, global_pool=read_out == "global_pool").eval()
+    model.load_state_dict(arrays(file, "param"))
+    logits = model(torch.from_numpy(file["input"]))
+    assert close(logits, torch.from_numpy(file[f"logits_{read_out}"]), 1e-4)
+    if read_out == "cls_token":
+        logits.square().mean().backward()
+        gradients = arrays(file, "grad_cls_token")
+        scale = max(gradient.abs().max() for gradient in gradients.values())
+        for name, parameter in model.named_parameters():
+            tolerance = 1e-5 * (scale if name.endswith("attn.k.bias") else gradients[name].abs().max())
+            assert (parameter.grad - gradients[name]).abs().max() <= tolerance, name
 
 
 def test_pretraining_trajectory():
@@ -104,3 +124,15 @@ def test_layer_decay():
     table = golden("schedules_and_groups.json")["layer_decay"]
     for name, row in table["params"].items():
         assert layer_scale(name, table["depth"], table["layer_decay"]) == pytest.approx(row["lr_scale"], rel=1e-9), name
+    config = json.loads(str(golden("vit_base.npz")["config"]))
+    config.pop("batch")
+    model = VisionTransformer(**config | {"depth": table["depth"]})
+    groups = finetune_groups(model, table["depth"], 0.05, table["layer_decay"])
+    found = {id(parameter): group for group in groups for parameter in group["params"]}
+    shared = table["params"].keys() & dict(model.named_parameters()).keys()
+    assert len(shared) > 20
+    for name, parameter in model.named_parameters():
+        if name in shared:
+            group, row = found[id(parameter)], table["params"][name]
+            assert group["lr_scale"] == pytest.approx(row["lr_scale"], rel=1e-9), name
+            assert (group["weight_decay"] > 0) == (row["weight_decay"] > 0), name

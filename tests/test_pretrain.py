@@ -1,13 +1,13 @@
 """The pretraining script itself: the seed's command, processes, resuming, files, bad input."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from launch import torchrun
 from make_videos import write_folder, write_video
 
 import pretrain
@@ -40,13 +40,6 @@ def weights(out, name="run.pth") -> dict:
 def records(out) -> list[dict]:
     """The log of a run."""
     return [json.loads(line) for line in Path(out, "run_log.txt").read_text().splitlines()]
-
-
-def torchrun(processes: int, arguments: list[str], timeout: int = 120) -> subprocess.CompletedProcess:
-    """Run pretrain.py under torchrun, in an environment without preparation."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "OMP_NUM_THREADS")}
-    return subprocess.run([*launcher, str(ROOT / "pretrain.py"), *arguments], capture_output=True, text=True, timeout=timeout, env=environment)
 
 
 def test_the_seed_command_runs_with_sizes_and_paths_reduced(videos, tmp_path):
@@ -118,9 +111,9 @@ def test_a_run_that_ends_inside_an_epoch_goes_on_there(videos, tmp_path):
 def test_two_processes_equal_one(videos, tmp_path):
     flags = ["--epochs", "2", "--lr", "0.0001"]  # Adam turns the rounding of a tiny gradient into a share of the rate
     pretrain.main(command(videos, tmp_path / "one", *flags, "--batch_size_per_gpu", "4"))
-    two = torchrun(2, command(videos, tmp_path / "two", *flags, "--batch_size_per_gpu", "2"))
+    two = torchrun("pretrain.py", 2, command(videos, tmp_path / "two", *flags, "--batch_size_per_gpu", "2"))
     assert two.returncode == 0, two.stderr[-2000:]
-    accumulated = torchrun(2, command(videos, tmp_path / "acc", *flags, "--batch_size_per_gpu", "1", "--accum_iter", "2"))
+    accumulated = torchrun("pretrain.py", 2, command(videos, tmp_path / "acc", *flags, "--batch_size_per_gpu", "1", "--accum_iter", "2"))
     assert accumulated.returncode == 0, accumulated.stderr[-2000:]
     assert two.stdout.count("update 4/4") == 1  # only rank 0 speaks
     expected = weights(tmp_path / "one")
@@ -145,7 +138,7 @@ def test_unreadable_videos_are_listed_and_too_many_stop_the_run(videos, tmp_path
         pretrain.main(command(str(folder), tmp_path / "out2", *flags, "--max_bad_frac", "0.1"))
     for video in folder.glob("class*/*"):
         video.write_text("broken")
-    with pytest.raises(UserError, match="no readable video"):
+    with pytest.raises(UserError, match="no readable file"):
         pretrain.main(command(str(folder), tmp_path / "out3", *flags, "--max_bad_frac", "1"))
     assert len((tmp_path / "out3" / "bad_videos.csv").read_text().splitlines()) > 1
 

@@ -94,17 +94,17 @@ def add_classifier(model: argparse._ArgumentGroup, optimisation: argparse._Argum
     model.add_argument("--drop_path_rate", type=float, default=0.1, help="stochastic depth of the last block (default: %(default)s)")
     model.add_argument("--finetune", default="", metavar="PATH", help="start from this checkpoint's encoder; '': from scratch (default: '')")
     model.add_argument("--freeze_backbone", action="store_true", help="train the head alone (linear probe; without drop path)")
-    add = optimisation.add_argument
-    add("--layer_decay", type=float, default=0.8, help="learning rate factor from layer to layer (default: %(default)s)")
-    add("--smoothing", type=float, default=smoothing, help="label smoothing (default: %(default)s)")
-    add("--mixup", type=float, default=0.0, help="Beta parameter of MixUp, 0 = off (default: %(default)s)")
-    add("--cutmix", type=float, default=0.0, help="Beta parameter of CutMix, 0 = off (default: %(default)s)")
-    add("--mixup_prob", type=float, default=1.0, help="share of batches that are mixed (default: %(default)s)")
-    add("--rand_aug", action=SWITCH, default=False, help="RandAugment (--aa) and random erasing (--reprob) (default: off)")
-    add("--aa", default="rand-m7-mstd0.5-inc1", metavar="POLICY", help="magnitude 0-10 and count, rand-m7-n2 (default: %(default)s)")
-    add("--reprob", type=float, default=0.25, help="share of clips that are erased (default: %(default)s)")
-    add("--remode", choices=("const", "rand", "pixel"), default="pixel", help="what fills the box (default: %(default)s)")
-    add("--recount", type=positive, default=1, help="boxes per erased clip (default: %(default)s)")
+    group = optimisation
+    group.add_argument("--layer_decay", type=float, default=0.8, help="learning rate factor from layer to layer (default: %(default)s)")
+    group.add_argument("--smoothing", type=float, default=smoothing, help="label smoothing (default: %(default)s)")
+    group.add_argument("--mixup", type=float, default=0.0, help="Beta parameter of MixUp, 0 = off (default: %(default)s)")
+    group.add_argument("--cutmix", type=float, default=0.0, help="Beta parameter of CutMix, 0 = off (default: %(default)s)")
+    group.add_argument("--mixup_prob", type=float, default=1.0, help="share of batches that are mixed (default: %(default)s)")
+    group.add_argument("--rand_aug", action=SWITCH, default=False, help="RandAugment (--aa) and random erasing (--reprob) (default: off)")
+    group.add_argument("--aa", default="rand-m7-mstd0.5-inc1", metavar="POLICY", help="magnitude 0-10 and count, rand-m7-n2 (default: %(default)s)")
+    group.add_argument("--reprob", type=float, default=0.25, help="share of clips that are erased (default: %(default)s)")
+    group.add_argument("--remode", choices=("const", "rand", "pixel"), default="pixel", help="what fills the box (default: %(default)s)")
+    group.add_argument("--recount", type=positive, default=1, help="boxes per erased clip (default: %(default)s)")
 
 
 def add_eval(run: argparse._ArgumentGroup) -> None:

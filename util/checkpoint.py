@@ -207,10 +207,11 @@ def sizes_of(weights: dict[str, Tensor], config: dict, path: str | Path, num_hea
     }  # fmt: skip
 
 
-def resample_positions(name: str, value: Tensor, model: VideoEncoder) -> Tensor:
+def resample_positions(name: str, value: Tensor, model: VideoEncoder, old_steps: int | None = None) -> Tensor:
     """Position embeddings (1, N, D) for the model's grid: bicubic in space, linear in time (Dosovitskiy et al. 2020, 3.2).
 
-    Raises ValueError when the number of positions fits no square grid.
+    old_steps: t' of joint positions, where it is known; else that or the size of the frames has to be the model's.
+    Raises ValueError when the positions fit no square grid.
     """
     steps, h, w = model.grid
     if name == "pos_embed_temporal":
@@ -218,12 +219,14 @@ def resample_positions(name: str, value: Tensor, model: VideoEncoder) -> Tensor:
     joint = name == "pos_embed"
     rows = int(joint and model.cls_embed)
     head, value = value[:, :rows], value[:, rows:]
-    old_steps = steps if joint else 1
-    if math.isqrt(value.shape[1] // old_steps) ** 2 * old_steps != value.shape[1]:  # joint, another number of frames
-        old_steps = value.shape[1] // (h * w)
-    side = math.isqrt(value.shape[1] // max(old_steps, 1))
-    if side * side * old_steps != value.shape[1]:
-        raise ValueError(f"{value.shape[1]} positions fit no square grid")
+    count = value.shape[1]
+    if not joint:
+        old_steps = 1
+    elif old_steps is None:
+        old_steps = steps if steps * math.isqrt(count // steps) ** 2 == count else count / (h * w)
+    if old_steps != int(old_steps) or math.isqrt(count // int(old_steps)) ** 2 * old_steps != count:
+        raise ValueError(f"{count} positions: neither their frames nor their number of frames are the model's")
+    old_steps, side = int(old_steps), math.isqrt(count // int(old_steps))
     maps = value.unflatten(1, (old_steps, side, side)).permute(0, 1, 4, 2, 3).flatten(0, 1)  # (t', D, h, w)
     if side != h:
         maps = F.interpolate(maps, size=(h, w), mode="bicubic", align_corners=False)
@@ -248,12 +251,13 @@ def load_pretrained(path: str | Path, model: VideoEncoder) -> None:
     if "num_heads" not in config:
         print0(f"{path} does not say how many attention heads it has; taken for {model.config['num_heads']}, as in --model")
     target, resized = model.state_dict(), []
+    old_steps = config["num_frames"] // config["t_patch_size"] if "num_frames" in config else None
     fresh = [name for name in target if name.startswith(NOT_ENCODER)]
     for name in weights.keys() & target.keys():
         if weights[name].shape != target[name].shape and "pos_embed" in name:
             old = tuple(weights[name].shape)
             try:
-                weights[name] = resample_positions(name, weights[name].float(), model)
+                weights[name] = resample_positions(name, weights[name].float(), model, old_steps)
             except ValueError as error:
                 raise UserError(f"{path}: {name}: {error}") from None
             resized.append(f"{name} {old} -> {tuple(weights[name].shape)}")
