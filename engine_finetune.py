@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageDraw
 from torch import Tensor, nn
 
 from data.transforms import erase, mixer, normalize, sample_seed
@@ -157,16 +158,29 @@ def evaluate(model: nn.Module, batches, size: int, config: dict, amp: torch.dtyp
     return Scores(table[:, 2].mean().item(), acc1, acc5, labels, top, table[:, 3 + best :])
 
 
-def confusion_picture(scores: Scores, classes: int) -> Tensor:
-    """The confusion matrix as a picture (3, H', W') uint8: rows true classes, columns predictions, blue = share of the row."""
-    counts = torch.zeros(classes, classes).index_put_((scores.labels, scores.top[:, 0]), torch.ones(len(scores.labels)), accumulate=True)
+def confusion_picture(scores: Scores, classes: list[str], num_classes: int) -> Tensor:
+    """The confusion matrix as a picture (3, H', W') uint8: rows true classes, columns predictions, blue = share of the row.
+
+    Up to 40 classes are named, and their shares written in percent.
+    """
+    counts = torch.zeros(num_classes, num_classes).index_put_((scores.labels, scores.top[:, 0]), torch.ones(len(scores.labels)), accumulate=True)
+    counts = counts[: len(classes), : max(len(classes), int(scores.top[:, 0].max()) + 1)]
     share = counts / counts.sum(1, keepdim=True).clamp(min=1)
-    cell = max(1, min(48, 960 // classes))
-    share = share.repeat_interleave(cell, 0).repeat_interleave(cell, 1)
-    if cell > 4:
-        share[::cell], share[:, ::cell] = 0.15, 0.15  # grid
+    cell, left, top = (36, 200, 24) if len(classes) <= 40 else (max(1, 1200 // num_classes), 0, 0)
     low, high = torch.tensor([255.0, 255.0, 255.0]), torch.tensor([8.0, 48.0, 107.0])
-    return (low + share[..., None] * (high - low)).permute(2, 0, 1).to(torch.uint8)
+    colours = (low + share[..., None] * (high - low)).to(torch.uint8).repeat_interleave(cell, 0).repeat_interleave(cell, 1)
+    picture = Image.new("RGB", (left + colours.shape[1], top + colours.shape[0]), "white")
+    picture.paste(Image.fromarray(colours.numpy()), (left, top))
+    if left:
+        draw = ImageDraw.Draw(picture)
+        for row, name in enumerate(classes):
+            draw.text((left - 6, top + cell * (row + 0.5)), f"{name[:24]}  {row}", fill="black", anchor="rm")
+            for column, part in enumerate(share[row].tolist()):
+                ink = "white" if part > 0.5 else "black"
+                draw.text((left + cell * (column + 0.5), top + cell * (row + 0.5)), f"{100 * part:.0f}" if part else "", fill=ink, anchor="mm")
+        for column in range(share.shape[1]):
+            draw.text((left + cell * (column + 0.5), top / 2), str(column), fill="black", anchor="mm")
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
 
 
 def report(scores: Scores, task: Task, num_classes: int, run: Run, epoch: int) -> None:
@@ -183,7 +197,7 @@ def report(scores: Scores, task: Task, num_classes: int, run: Run, epoch: int) -
     hits = np.bincount(labels, weights=right, minlength=len(names))
     accuracy = [f"{100 * hit / count:.2f}" if count else "" for hit, count in zip(hits, counts, strict=True)]
     run.table("classes", {"class": names, "samples": counts.tolist(), "acc1": accuracy})
-    run.picture("confusion", confusion_picture(scores, num_classes), epoch, numbered=False)
+    run.picture("confusion", confusion_picture(scores, names, num_classes), epoch, numbered=False)
 
 
 def test(args, place: Place, model: nn.Module, config: dict, task: Task) -> Scores:

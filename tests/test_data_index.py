@@ -2,7 +2,7 @@
 
 import pytest
 
-from data.index import find_videos, keep_fraction, read_manifest, write_manifest
+from data.index import check_classes, class_names, class_numbers, find_videos, keep_fraction, keep_stratified, main, read_manifest, write_manifest
 from util.dist import UserError
 
 
@@ -89,3 +89,47 @@ def test_malformed_rows_are_named_by_file_and_line(tmp_path, text, said):
 def test_missing_manifest(tmp_path):
     with pytest.raises(UserError, match="not found"):
         read_manifest(tmp_path / "none.csv")
+
+
+def test_class_names_are_sorted_and_whole_numbers_keep_their_value():
+    assert class_names(["run", "jump", "run"]) == ["jump", "run"]
+    assert class_names(["10", "2", "0"]) == [str(number) for number in range(11)]
+    assert class_names(["007", "2"]) == ["007", "2"]  # names that happen to look like numbers
+    assert class_numbers(["2", "0"], class_names(["10", "2", "0"]), "x") == [2, 0]
+
+
+def test_classes_must_agree(capsys):
+    assert check_classes(["a", "b"], ["b", "a"], 3, "VAL") == ["a", "b"]
+    assert "--num_classes 3 is larger than the 2 classes" in capsys.readouterr().out
+    with pytest.raises(UserError, match="VAL: unknown class 'c'"):
+        check_classes(["a", "b"], ["a", "b", "c"], 3, "VAL")
+    with pytest.raises(UserError, match="VAL: no sample of class 'b'"):
+        check_classes(["a", "b"], ["a"], 2, "VAL")
+
+
+def test_a_stratified_part_is_the_same_for_the_same_seed():
+    labels = [0] * 10 + [1] * 3 + [2]
+    kept = keep_stratified(labels, 0.3, seed=1)
+    assert [sum(labels[place] == label for place in kept) for label in range(3)] == [3, 1, 1]
+    assert kept == keep_stratified(labels, 0.3, seed=1) != keep_stratified(labels, 0.3, seed=2)
+    assert keep_stratified(labels, 1.0, seed=1) == list(range(14))
+
+
+def test_official_annotations_become_manifests(tmp_path, capsys):
+    videos = tmp_path / "videos"
+    (videos / "deep").mkdir(parents=True)
+    for name in ("abc_000010_000020.mp4", "deep/xyz.mkv", "7.webm", "8.webm"):
+        (videos / name).write_bytes(b"x")
+    kinetics = tmp_path / "train.csv"
+    kinetics.write_text("label,youtube_id,time_start,time_end,split\nrunning,abc,10,20,train\n\"a, b\",xyz,1,2,train\nlost,gone,3,13,train\n")
+    main(["--from", "kinetics", str(kinetics), str(videos), str(tmp_path / "k.csv")])
+    assert "2 of 3 videos" in capsys.readouterr().out
+    assert read_manifest(tmp_path / "k.csv") == ([str(videos / "abc_000010_000020.mp4"), str(videos / "deep/xyz.mkv")], ["running", "a, b"])
+    assert (tmp_path / "k.missing.csv").read_text().splitlines() == ["id,label", "gone_000003_000013,lost"]
+    ssv2 = tmp_path / "train.json"
+    ssv2.write_text('[{"id": "7", "label": "x", "template": "Holding [something]"}, {"id": "8", "template": "Poking [a hole]"}]')
+    main(["--from", "ssv2", str(ssv2), str(videos), str(tmp_path / "s.csv")])
+    assert read_manifest(tmp_path / "s.csv")[1] == ["Holding something", "Poking a hole"]
+    with pytest.raises(UserError, match="have no id, template"):
+        ssv2.write_text('[{"video": "7"}]')
+        main(["--from", "ssv2", str(ssv2), str(videos), str(tmp_path / "s.csv")])
