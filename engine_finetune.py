@@ -228,6 +228,7 @@ def build_model(args, device: torch.device) -> VisionTransformer:
         raise UserError(str(error)) from error
     for name, parameter in model.named_parameters():
         parameter.requires_grad = not args.freeze_backbone or name.startswith("head.")
+    model.activation_checkpointing = args.activation_checkpointing
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     print0(f"model {args.model}: {trained / 1e6:.1f} M parameters to train, {model.num_tokens} tokens per clip")
     return model.to(device)
@@ -242,7 +243,7 @@ def run(args, place: Place, model: nn.Module, config: dict, task: Task) -> Score
     lr = effective_lr(args, place.world_size, {"repeat_aug": task.repeats} if task.repeats > 1 else {})
     amp = amp_dtype(args.amp, place.device)
     total_steps = args.max_steps or args.epochs * task.updates_per_epoch
-    plan = Plan(lr, task.updates_per_epoch, total_steps, amp, args.max_bad_frac * task.train_size)
+    plan = Plan(lr, task.updates_per_epoch, total_steps, amp, args.max_bad_frac * task.train_size, model.flops_per_clip())
     if args.finetune and not resume_from:
         checkpoint.load_pretrained(args.finetune, model)
     optimizer = make_optimizer(finetune_groups(model, config["depth"], args.weight_decay, args.layer_decay), model.parameters(), (0.9, 0.999))

@@ -76,7 +76,7 @@ def build_task(args, place: dist.Place, train, val, classes: list[str]) -> Task:
 def main(argv: list[str] | None = None) -> None:
     """Run the script on a command line (sys.argv by default). Raises UserError for bad input."""
     args = flags.parse(get_parser(), argv)
-    place = dist.setup(args.device)
+    place = dist.setup(args.device, args.deterministic)
     say_versions()
     args.compile = place.device.type == "cuda" if args.compile is None else args.compile
     model = engine_finetune.build_model(args, place.device)

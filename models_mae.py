@@ -9,7 +9,7 @@ Feichtenhofer et al. 2022, arXiv 2205.09113; He et al. 2021, arXiv 2111.06377.
 import torch
 from torch import Tensor, nn
 
-from models_vit import Block, VideoEncoder, tubelets
+from models_vit import Block, VideoEncoder, block_flops, tubelets
 
 MASK_TYPES = ("random", "tube", "temporal", "boundary")
 
@@ -92,6 +92,14 @@ class MaskedAutoencoderViT(VideoEncoder):
         """Raises ValueError for a mask that this model cannot make."""
         split_tokens(torch.zeros(1, self.num_tokens), self.grid, mask_ratio, mask_type)
 
+    def flops_per_clip(self, mask_ratio: float, mask_type: str) -> float:
+        """FLOPs of a training step per clip, see `training_flops`: visible tokens in the encoder, hidden ones predicted."""
+        visible, hidden = (ids.shape[1] for ids in split_tokens(torch.zeros(1, self.num_tokens), self.grid, mask_ratio, mask_type))
+        c, tokens = self.config, self.num_tokens + int(self.cls_embed)
+        decoder = block_flops(tokens, c["decoder_embed_dim"], c["decoder_depth"], c["mlp_ratio"])
+        ends = 6 * (visible * self.decoder_embed.weight.numel() + hidden * self.decoder_pred.weight.numel())
+        return self.training_flops(visible) + decoder + ends
+
     def compile_parts(self) -> None:
         """torch.compile in place: the blocks, and the loss."""
         super().compile_parts()
@@ -108,9 +116,7 @@ class MaskedAutoencoderViT(VideoEncoder):
         x = torch.cat([x, masked.to(x.dtype)], dim=1)
         if self.cls_embed:
             x = torch.cat([(self.decoder_cls_token + class_position).expand(len(x), -1, -1).to(x.dtype), x], dim=1)
-        for block in self.decoder_blocks:
-            x = block(x)
-        return x[:, int(self.cls_embed) :]
+        return self.through(self.decoder_blocks, x)[:, int(self.cls_embed) :]
 
     def predict(self, x: Tensor) -> Tensor:
         """Decoder tokens (B, N, E) -> pixels (B, N, P)."""

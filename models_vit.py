@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
 
 try:  # optional: needs CUDA to build
     from flash_attn import flash_attn_qkvpacked_func
@@ -77,7 +78,7 @@ def attend(qkv: Tensor, attn: str) -> Tensor:
     """softmax(q k^T / sqrt(K)) v. qkv (B, N, 3, A, K) -> (B, N, A, K)."""
     kernel, _ = choose_attention(attn, qkv.device.type, qkv.dtype, qkv.shape[-1])
     if kernel == "flash_attn":
-        return flash_attn_qkvpacked_func(qkv)
+        return flash_attn_qkvpacked_func(qkv, deterministic=torch.are_deterministic_algorithms_enabled())
     q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, A, N, K)
     with sdpa_kernel(ATTENTION[kernel], set_priority=True):
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
@@ -169,6 +170,11 @@ def tubelets(frames: Tensor, t: int, p: int, ids: Tensor | None = None) -> Tenso
     return grid[clip, :, ids // (h * w), :, ids // w % h, :, ids % w]  # reads the wanted pixels only
 
 
+def block_flops(tokens: int, width: int, depth: int, mlp_ratio: float) -> float:
+    """FLOPs of forward and backward of `depth` blocks per sequence of N tokens: products with weights, and with N x N."""
+    return depth * (6 * tokens * width**2 * (4 + 2 * mlp_ratio) + 12 * tokens**2 * width)
+
+
 class VideoEncoder(nn.Module):
     """The trunk: tubelet embedding, class token, positions, blocks and the final norm. See the file's legend for shapes.
 
@@ -189,6 +195,7 @@ class VideoEncoder(nn.Module):
             "cls_embed": cls_embed, "no_qkv_bias": no_qkv_bias,
         }  # fmt: skip
         self.t_patch_size, self.patch_size = t_patch_size, patch_size
+        self.activation_checkpointing = False  # set it to save memory
         self.grid = (num_frames // t_patch_size, img_size // patch_size, img_size // patch_size)  # t', h, w
         self.num_tokens = self.grid[0] * self.grid[1] * self.grid[2]
         self.sep_pos_embed, self.cls_embed = sep_pos_embed, cls_embed
@@ -243,13 +250,27 @@ class VideoEncoder(nn.Module):
     def encode(self, clips: Tensor, ids: Tensor | None = None) -> Tensor:
         """Tokens after the blocks, before the norm: (B, [1 +] N, D)."""
         x = self.embed(clips, ids)
-        for block in self.blocks:
-            x = block(x)
+        return self.through(self.blocks, x)
+
+    def through(self, blocks: nn.ModuleList, x: Tensor) -> Tensor:
+        """(B, N, D) through the blocks; with activation_checkpointing each is computed again in the backward pass."""
+        for block in blocks:
+            x = checkpoint(block, x, use_reentrant=False) if self.activation_checkpointing and self.training else block(x)
         return x
 
     def forward(self, clips: Tensor) -> Tensor:
         """Normed tokens (B, [1 +] L, D) of clips (B, C, T, H, W) float."""
         return self.norm(self.encode(clips))
+
+    def training_flops(self, tokens: int) -> float:
+        """FLOPs of forward and backward of embedding and blocks per clip, for so many patch tokens in the sequence.
+
+        Counted are matrix products, attention included, without recomputation; 2 per multiplication, and the backward pass
+        makes two products for each of the forward pass (one for the embedding: pixels need no gradient).
+        """
+        c = self.config
+        embedding = 4 * tokens * 3 * self.t_patch_size * self.patch_size**2 * c["embed_dim"]
+        return embedding + block_flops(tokens + int(self.cls_embed), c["embed_dim"], c["depth"], c["mlp_ratio"])
 
     def compile_parts(self) -> None:
         """torch.compile in place: one graph for all blocks of a width. State dict names do not change."""
@@ -318,3 +339,7 @@ class VisionTransformer(VideoEncoder):
     def forward(self, clips: Tensor) -> Tensor:
         """Logits (B, classes) of clips (B, C, T, H, W) float."""
         return self.head(self.dropout(self.forward_features(clips)))
+
+    def flops_per_clip(self) -> float:
+        """FLOPs of a training step per clip, see `training_flops`."""
+        return self.training_flops(self.num_tokens) + 6 * self.head.weight.numel()

@@ -85,6 +85,7 @@ def build_model(args, device: torch.device) -> MaskedAutoencoderViT:
             print0(f"attention of the {part}: {kernel} ({reason})")
     except ValueError as error:
         raise UserError(str(error)) from error
+    model.activation_checkpointing = args.activation_checkpointing
     print0(f"model {args.model}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {model.num_tokens} tokens per clip")
     return model.to(device)
 
@@ -113,7 +114,7 @@ def save_picture(model: MaskedAutoencoderViT, dataset: ClipDataset, args, plan: 
 def main(argv: list[str] | None = None) -> None:
     """Run the script on a command line (sys.argv by default). Raises UserError for bad input."""
     args = flags.parse(get_parser(), argv)
-    place = dist.setup(args.device)
+    place = dist.setup(args.device, args.deterministic)
     say_versions()
     args.compile = place.device.type == "cuda" if args.compile is None else args.compile
     resume_from = dist.on_rank0(lambda: checkpoint.find_resume(args))
@@ -124,7 +125,8 @@ def main(argv: list[str] | None = None) -> None:
     config = model.config | {"model": args.model, "mean": VIDEO_MEAN, "std": VIDEO_STD}
     total_steps = args.max_steps or args.epochs * updates_per_epoch
     lr = flags.effective_lr(args, place.world_size, {})
-    plan = Plan(lr, updates_per_epoch, total_steps, amp_dtype(args.amp, place.device), args.max_bad_frac * len(paths))
+    plan = Plan(lr, updates_per_epoch, total_steps, amp_dtype(args.amp, place.device), args.max_bad_frac * len(paths),
+                model.flops_per_clip(args.mask_ratio, args.mask_type))  # fmt: skip
 
     optimizer = make_optimizer(pretrain_groups(model, args.weight_decay, args.bias_wd), model.parameters(), betas=(0.9, 0.95))
     scaler = torch.amp.GradScaler(place.device.type, enabled=plan.amp == torch.float16)

@@ -50,6 +50,11 @@ def rank() -> int:
     return _environment("SLURM_PROCID" if _under_srun() else "RANK", 0)
 
 
+def world_size() -> int:
+    """How many processes take part."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
 def local_world_size() -> int:
     """How many processes of this run share this machine."""
     if _under_srun():
@@ -87,11 +92,11 @@ def _adopt_srun() -> None:
     os.environ["RANK"] = os.environ["SLURM_PROCID"]  # last: from here on this is no longer "under srun"
 
 
-def setup(device: str | None) -> Place:
+def setup(device: str | None, deterministic: bool = False) -> Place:
     """Join the process group that the launcher describes and pick this process's device.
 
-    device: "cuda", "cpu", or None for cuda where there is a GPU. Raises UserError for "cuda" without a GPU, or for more
-    processes on a machine than it has GPUs.
+    device: "cuda", "cpu", or None for cuda where there is a GPU. deterministic: only kernels that repeat bit by bit.
+    Raises UserError for "cuda" without a GPU, or for more processes on a machine than it has GPUs.
     """
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -99,6 +104,9 @@ def setup(device: str | None) -> Place:
             print0("device: cpu (no CUDA device found; --device cpu says so without this line)")
     if torch.device(device).type == "cuda" and not torch.cuda.is_available():
         raise UserError(f"--device {device}: PyTorch {torch.__version__} sees no CUDA device here; use --device cpu, or check nvidia-smi")
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
+    torch.use_deterministic_algorithms(deterministic)
     srun = _under_srun()
     if srun:
         _adopt_srun()

@@ -25,6 +25,7 @@ class Plan(NamedTuple):
     total_steps: int
     amp: torch.dtype  # float32: no autocast
     bad_limit: float  # unreadable videos above which the run stops
+    flops: float  # of a training step, per clip
 
     def learning_rate(self, step: int, args) -> float:
         """The learning rate of update `step` (0 for the first)."""

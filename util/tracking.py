@@ -14,8 +14,18 @@ import torch
 import torchvision
 from torch import Tensor
 
-from util.dist import UserError, gather_objects, print0, rank
+from util.dist import UserError, gather_objects, print0, rank, world_size
 from util.optim import Plan
+
+PEAK_TFLOPS = {"H200": 989, "H100": 989, "A100": 312}  # dense bf16 or fp16, from the datasheets of the SXM boards
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """What this device could do per second by its datasheet, or None where that is not known."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak * 1e12 for part, peak in PEAK_TFLOPS.items() if part in name and "PCIe" not in name), None)
 
 
 class StallClock:
@@ -96,16 +106,20 @@ class Run:
         left = timedelta(seconds=int(elapsed / done * (plan.total_steps - step))) if done else "?"
         values = {name: value for name, value in values.items() if name != "skipped" or value}
         speed, memory = clips / max(seconds, 1e-9), memory_gib(device)
+        each, peak = speed / world_size(), peak_flops(device)
+        rates = {"clips_per_second": speed, "tflops": each * plan.flops / 1e12, "data_wait": waited, "memory_gib": memory}
+        rates |= {"mfu": each * plan.flops / peak} if peak else {}
         line = (
             f"epoch {step / plan.steps_per_epoch:.2f}  update {step}/{plan.total_steps}  "
             + "  ".join(f"{name} {value:.4g}" for name, value in values.items())
-            + f"  {speed:.1f} clips/s  data wait {waited:.0%}  mem {memory:.2f} GiB  eta {left}"
+            + f"  {speed:.1f} clips/s ({each:.1f} per device, {rates['tflops']:.3g} TFLOP/s" + (f", mfu {rates['mfu']:.1%})" if peak else ")")
+            + f"  data wait {waited:.0%}  mem {memory:.2f} GiB  eta {left}"
         )
         if sys.stdout.isatty():
             print0(f"\r\033[K{line}", end="\n" if step % plan.steps_per_epoch == 0 or step == plan.total_steps else "")
         else:
             print0(line)
-        for name, value in (values | {"clips_per_second": speed, "data_wait": waited, "memory_gib": memory}).items():
+        for name, value in (values | rates).items():
             self.board.add_scalar(f"train/{name}", value, step)
 
     def epoch(self, record: dict) -> None:
