@@ -163,6 +163,20 @@ def test_training_is_reproducible_resumes_exactly_and_keeps_the_best(videos, tmp
     assert best["config"]["classes"] == ["class_0", "class_1"]
 
 
+def test_each_epoch_asks_for_its_own_batches(videos, tmp_path, monkeypatch):
+    asked, honest = [], finetune.train_feed
+
+    def recording(dataset, args, place):
+        updates, batches = honest(dataset, args, place)
+        return updates, lambda epoch, done: asked.append((epoch, done)) or batches(epoch, done)
+
+    monkeypatch.setattr(finetune, "train_feed", recording)
+    flags = ["--batch_size_per_gpu", "4"]  # two updates per epoch
+    finetune.main(video_command(videos, tmp_path, *flags, "--max_steps", "3"))
+    finetune.main(video_command(videos, tmp_path, *flags, "--max_steps", "6"))
+    assert asked == [(0, 0), (1, 0), (1, 1), (2, 0)]
+
+
 def test_it_learns_what_can_be_learned(images, tmp_path):
     finetune_on_image.main(image_command(images, tmp_path, "--epochs", "10", "--batch_size_per_gpu", "6", "--dropout", "0"))
     assert records(tmp_path)[-1]["test_acc1"] == 100

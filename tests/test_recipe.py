@@ -1,5 +1,7 @@
 """The finetuning recipe and evaluation views against rules: mixing, erasing, RandAugment, crops, position resampling."""
 
+import argparse
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,7 @@ from tiny import tiny_vit
 
 from data.loaders import ViewDataset
 from data.transforms import erase, mixer, rand_augment, view_transform
+from engine_finetune import Recipe
 from util.checkpoint import resample_positions
 from util.dist import UserError
 
@@ -40,6 +43,19 @@ def test_mixing_is_applied_to_its_share_of_batches_and_off_without_parameters():
     assert 0.22 < sum(mixed) / 300 < 0.38
     clips, targets = mixer(0, 0, 1.0, 4)(marked_clips(4), torch.arange(4))
     assert torch.equal(clips, marked_clips(4)) and torch.equal(targets, torch.eye(4))
+
+
+def test_a_clip_is_never_mixed_with_one_of_its_own_video():
+    config = {"num_classes": 4, "mean": (0.0, 0.0, 0.0), "std": (1 / 255,) * 3}
+    args = argparse.Namespace(mixup=0.8, cutmix=0.0, mixup_prob=1.0, rand_aug=False)
+    clips = torch.arange(4, dtype=torch.uint8).view(4, 1, 1, 1, 1, 1).expand(4, 3, 3, 1, 8, 8)  # four videos, three clips each
+    torch.manual_seed(0)
+    mixed, targets = Recipe(args, config, still_frames=6)({"clips": clips, "labels": torch.arange(4)})
+    assert mixed.shape == (12, 3, 6, 8, 8)
+    assert ((targets > 0).sum(1) == 2).all()
+    torch.testing.assert_close(mixed.mean((1, 2, 3, 4)), targets @ torch.arange(4.0), atol=1e-4, rtol=0)
+    alone, targets = Recipe(args, config, still_frames=1)({"clips": clips[2:3], "labels": torch.tensor([2])})
+    assert targets.max(1).values.eq(1).all() and alone.eq(2).all()
 
 
 @pytest.mark.parametrize("mode", ["const", "rand", "pixel"])
