@@ -32,6 +32,7 @@ lint: $(VENV)/.stamp  ## check the style
 	$(PY) -m ruff check .
 
 bench: $(VENV)/.stamp  ## measure; tables go to benchmarks/results/
+	$(PY) benchmarks/train_step.py
 	$(PY) benchmarks/static_clip.py --batch 1
 
 .venv-oldest/.stamp: requirements.txt requirements-dev.txt

@@ -200,7 +200,7 @@ def test_attention_choice(monkeypatch):
 def test_flash_attn_branch_gets_the_packed_product(monkeypatch):
     seen = []
 
-    def stand_in(qkv):  # the package's signature: (B, N, 3, A, K) -> (B, N, A, K), half precision only
+    def stand_in(qkv, deterministic=False):  # the package's signature: (B, N, 3, A, K) -> (B, N, A, K), half precision only
         seen.append((tuple(qkv.shape), qkv.dtype))
         q, k, v = qkv.transpose(1, 3).unbind(2)
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)

@@ -1,0 +1,237 @@
+"""How long a training step takes: ours and the plain model of tests/plain_model.py, eager and compiled, on CUDA or CPU.
+
+    python benchmarks/train_step.py --preset tiny               # a CPU or any GPU
+    python benchmarks/train_step.py --preset seed-H             # one big GPU: ViT-H/14, 16 x 224², 64 clips, bf16
+    python benchmarks/train_step.py --preset tiny --task finetune --no-compile
+
+A step is: uint8 clips on the device -> normalise -> forward -> backward -> clip -> fused AdamW, the same for all. Losses and gradients
+are compared first; then the variants take turns (A B C A B C ...), medians over --rounds after ten warm-up rounds. MFU: counted FLOPs over the
+datasheet's peak, and over a matrix product measured in this run. Writes benchmarks/results/train_step_NAME.json and .md.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+from plain_model import PlainMAE, PlainViT
+
+from data.transforms import VIDEO_MEAN, VIDEO_STD, normalize
+from models_mae import MaskedAutoencoderViT
+from models_vit import ATTENTION, VisionTransformer, flash_attn_qkvpacked_func, named_size
+from util.dist import print0
+from util.optim import make_optimizer, pretrain_groups, update
+from util.tracking import peak_flops
+
+PRESETS = {  # model, patch, img_size, decoder (width, depth, heads), batch
+    "seed-H": ("huge_patch14", None, 224, (512, 4, 16), 64),
+    "L16": ("large_patch16", None, 224, (512, 4, 16), 64),
+    "tiny": ("tiny_patch16", None, 112, (192, 4, 6), 4),
+}
+MASK_RATIO = 0.9
+
+
+def count_syncs(step, device: torch.device) -> int:
+    """Host syncs of one step: CUDA's own warnings there, reads of a tensor's value on a CPU."""
+    if device.type == "cuda":
+        torch.cuda.set_sync_debug_mode("warn")
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            step()
+        torch.cuda.set_sync_debug_mode("default")
+        return sum("synchroniz" in str(warning.message) for warning in caught)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        step()
+    reads = ("aten::_local_scalar_dense", "aten::nonzero")
+    return sum(event.count for event in profile.key_averages() if event.key in reads)
+
+
+def build(args, kind: str, attn: str, device: torch.device) -> torch.nn.Module:
+    """One of the models, from the same random weights. kind: ours, plain (softmax written out) or plain-sdpa."""
+    name, patch, img_size, (width, depth, heads), _ = PRESETS[args.preset]
+    torch.manual_seed(0)
+    shared = named_size(f"vit_{name}", patch) | {"img_size": img_size, "num_frames": 16, "t_patch_size": 2}
+    if args.task == "pretrain":
+        ours = MaskedAutoencoderViT(**shared, decoder_embed_dim=width, decoder_depth=depth, decoder_num_heads=heads, pred_t_dim=16, attn=attn)
+    else:
+        ours = VisionTransformer(**shared, num_classes=700, drop_path_rate=0.0, dropout=0.0, attn=attn)
+    if kind == "ours":
+        return ours.to(device)
+    plain = (PlainMAE if args.task == "pretrain" else PlainViT)(ours.config, sdpa=kind == "plain-sdpa")
+    plain.load_state_dict(ours.state_dict())
+    return plain.to(device)
+
+
+class Variant:
+    """A model, its optimizer, and how to take a step with it."""
+
+    def __init__(self, args, kind: str, attn: str, compiled: bool, device: torch.device, dtype: torch.dtype):
+        self.args, self.kind, self.device, self.dtype = args, kind, device, dtype
+        self.model = build(args, kind, attn, device).train()
+        self.optimizer = make_optimizer(pretrain_groups(self.model, 0.05), self.model.parameters(), (0.9, 0.95))
+        self.scaler = torch.amp.GradScaler(device.type, enabled=False)
+        self.times, self.compile_s = [], None
+        if compiled and kind == "ours":
+            self.model.compile_parts()
+        elif compiled:
+            self.model.compile(fullgraph=True, dynamic=False)
+
+    def loss(self, clips: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        """Loss of uint8 clips."""
+        clips = normalize(clips, VIDEO_MEAN, VIDEO_STD)
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            if self.args.task == "finetune":
+                return self.model(clips).float().logsumexp(1).mean()
+            return self.model(clips, MASK_RATIO, noise=noise)[0] if self.kind == "ours" else self.model(clips, noise, MASK_RATIO)
+
+    def step(self, clips: torch.Tensor, noise: torch.Tensor) -> None:
+        """One update."""
+        self.loss(clips, noise).backward()
+        update(self.optimizer, self.scaler, 1.0)
+
+    def timed(self, clips: torch.Tensor, noise: torch.Tensor) -> float:
+        """Seconds of one step, to its end on the device."""
+        wait = torch.cuda.synchronize if self.device.type == "cuda" else lambda: None
+        wait()
+        start = time.perf_counter()
+        self.step(clips, noise)
+        wait()
+        return time.perf_counter() - start
+
+
+def check_equal(variants: dict[str, Variant], clips, noise, tolerance: float) -> dict[str, float]:
+    """Largest relative difference of loss and gradients from the first variant; asserts that they are small."""
+    reference, differences = None, {}
+    for name, variant in variants.items():
+        loss = variant.loss(clips, noise)
+        loss.backward()
+        gradients = {key: parameter.grad for key, parameter in variant.model.named_parameters()}
+        if reference is None:
+            reference = loss.item(), gradients, max(gradient.abs().max() for gradient in gradients.values())
+        off = max(((gradients[key] - reference[1][key]).abs().max() / reference[2]).item() for key in gradients)
+        differences[name] = max(off, abs(loss.item() - reference[0]) / abs(reference[0]))
+        assert differences[name] < tolerance, (name, differences[name])
+        if gradients is not reference[1]:
+            variant.model.zero_grad()
+    next(iter(variants.values())).model.zero_grad()
+    return differences
+
+
+def ceiling(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of a large matrix product, the best of ten."""
+    n = 8192 if device.type == "cuda" else 1536
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    best = 1e9
+    for _ in range(12):
+        start = time.perf_counter()
+        a @ b
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - start)
+    return 2 * n**3 / best
+
+
+def kinds_to_run(args, device: torch.device) -> list[tuple[str, str, str, bool]]:
+    """(name, kind, attn, compiled) of the variants."""
+    rows = [("plain", "plain", "auto", False), ("plain sdpa", "plain-sdpa", "auto", False), ("ours", "ours", "auto", False)]
+    if args.compile:
+        rows += [("plain sdpa compiled", "plain-sdpa", "auto", True), ("ours compiled", "ours", "auto", True)]
+        backends = [name for name in ATTENTION if name != "sdpa" and (device.type == "cuda" or name != "cudnn")]
+        backends += ["flash_attn"] if flash_attn_qkvpacked_func is not None and device.type == "cuda" else []
+        rows += [(f"ours compiled, {name}", "ours", name, True) for name in backends]
+    return rows
+
+
+def measure(args, device: torch.device, dtype: torch.dtype) -> dict:
+    """Everything that goes into the table."""
+    batch = args.batch or PRESETS[args.preset][4]
+    variants = {row[0]: Variant(args, *row[1:], device, dtype) for row in kinds_to_run(args, device)}
+    first = variants["ours"].model
+    clips = torch.randint(0, 256, (batch, 3, 16, first.config["img_size"], first.config["img_size"]), dtype=torch.uint8, device=device)
+    noise = torch.rand(batch, first.num_tokens, device=device)
+    for variant in variants.values():
+        start = time.perf_counter()
+        variant.loss(clips, noise).backward()
+        variant.model.zero_grad()
+        variant.compile_s = time.perf_counter() - start
+    differences = check_equal(variants, clips, noise, 1e-3 if dtype == torch.float32 else 5e-2)
+    peaks = {}
+    for turn in range(10 + args.rounds):
+        for name, variant in variants.items():
+            if device.type == "cuda" and turn == 0:
+                torch.cuda.reset_peak_memory_stats()
+                base = torch.cuda.memory_allocated()
+            elapsed = variant.timed(clips, noise)
+            if device.type == "cuda" and turn == 0:
+                peaks[name] = (torch.cuda.max_memory_allocated() - base) / 2**30
+            if turn >= 10:
+                variant.times.append(elapsed)
+    flops = batch * (first.flops_per_clip(MASK_RATIO, "random") if args.task == "pretrain" else first.flops_per_clip())
+    peak, measured = peak_flops(device), ceiling(device, dtype)
+    rows = []
+    for name, variant in variants.items():
+        quantiles = statistics.quantiles(variant.times, n=10)
+        median = statistics.median(variant.times)
+        rows.append({
+            "variant": name, "median_ms": median * 1000, "p10_ms": quantiles[0] * 1000, "p90_ms": quantiles[-1] * 1000,
+            "clips_per_s": batch / median, "mfu_datasheet": flops / median / peak if peak else None, "mfu_measured": flops / median / measured,
+            "peak_gib": peaks.get(name), "syncs": count_syncs(lambda v=variant: v.step(clips, noise), device),
+            "first_call_s": variant.compile_s, "difference": differences[name],
+        })  # fmt: skip
+    return {
+        "preset": args.preset, "task": args.task, "batch": batch, "rounds": args.rounds, "gflop_per_step": flops / 1e9, "rows": rows,
+        "ceiling_tflops": measured / 1e12, "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu", "dtype": str(dtype),
+        "cores": len(os.sched_getaffinity(0)), "threads": torch.get_num_threads(), "torch": torch.__version__,
+    }  # fmt: skip
+
+
+def table(result: dict) -> str:
+    """The result as Markdown."""
+    def cell(value, form):
+        return "-" if value is None else format(value, form)
+
+    opponent = next(row for row in result["rows"] if row["variant"] == "plain sdpa")["median_ms"]
+    lines = [
+        f"{result['preset']}, {result['task']}, {result['batch']} clips, {result['dtype']}, {result['device']}, {result['cores']} cores, "
+        f"{result['threads']} threads, torch {result['torch']}, medians of {result['rounds']} (p10 to p90); a matrix product here reaches "
+        f"{result['ceiling_tflops']:.3g} TFLOP/s", "",
+        "| variant | ms | p10-p90 | against plain sdpa | clips/s | MFU (datasheet) | MFU (measured ceiling) | peak GiB | syncs | first call s |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]  # fmt: skip
+    for row in result["rows"]:
+        lines.append(
+            f"| {row['variant']} | {row['median_ms']:.1f} | {row['p10_ms']:.1f}-{row['p90_ms']:.1f} | {opponent / row['median_ms']:.2f}x "
+            f"| {row['clips_per_s']:.2f} | {cell(row['mfu_datasheet'], '.1%')} | {cell(row['mfu_measured'], '.1%')} "
+            f"| {cell(row['peak_gib'], '.1f')} | {row['syncs']} | {row['first_call_s']:.1f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Measure, print the table, write the results."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", choices=PRESETS, default="tiny")
+    parser.add_argument("--task", choices=("pretrain", "finetune"), default="pretrain")
+    parser.add_argument("--batch", type=int, help="clips per step (default: the preset's)")
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
+    args = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    result = measure(args, device, torch.bfloat16 if device.type == "cuda" else torch.float32)
+    stem = ROOT / "benchmarks/results" / f"train_step_{args.preset}_{args.task}_{device.type}"
+    stem.with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n")
+    stem.with_suffix(".md").write_text(table(result))
+    print0(table(result))
+
+
+if __name__ == "__main__":
+    main()
