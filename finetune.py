@@ -99,9 +99,9 @@ def main(argv: list[str] | None = None) -> None:
     place = dist.setup(args.device, args.deterministic)
     say_versions()
     args.compile = place.device.type == "cuda" if args.compile is None else args.compile
-    model = engine_finetune.build_model(args, place.device)
     train, val, classes = dist.on_rank0(lambda: list_videos(args, checkpoint.known_config(args)))
     print0(f"{len(train[0])} videos to train on, {len(val[0])} to validate on, {len(classes)} classes")
+    model = engine_finetune.build_model(args, place.device)
     config = model.config | {"model": args.model, "mean": VIDEO_MEAN, "std": VIDEO_STD, "classes": classes}
     task = build_task(args, place, train, val, classes)
     (engine_finetune.test if args.eval else engine_finetune.run)(args, place, model, config, task)

@@ -35,7 +35,7 @@ from util.tracking import peak_flops
 PRESETS = {  # model, patch, img_size, decoder (width, depth, heads), batch
     "seed-H": ("huge_patch14", None, 224, (512, 4, 16), 64),
     "L16": ("large_patch16", None, 224, (512, 4, 16), 64),
-    "tiny": ("tiny_patch16", None, 112, (192, 4, 6), 4),
+    "tiny": ("tiny_patch16", None, 160, (192, 4, 6), 2),
 }
 MASK_RATIO = 0.9
 

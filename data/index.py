@@ -230,7 +230,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("videos", help="folder of the videos, searched recursively")
     parser.add_argument("output", help="the manifest to write")
     args = parser.parse_args(argv)
-    _check_folder(args.videos, "the videos'")
+    _check_folder(args.videos, "VIDEOS")
     table = OFFICIAL[args.source](args.annotations, {Path(path).stem: path for path in _walk(args.videos, VIDEO_EXTENSIONS)})
     here, missing = table[table["path"] != ""], table[table["path"] == ""]
     if here.empty:

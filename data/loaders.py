@@ -163,8 +163,8 @@ class EpochSampler(Sampler):
         self.epoch = self.done = 0
         if not self.updates_per_epoch:
             raise UserError(
-                f"{n} videos are fewer than one update takes, {self.per_update} = {batch_size} per process x {accum_iter} "
-                f"accum_iter x {world_size} processes: lower --batch_size_per_gpu or --accum_iter, or add videos"
+                f"{n} samples are fewer than one update takes, {self.per_update} = {batch_size} per process x {accum_iter} "
+                f"accum_iter x {world_size} processes: lower --batch_size_per_gpu or --accum_iter, or add data"
             )
 
     def set_position(self, epoch: int, updates_done: int) -> None:

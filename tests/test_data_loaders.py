@@ -140,7 +140,7 @@ def test_a_sampler_goes_on_where_an_epoch_was_left():
 
 
 def test_a_batch_larger_than_the_dataset_is_named():
-    with pytest.raises(UserError, match="3 videos are fewer than one update takes, 4 ="):
+    with pytest.raises(UserError, match="3 samples are fewer than one update takes, 4 ="):
         EpochSampler(3, 2, 2, 0, 1, 0)
 
 

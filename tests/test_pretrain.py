@@ -179,7 +179,7 @@ def test_a_non_finite_update_is_skipped_on_the_device(videos, tmp_path, monkeypa
         (["--mask_ratio", "1.5"], "mask_ratio 1.5"),
         (["--data_dirs", "/no/such/folder"], "/no/such/folder"),
         (["--data_csv", "/no/such/list.csv"], "/no/such/list.csv"),
-        (["--batch_size_per_gpu", "64"], "8 videos are fewer"),
+        (["--batch_size_per_gpu", "64"], "8 samples are fewer"),
         (["--resume", "/no/such.pth"], "/no/such.pth"),
         (["--data_frac", "0"], "--data_frac"),
         (["--epochs", "0"], "--epochs"),

@@ -1,0 +1,53 @@
+"""Between log lines the host reads no tensor's value: neither the pretraining nor the finetuning step asks for one."""
+
+import argparse
+
+import pytest
+import torch
+from tiny import tiny_mae, tiny_vit
+
+from engine_finetune import Recipe
+from engine_pretrain import micro_step
+from util.optim import finetune_groups, make_optimizer, pretrain_groups, set_learning_rate, update
+
+READS = ("item", "tolist", "numpy", "cpu", "__float__", "__int__", "__index__")
+
+
+def forbid_reads(monkeypatch) -> None:
+    """From here on Tensor.item and its like raise."""
+
+    def refuse(*_, **__):
+        raise AssertionError("the step read a tensor's value")
+
+    for name in READS:
+        monkeypatch.setattr(torch.Tensor, name, refuse)
+    with pytest.raises(AssertionError):
+        torch.ones(()).item()
+
+
+def test_pretraining_step(monkeypatch):
+    model = tiny_mae()
+    optimizer, scaler = make_optimizer(pretrain_groups(model, 0.05), model.parameters(), (0.9, 0.95)), torch.amp.GradScaler("cpu", enabled=False)
+    batch = {"clips": torch.randint(0, 256, (2, 2, 3, 8, 32, 32), dtype=torch.uint8), "noise": torch.rand(2, 2, 64)}
+    forbid_reads(monkeypatch)
+    for mask_type in ("random", "tube", "temporal", "boundary"):
+        args = argparse.Namespace(mask_ratio=0.75, mask_type=mask_type, accum_iter=1)
+        set_learning_rate(optimizer, 1e-3)
+        micro_step(model, batch, scaler, args, torch.float32)
+        norm, skipped = update(optimizer, scaler, 1.0)
+    monkeypatch.undo()
+    assert norm.item() > 0 and skipped.item() == 0
+
+
+def test_finetuning_step(monkeypatch):
+    model = tiny_vit().train()
+    optimizer = make_optimizer(finetune_groups(model, 2, 0.05, 0.8), model.parameters(), (0.9, 0.999))
+    args = argparse.Namespace(mixup=0.0, cutmix=0.0, mixup_prob=1.0, rand_aug=False)
+    recipe = Recipe(args, model.config | {"mean": (0.45,) * 3, "std": (0.225,) * 3}, still_frames=1)
+    batch = {"clips": torch.randint(0, 256, (2, 2, 3, 8, 32, 32), dtype=torch.uint8), "labels": torch.tensor([0, 3])}
+    forbid_reads(monkeypatch)
+    clips, targets = recipe(batch)
+    torch.nn.functional.cross_entropy(model(clips), targets, label_smoothing=0.1).backward()
+    norm, skipped = update(optimizer, torch.amp.GradScaler("cpu", enabled=False), 1.0)
+    monkeypatch.undo()
+    assert norm.item() > 0 and skipped.item() == 0
