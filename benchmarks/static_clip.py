@@ -52,6 +52,7 @@ def main() -> None:
     parser.add_argument("--num_frames", type=int, default=16)
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder of the results (default: %(default)s)")
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
@@ -77,8 +78,7 @@ def main() -> None:
         "torch": torch.__version__, "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine(),
         "cores": len(os.sched_getaffinity(0)), "threads": torch.get_num_threads(), "dtype": "float32",
     }  # fmt: skip
-    folder = Path(__file__).parent / "results"
-    (folder / "static_clip.json").write_text(json.dumps(result, indent=2) + "\n")
+    (args.out / "static_clip.json").write_text(json.dumps(result, indent=2) + "\n")
     cells = [(part, *result[part].values()) for part in ("embedding", "step")]
     rows = "".join("| " + " | ".join(map(str, row)) + " |\n" for row in cells)
     table = (
@@ -86,7 +86,7 @@ def main() -> None:
         f"{result['cores']} cores, {result['threads']} threads, torch {torch.__version__}, medians of {args.rounds}\n\n"
         f"| | exact (ms) | folded (ms) | exact / folded |\n| --- | --- | --- | --- |\n{rows}"
     )
-    (folder / "static_clip.md").write_text(table)
+    (args.out / "static_clip.md").write_text(table)
     print0(table)
 
 

@@ -55,29 +55,28 @@ def count_syncs(step, device: torch.device) -> int:
     return sum(event.count for event in profile.key_averages() if event.key in reads)
 
 
-def build(args, kind: str, attn: str, device: torch.device) -> torch.nn.Module:
-    """One of the models, from the same random weights. kind: ours, plain (softmax written out) or plain-sdpa."""
+def build(args, kind: str, attn: str, device: torch.device, base: torch.nn.Module | None) -> torch.nn.Module:
+    """One of the models; all share the parameters of `base`, the first. kind: ours, plain (softmax written out) or plain-sdpa."""
     name, patch, img_size, (width, depth, heads), _ = PRESETS[args.preset]
     torch.manual_seed(0)
     shared = named_size(f"vit_{name}", patch) | {"img_size": img_size, "num_frames": 16, "t_patch_size": 2}
-    if args.task == "pretrain":
-        ours = MaskedAutoencoderViT(**shared, decoder_embed_dim=width, decoder_depth=depth, decoder_num_heads=heads, pred_t_dim=16, attn=attn)
-    else:
-        ours = VisionTransformer(**shared, num_classes=700, drop_path_rate=0.0, dropout=0.0, attn=attn)
-    if kind == "ours":
-        return ours.to(device)
-    plain = (PlainMAE if args.task == "pretrain" else PlainViT)(ours.config, sdpa=kind == "plain-sdpa")
-    plain.load_state_dict(ours.state_dict())
-    return plain.to(device)
+    with torch.device(device if base is None else "meta"):
+        if args.task == "pretrain":
+            model = MaskedAutoencoderViT(**shared, decoder_embed_dim=width, decoder_depth=depth, decoder_num_heads=heads, pred_t_dim=16, attn=attn)
+        else:
+            model = VisionTransformer(**shared, num_classes=700, drop_path_rate=0.0, dropout=0.0, attn=attn)
+        if kind != "ours":
+            model = (PlainMAE if args.task == "pretrain" else PlainViT)(model.config, sdpa=kind == "plain-sdpa")
+    if base is not None:
+        model.load_state_dict(base.state_dict(keep_vars=True), assign=True)
+    return model.train()
 
 
 class Variant:
-    """A model, its optimizer, and how to take a step with it."""
+    """A model, the optimizer of the parameters that all share, and how to take a step with it."""
 
-    def __init__(self, args, kind: str, attn: str, compiled: bool, device: torch.device, dtype: torch.dtype):
-        self.args, self.kind, self.device, self.dtype = args, kind, device, dtype
-        self.model = build(args, kind, attn, device).train()
-        self.optimizer = make_optimizer(pretrain_groups(self.model, 0.05), self.model.parameters(), (0.9, 0.95))
+    def __init__(self, args, kind: str, model: torch.nn.Module, optimizer, compiled: bool, device: torch.device, dtype: torch.dtype):
+        self.args, self.kind, self.device, self.dtype, self.model, self.optimizer = args, kind, device, dtype, model, optimizer
         self.scaler = torch.amp.GradScaler(device.type, enabled=False)
         self.times, self.compile_s = [], None
         if compiled and kind == "ours":
@@ -114,16 +113,30 @@ def check_equal(variants: dict[str, Variant], clips, noise, tolerance: float) ->
     for name, variant in variants.items():
         loss = variant.loss(clips, noise)
         loss.backward()
-        gradients = {key: parameter.grad for key, parameter in variant.model.named_parameters()}
+        parameters = dict(variant.model.named_parameters())
         if reference is None:
+            gradients = {key: parameter.grad.clone() for key, parameter in parameters.items()}
             reference = loss.item(), gradients, max(gradient.abs().max() for gradient in gradients.values())
-        off = max(((gradients[key] - reference[1][key]).abs().max() / reference[2]).item() for key in gradients)
+        off = max(((parameters[key].grad - reference[1][key]).abs().max() / reference[2]).item() for key in parameters)
         differences[name] = max(off, abs(loss.item() - reference[0]) / abs(reference[0]))
         assert differences[name] < tolerance, (name, differences[name])
-        if gradients is not reference[1]:
-            variant.model.zero_grad()
-    next(iter(variants.values())).model.zero_grad()
+        variant.model.zero_grad()
     return differences
+
+
+def first_calls(variants: dict[str, Variant], clips, noise) -> dict[str, str]:
+    """Compile and warm up; takes out the variants that cannot run here, and returns why."""
+    impossible = {}
+    for name, variant in list(variants.items()):
+        start = time.perf_counter()
+        try:
+            variant.loss(clips, noise).backward()
+        except RuntimeError as error:  # out of memory, or a backend that does not take these tensors
+            impossible[name] = str(error).splitlines()[0][:120]
+            del variants[name]
+        variant.model.zero_grad()
+        variant.compile_s = time.perf_counter() - start
+    return impossible
 
 
 def ceiling(device: torch.device, dtype: torch.dtype) -> float:
@@ -154,15 +167,13 @@ def kinds_to_run(args, device: torch.device) -> list[tuple[str, str, str, bool]]
 def measure(args, device: torch.device, dtype: torch.dtype) -> dict:
     """Everything that goes into the table."""
     batch = args.batch or PRESETS[args.preset][4]
-    variants = {row[0]: Variant(args, *row[1:], device, dtype) for row in kinds_to_run(args, device)}
-    first = variants["ours"].model
+    first = build(args, "ours", "auto", device, None)
+    optimizer = make_optimizer(pretrain_groups(first, 0.05), first.parameters(), (0.9, 0.95))
+    variants = {name: Variant(args, kind, build(args, kind, attn, device, first), optimizer, compiled, device, dtype)
+                for name, kind, attn, compiled in kinds_to_run(args, device)}  # fmt: skip
     clips = torch.randint(0, 256, (batch, 3, 16, first.config["img_size"], first.config["img_size"]), dtype=torch.uint8, device=device)
     noise = torch.rand(batch, first.num_tokens, device=device)
-    for variant in variants.values():
-        start = time.perf_counter()
-        variant.loss(clips, noise).backward()
-        variant.model.zero_grad()
-        variant.compile_s = time.perf_counter() - start
+    impossible = first_calls(variants, clips, noise)
     differences = check_equal(variants, clips, noise, 1e-3 if dtype == torch.float32 else 5e-2)
     peaks = {}
     for turn in range(10 + args.rounds):
@@ -189,6 +200,7 @@ def measure(args, device: torch.device, dtype: torch.dtype) -> dict:
         })  # fmt: skip
     return {
         "preset": args.preset, "task": args.task, "batch": batch, "rounds": args.rounds, "gflop_per_step": flops / 1e9, "rows": rows,
+        "impossible": impossible,
         "ceiling_tflops": measured / 1e12, "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu", "dtype": str(dtype),
         "cores": len(os.sched_getaffinity(0)), "threads": torch.get_num_threads(), "torch": torch.__version__,
     }  # fmt: skip
@@ -213,7 +225,8 @@ def table(result: dict) -> str:
             f"| {row['clips_per_s']:.2f} | {cell(row['mfu_datasheet'], '.1%')} | {cell(row['mfu_measured'], '.1%')} "
             f"| {cell(row['peak_gib'], '.1f')} | {row['syncs']} | {row['first_call_s']:.1f} |"
         )
-    return "\n".join(lines) + "\n"
+    lines += ["", *(f"{name}: cannot run here ({reason})" for name, reason in result["impossible"].items())]
+    return "\n".join(lines).rstrip() + "\n"
 
 
 def main() -> None:
@@ -224,10 +237,11 @@ def main() -> None:
     parser.add_argument("--batch", type=int, help="clips per step (default: the preset's)")
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder of the results (default: %(default)s)")
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     result = measure(args, device, torch.bfloat16 if device.type == "cuda" else torch.float32)
-    stem = ROOT / "benchmarks/results" / f"train_step_{args.preset}_{args.task}_{device.type}"
+    stem = args.out / f"train_step_{args.preset}_{args.task}_{device.type}"
     stem.with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n")
     stem.with_suffix(".md").write_text(table(result))
     print0(table(result))

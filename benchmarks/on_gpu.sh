@@ -1,0 +1,28 @@
+#!/usr/bin/env bash
+# Everything to measure on a GPU machine, most important first, in at most nine minutes; results are written as they come.
+#   benchmarks/on_gpu.sh [--dry-run]      PYTHON=... picks the interpreter; --dry-run: tiny sizes, any machine
+set -u
+cd "$(dirname "$0")/.."
+PYTHON="${PYTHON:-python}"
+preset=seed-H small="" image="" out=benchmarks/results model="--model mae_vit_base_patch16 --batch_size_per_gpu 8"
+if [ "${1:-}" = --dry-run ]; then
+    preset=tiny small=--small image="--img_size 64" out=$(mktemp -d)
+    model="--model mae_vit_micro_patch16 --img_size 32 --short_side 64 --batch_size_per_gpu 2"
+fi
+log="$out/on_gpu.log"
+: > "$log"
+failed=0
+part() {  # seconds, command
+    echo "== ${*:2}" | tee -a "$log"
+    timeout "$1" "${@:2}" 2>&1 | tee -a "$log"
+    [ "${PIPESTATUS[0]}" = 0 ] || { echo "== FAILED: ${*:2}" | tee -a "$log"; failed=1; }
+}
+run=$(mktemp -d)
+part 90 "$PYTHON" -m pytest -q -m gpu
+part 60 "$PYTHON" benchmarks/attention.py $small --rounds 20 --out "$out"
+part 210 "$PYTHON" benchmarks/train_step.py --preset "$preset" --rounds 15 --out "$out"
+part 120 "$PYTHON" pretrain.py --data_dirs samples/videos/train --output_dir "$run" --datafile_dir "$run" $model --repeat_aug 4 --max_steps 100 --recon_every 0
+part 60 "$PYTHON" benchmarks/static_clip.py --rounds 5 --batch 1 $image --out "$out"
+rm -rf "$run"
+echo "log: $log"
+exit $failed

@@ -1,0 +1,89 @@
+"""What only a GPU can show: equality with the CPU, precision, compilation, no synchronisation in the step, exact repetition."""
+
+import argparse
+import warnings
+
+import pytest
+import torch
+from tiny import clips_and_noise, tiny_mae, tiny_vit
+
+import models_vit
+from data.loaders import on_device
+from engine_pretrain import micro_step
+from models_vit import ATTENTION
+from util.optim import make_optimizer, pretrain_groups, set_learning_rate, update
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+CUDA = torch.device("cuda")
+
+
+def gradients(model, clips, noise) -> list[torch.Tensor]:
+    """All gradients of one masked reconstruction, on the CPU."""
+    model.zero_grad()
+    model(clips, 0.75, noise=noise)[0].backward()
+    return [parameter.grad.float().cpu() for parameter in model.parameters()]
+
+
+@pytest.mark.parametrize("attn", list(ATTENTION))
+def test_every_backend_agrees_with_the_cpu(attn):
+    clips, noise = clips_and_noise()
+    expected = gradients(tiny_mae(), clips, noise)
+    largest = max(gradient.abs().max() for gradient in expected)
+    with torch.autocast("cuda", torch.bfloat16):
+        ours = gradients(tiny_mae(attn=attn).to(CUDA), clips.to(CUDA), noise.to(CUDA))
+    assert max((a - b).abs().max() for a, b in zip(ours, expected, strict=True)) < 0.05 * largest
+
+
+@pytest.mark.skipif(models_vit.flash_attn_qkvpacked_func is None, reason="the flash-attn package is not installed")
+def test_the_flash_attn_package_agrees_with_sdpa():
+    qkv = torch.randn(2, 65, 3, 4, 32, device=CUDA, dtype=torch.bfloat16)
+    torch.testing.assert_close(models_vit.attend(qkv, "flash_attn"), models_vit.attend(qkv, "math"), atol=2e-2, rtol=2e-2)
+
+
+def test_compiled_in_bf16_is_close_to_eager_in_fp32():
+    clips, noise = (tensor.to(CUDA) for tensor in clips_and_noise())
+    plain, compiled = tiny_mae().to(CUDA), tiny_mae().to(CUDA)
+    compiled.compile_parts()
+    with torch.autocast("cuda", torch.bfloat16):
+        loss = compiled(clips, 0.75, noise=noise)[0]
+    assert loss.item() == pytest.approx(plain(clips, 0.75, noise=noise)[0].item(), rel=2e-2)
+
+
+def test_the_step_does_not_synchronise():
+    model = tiny_mae().to(CUDA)
+    optimizer, scaler = make_optimizer(pretrain_groups(model, 0.05), model.parameters(), (0.9, 0.95)), torch.amp.GradScaler("cuda", enabled=False)
+    batch = {"clips": torch.randint(0, 256, (2, 2, 3, 8, 32, 32), dtype=torch.uint8), "noise": torch.rand(2, 2, 64)}
+    batch = {key: value.pin_memory() for key, value in batch.items()}
+    args = argparse.Namespace(mask_ratio=0.75, mask_type="random", accum_iter=1)
+
+    def steps() -> None:
+        for moved in on_device([batch] * 3, CUDA):
+            set_learning_rate(optimizer, 1e-3)
+            micro_step(model, moved, scaler, args, torch.bfloat16)
+            update(optimizer, scaler, 1.0)
+
+    steps()
+    torch.cuda.set_sync_debug_mode("warn")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        steps()
+    torch.cuda.set_sync_debug_mode("default")
+    assert [str(warning.message) for warning in caught if "synchroniz" in str(warning.message)] == []
+
+
+def test_deterministic_kernels_repeat_bit_by_bit(monkeypatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    clips, noise = (tensor.to(CUDA) for tensor in clips_and_noise())
+    torch.use_deterministic_algorithms(True)
+    try:
+        with torch.autocast("cuda", torch.bfloat16):
+            first, second = (gradients(tiny_mae().to(CUDA), clips, noise) for _ in range(2))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_a_static_clip_on_the_gpu():
+    model = tiny_vit().to(CUDA).eval()
+    image = torch.randn(2, 3, 1, 32, 32, device=CUDA)
+    torch.testing.assert_close(model(image), model(image.expand(-1, -1, 8, -1, -1)), atol=1e-4, rtol=1e-4)
