@@ -1,12 +1,14 @@
 #!/usr/bin/env bash
 # Everything to measure on a GPU machine, most important first, in at most nine minutes; results are written as they come.
-#   benchmarks/on_gpu.sh [--dry-run]      PYTHON=... picks the interpreter; --dry-run: tiny sizes, any machine
+#   benchmarks/on_gpu.sh             PYTHON=... picks the interpreter
+#   benchmarks/on_gpu.sh --curves    the second call: time per clip over batch, mask ratio and frames
+#   benchmarks/on_gpu.sh --dry-run   both with tiny sizes, on any machine
 set -u
 cd "$(dirname "$0")/.."
 PYTHON="${PYTHON:-python}"
-preset=seed-H small="" image="" out=benchmarks/results model="--model mae_vit_base_patch16 --batch_size_per_gpu 8"
+preset=seed-H small="" short="" image="" out=benchmarks/results model="--model mae_vit_base_patch16 --batch_size_per_gpu 8"
 if [ "${1:-}" = --dry-run ]; then
-    preset=tiny small=--small image="--img_size 64" out=$(mktemp -d)
+    preset=tiny small=--small short="--no-compile --max_batch 2" image="--img_size 64" out=$(mktemp -d)
     model="--model mae_vit_micro_patch16 --img_size 32 --short_side 64 --batch_size_per_gpu 2"
 fi
 log="$out/on_gpu.log"
@@ -18,6 +20,10 @@ part() {  # seconds, command
     [ "${PIPESTATUS[0]}" = 0 ] || { echo "== FAILED: ${*:2}" | tee -a "$log"; failed=1; }
 }
 run=$(mktemp -d)
+if [ "${1:-}" = --curves ] || [ "${1:-}" = --dry-run ]; then
+    part 500 "$PYTHON" benchmarks/train_step.py --preset "$preset" --curves --rounds 5 $short --out "$out"
+    [ "${1:-}" = --dry-run ] || exit $failed
+fi
 part 90 "$PYTHON" -m pytest -q -m gpu
 part 60 "$PYTHON" benchmarks/attention.py $small --rounds 20 --out "$out"
 part 210 "$PYTHON" benchmarks/train_step.py --preset "$preset" --rounds 15 --out "$out"

@@ -3,6 +3,7 @@
     python benchmarks/train_step.py --preset tiny               # a CPU or any GPU
     python benchmarks/train_step.py --preset seed-H             # one big GPU: ViT-H/14, 16 x 224², 64 clips, bf16
     python benchmarks/train_step.py --preset tiny --task finetune --no-compile
+    python benchmarks/train_step.py --preset tiny --curves --no-compile --max_batch 8 --rounds 5
 
 A step is: uint8 clips on the device -> normalise -> forward -> backward -> clip -> fused AdamW, the same for all. Losses and gradients
 are compared first; then the variants take turns (A B C A B C ...), medians over --rounds after ten warm-up rounds. MFU: counted FLOPs over the
@@ -19,6 +20,7 @@ import warnings
 from pathlib import Path
 
 import torch
+from PIL import Image, ImageDraw
 
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
@@ -78,7 +80,7 @@ class Variant:
     def __init__(self, args, kind: str, model: torch.nn.Module, optimizer, compiled: bool, device: torch.device, dtype: torch.dtype):
         self.args, self.kind, self.device, self.dtype, self.model, self.optimizer = args, kind, device, dtype, model, optimizer
         self.scaler = torch.amp.GradScaler(device.type, enabled=False)
-        self.times, self.compile_s = [], None
+        self.times, self.compile_s, self.mask_ratio = [], None, MASK_RATIO
         if compiled and kind == "ours":
             self.model.compile_parts()
         elif compiled:
@@ -90,7 +92,7 @@ class Variant:
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             if self.args.task == "finetune":
                 return self.model(clips).float().logsumexp(1).mean()
-            return self.model(clips, MASK_RATIO, noise=noise)[0] if self.kind == "ours" else self.model(clips, noise, MASK_RATIO)
+            return self.model(clips, self.mask_ratio, noise=noise)[0] if self.kind == "ours" else self.model(clips, noise, self.mask_ratio)
 
     def step(self, clips: torch.Tensor, noise: torch.Tensor) -> None:
         """One update."""
@@ -206,6 +208,69 @@ def measure(args, device: torch.device, dtype: torch.dtype) -> dict:
     }  # fmt: skip
 
 
+CURVES = {"batch": (1, 2, 4, 8, 16, 32, 64, 128), "mask_ratio": (0.5, 0.75, 0.9, 0.95), "frames": (8, 16, 32, 64)}
+
+
+def curve_point(args, device: torch.device, dtype: torch.dtype, batch: int, mask_ratio: float, frames: int) -> dict:
+    """Median ms per clip of our pretraining step at one setting, and the FLOPs of it; ms None: out of memory."""
+    name, patch, img_size, (width, depth, heads), _ = PRESETS[args.preset]
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = MaskedAutoencoderViT(**named_size(f"vit_{name}", patch), img_size=img_size, num_frames=frames, t_patch_size=2,
+                                     decoder_embed_dim=width, decoder_depth=depth, decoder_num_heads=heads, pred_t_dim=frames)  # fmt: skip
+        clips = torch.randint(0, 256, (batch, 3, frames, img_size, img_size), dtype=torch.uint8)
+        noise = torch.rand(batch, model.num_tokens)
+    optimizer = make_optimizer(pretrain_groups(model, 0.05), model.parameters(), (0.9, 0.95))
+    if args.compile:
+        model.compile_parts()
+    variant = Variant(args, "ours", model.train(), optimizer, False, device, dtype)
+    variant.mask_ratio = mask_ratio
+    point = {"batch": batch, "mask_ratio": mask_ratio, "frames": frames, "gflop": model.flops_per_clip(mask_ratio, "random") / 1e9}
+    try:
+        times = [variant.timed(clips, noise) for _ in range(3 + args.rounds)][3:]
+    except torch.OutOfMemoryError:
+        return point | {"ms": None}
+    return point | {"ms": statistics.median(times) * 1000 / batch}
+
+
+def curves(args, device: torch.device, dtype: torch.dtype) -> dict[str, list[dict]]:
+    """Time per clip over batch, mask ratio and frames, each with the others at the preset's values."""
+    centre = {"batch": args.batch or PRESETS[args.preset][4], "mask_ratio": MASK_RATIO, "frames": 16}
+    points = {}
+    for axis, values in CURVES.items():
+        points[axis] = []
+        for value in values:
+            if axis != "batch" or value <= args.max_batch:
+                points[axis].append(curve_point(args, device, dtype, **centre | {axis: value}))
+                print0(points[axis][-1])
+    return points
+
+
+def curves_picture(points: dict[str, list[dict]]) -> Image.Image:
+    """One panel per axis: measured ms per clip (blue) and the FLOP prediction through the point in the middle (grey), from zero."""
+    picture = Image.new("RGB", (340 * len(points), 300), "white")
+    draw = ImageDraw.Draw(picture)
+    for panel, (axis, row) in enumerate(points.items()):
+        row = [point for point in row if point["ms"] is not None]
+        anchor = row[len(row) // 2]
+        predicted = [anchor["ms"] * point["gflop"] / anchor["gflop"] for point in row]
+        top = 1.1 * max(max(point["ms"] for point in row), *predicted)
+        left, right, low = 340 * panel + 60, 340 * panel + 320, 250
+        across = [left + (right - left) * number / max(len(row) - 1, 1) for number in range(len(row))]
+        draw.line([(left, 20), (left, low), (right, low)], fill="black")
+        draw.text((left - 6, 20), f"{top:.3g}", fill="black", anchor="rm")
+        draw.text((left - 6, low), "0 ms/clip", fill="black", anchor="rm")
+        for values, colour in ((predicted, "grey"), ([point["ms"] for point in row], "blue")):
+            line = [(x, low - (low - 20) * value / top) for x, value in zip(across, values, strict=True)]
+            draw.line(line, fill=colour, width=2)
+            for x, y in line:
+                draw.ellipse((x - 3, y - 3, x + 3, y + 3), fill=colour)
+        for x, point in zip(across, row, strict=True):
+            draw.text((x, low + 12), str(point[axis]), fill="black", anchor="mm")
+        draw.text(((left + right) / 2, 284), f"{axis}: measured (blue), by FLOPs (grey)", fill="black", anchor="mm")
+    return picture
+
+
 def table(result: dict) -> str:
     """The result as Markdown."""
     def cell(value, form):
@@ -236,11 +301,21 @@ def main() -> None:
     parser.add_argument("--task", choices=("pretrain", "finetune"), default="pretrain")
     parser.add_argument("--batch", type=int, help="clips per step (default: the preset's)")
     parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--curves", action="store_true", help="time per clip over batch, mask ratio and frames instead, and a PNG")
+    parser.add_argument("--max_batch", type=int, default=128, help="largest batch of the curve (default: %(default)s)")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder of the results (default: %(default)s)")
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    result = measure(args, device, torch.bfloat16 if device.type == "cuda" else torch.float32)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    if args.curves:
+        stem, points = args.out / f"curves_{args.preset}_{device.type}", curves(args, device, dtype)
+        about = {"device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu", "cores": len(os.sched_getaffinity(0)),
+                 "threads": torch.get_num_threads(), "torch": torch.__version__, "dtype": str(dtype), "rounds": args.rounds}  # fmt: skip
+        stem.with_suffix(".json").write_text(json.dumps(about | {"points": points}, indent=2) + "\n")
+        curves_picture(points).save(stem.with_suffix(".png"))
+        return
+    result = measure(args, device, dtype)
     stem = args.out / f"train_step_{args.preset}_{args.task}_{device.type}"
     stem.with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n")
     stem.with_suffix(".md").write_text(table(result))

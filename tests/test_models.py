@@ -201,6 +201,7 @@ def test_flash_attn_branch_gets_the_packed_product(monkeypatch):
     seen = []
 
     def stand_in(qkv, deterministic=False):  # the package's signature: (B, N, 3, A, K) -> (B, N, A, K), half precision only
+        assert qkv.dtype in (torch.float16, torch.bfloat16)
         seen.append((tuple(qkv.shape), qkv.dtype))
         q, k, v = qkv.transpose(1, 3).unbind(2)
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
@@ -210,6 +211,9 @@ def test_flash_attn_branch_gets_the_packed_product(monkeypatch):
     layer, x = models_vit.Attention(64, 4, True, "auto"), torch.randn(2, 9, 64)
     with torch.autocast("cpu", torch.bfloat16):
         ours = layer(x)
+    (gradient,) = torch.autograd.grad(ours.float().square().sum(), layer.q.weight)
     assert seen == [((2, 9, 3, 4, 16), torch.bfloat16)]
     monkeypatch.undo()
     torch.testing.assert_close(ours.float(), layer(x), rtol=0.05, atol=0.02)
+    (expected,) = torch.autograd.grad(layer(x).square().sum(), layer.q.weight)
+    assert (gradient - expected).abs().max() <= 0.05 * expected.abs().max()
