@@ -30,9 +30,8 @@ from plain_model import PlainMAE, PlainViT
 from data.transforms import VIDEO_MEAN, VIDEO_STD, normalize
 from models_mae import MaskedAutoencoderViT
 from models_vit import ATTENTION, VisionTransformer, flash_attn_qkvpacked_func, named_size
-from util.dist import print0
+from util.dist import peak_flops, print0
 from util.optim import make_optimizer, pretrain_groups, update
-from util.tracking import peak_flops
 
 PRESETS = {  # model, patch, img_size, decoder (width, depth, heads), batch
     "seed-H": ("huge_patch14", None, 224, (512, 4, 16), 64),
@@ -182,10 +181,9 @@ def measure(args, device: torch.device, dtype: torch.dtype) -> dict:
         for name, variant in variants.items():
             if device.type == "cuda" and turn == 0:
                 torch.cuda.reset_peak_memory_stats()
-                base = torch.cuda.memory_allocated()
             elapsed = variant.timed(clips, noise)
             if device.type == "cuda" and turn == 0:
-                peaks[name] = (torch.cuda.max_memory_allocated() - base) / 2**30
+                peaks[name] = torch.cuda.max_memory_allocated() / 2**30  # weights and moments included
             if turn >= 10:
                 variant.times.append(elapsed)
     flops = batch * (first.flops_per_clip(MASK_RATIO, "random") if args.task == "pretrain" else first.flops_per_clip())

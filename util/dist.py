@@ -12,6 +12,8 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
+PEAK_TFLOPS = {"H200": 989, "H100": 989, "A100": 312}  # dense bf16 or fp16, from the datasheets of the SXM boards
+
 
 class UserError(Exception):
     """Bad input. The message is one line: what is wrong, with its value, and what to do about it.
@@ -127,6 +129,14 @@ def setup(device: str | None, deterministic: bool = False) -> Place:
             timeout=timedelta(minutes=10),
         )
     return Place(place, rank(), world_size, local_rank, local_world_size())
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """What this device could do per second by its datasheet, or None where that is not known."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak * 1e12 for part, peak in PEAK_TFLOPS.items() if part in name and "PCIe" not in name), None)
 
 
 def wrap(model: torch.nn.Module, place: Place, static_graph: bool) -> torch.nn.Module:

@@ -9,23 +9,12 @@ import time
 from datetime import timedelta
 from pathlib import Path
 
-import pandas as pd
 import torch
 import torchvision
 from torch import Tensor
 
-from util.dist import UserError, gather_objects, print0, rank, world_size
+from util.dist import UserError, gather_objects, peak_flops, print0, rank, world_size
 from util.optim import Plan
-
-PEAK_TFLOPS = {"H200": 989, "H100": 989, "A100": 312}  # dense bf16 or fp16, from the datasheets of the SXM boards
-
-
-def peak_flops(device: torch.device) -> float | None:
-    """What this device could do per second by its datasheet, or None where that is not known."""
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak * 1e12 for part, peak in PEAK_TFLOPS.items() if part in name and "PCIe" not in name), None)
 
 
 class StallClock:
@@ -143,6 +132,8 @@ class Run:
     def table(self, name: str, columns: dict[str, list]) -> None:
         """Save a table as {prefix}_{name}.csv."""
         if rank() == 0:
+            import pandas as pd  # here, so that a machine without it can train and measure
+
             pd.DataFrame(columns).to_csv(self.folder / f"{self.prefix}_{name}.csv", index=False)
 
     def check_streak(self, limit: int, step: int) -> None:
