@@ -6,12 +6,12 @@
 set -u
 cd "$(dirname "$0")/.."
 PYTHON="${PYTHON:-python}"
-preset=seed-H small="" short="" image="" out=benchmarks/results model="--model mae_vit_base_patch16 --batch_size_per_gpu 8"
+preset=seed-H frames=300 small="" short="" image="" out=benchmarks/results model="--model mae_vit_base_patch16 --batch_size_per_gpu 8"
 if [ "${1:-}" = --dry-run ]; then
-    preset=tiny small=--small short="--no-compile --max_batch 2" image="--img_size 64" out=$(mktemp -d)
+    preset=tiny frames=40 small=--small short="--no-compile --max_batch 2" image="--img_size 64" out=$(mktemp -d)
     model="--model mae_vit_micro_patch16 --img_size 32 --short_side 64 --batch_size_per_gpu 2"
 fi
-log="$out/on_gpu.log"
+log="$out/on_gpu${1:-}.log"
 : > "$log"
 failed=0
 part() {  # seconds, command
@@ -28,7 +28,9 @@ part 90 "$PYTHON" -m pytest -q -m gpu tests/test_gpu.py
 part 60 "$PYTHON" benchmarks/attention.py $small --rounds 20 --out "$out"
 part 210 "$PYTHON" benchmarks/train_step.py --preset "$preset" --rounds 15 --out "$out"
 if "$PYTHON" -c "import av, tensorboard, pandas"; then
-    part 120 "$PYTHON" pretrain.py --data_dirs samples/videos/train --output_dir "$run" --datafile_dir "$run" $model --repeat_aug 4 --max_steps 100 --recon_every 0
+    "$PYTHON" -c "import sys; sys.path.insert(0, 'tests'); from pathlib import Path; from make_videos import write_video
+for number in range(16): write_video(Path('$run', f'{number}.mp4'), frames=$frames, size=(340, 256), gop=250)"
+    part 120 "$PYTHON" pretrain.py --data_dirs "$run" --output_dir "$run" --datafile_dir "$run" $model --repeat_aug 4 --max_steps 100 --recon_every 0
 else
     echo "== pretrain.py not measured: it needs av, tensorboard, pandas" | tee -a "$log"
 fi
