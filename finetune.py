@@ -12,6 +12,7 @@ The same command continues an interrupted run (--resume auto).
 from pathlib import Path
 
 import engine_finetune
+from data import probe
 from data.index import VIDEO_EXTENSIONS, check_classes, class_numbers, find_labelled, read_manifest, write_classes, write_manifest
 from data.loaders import ClipDataset, ViewDataset, eval_feed, train_feed
 from data.transforms import VIDEO_MEAN, VIDEO_STD, train_transform, view_transform
@@ -68,8 +69,9 @@ def list_videos(args, known: dict | None) -> tuple[tuple[list[str], list[int]], 
     else:
         train, val = labelled(args.train_dir, args.train_csv, "train"), labelled(args.val_dir, args.val_csv, "val")
         classes = check_classes(train[1], val[1], args.num_classes, val_source)
-        write_manifest(lists["train"], *train)
-        write_manifest(lists["val"], *val)
+        for kind, videos, source in (("train", train, args.train_csv), ("val", val, args.val_csv)):
+            write_manifest(lists[kind], *videos)
+            probe.carry_over(source, lists[kind], videos[0])
         write_classes(Path(args.datafile_dir, f"{args.save_prefix}_classes.json"), classes)
     train, val = ((paths, class_numbers(labels, classes, val_source)) for paths, labels in (train, val))
     return train, val, classes
@@ -79,8 +81,10 @@ def build_task(args, place: dist.Place, train, val, classes: list[str]) -> Task:
     """Loaders of the training and validation videos."""
     shared = {"num_frames": args.num_frames, "sampling_rate": args.sampling_rate, "target_fps": args.target_fps, "decoder": args.decoder,
               "short_side": args.short_side or max(256, -(-args.img_size * 256 // 224))}  # fmt: skip
+    known = {kind: args.val_csv if args.eval else Path(args.datafile_dir, f"{args.save_prefix}_{kind}.csv") for kind in ("train", "val")}
     clips, crops = (args.test_num_clips, args.test_num_crops) if args.eval else (1, 1)
-    views = ViewDataset(paths=val[0], labels=val[1], num_views=clips, transform=view_transform(args.img_size, crops), **shared)
+    views = ViewDataset(paths=val[0], labels=val[1], num_views=clips, transform=view_transform(args.img_size, crops),
+                        rows=probe.load(known["val"], val[0]), **shared)  # fmt: skip
     val_batches = eval_feed(views, max(1, args.batch_size_per_gpu // (clips * crops)), args, place)
     task = Task(classes, val[0], val_batches, clips * crops)
     if args.eval:
@@ -88,7 +92,8 @@ def build_task(args, place: dist.Place, train, val, classes: list[str]) -> Task:
     transform = train_transform(args.img_size, args.jitter_scales_relative, args.jitter_aspect_relative, args.flip, args.color_jitter,
                                 flags.augmentation(args))  # fmt: skip
     dataset = ClipDataset(paths=train[0], labels=train[1], repeat_aug=args.repeat_aug, repeat_windows=args.repeat_windows,
-                          transform=transform, seed=args.seed, noise_tokens=0, **shared)  # fmt: skip
+                          transform=transform, seed=args.seed, noise_tokens=0,
+                          rows=probe.load(known["train"], train[0]), **shared)  # fmt: skip
     updates_per_epoch, train_batches = train_feed(dataset, args, place)
     return task._replace(train_size=len(dataset), updates_per_epoch=updates_per_epoch, train_batches=train_batches, repeats=args.repeat_aug)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from data import probe
 from data.index import find_videos, keep_fraction, read_manifest, write_manifest
 from data.loaders import ClipDataset, train_feed
 from data.transforms import VIDEO_MEAN, VIDEO_STD, sample_seed, train_transform
@@ -60,6 +61,7 @@ def list_videos(args, resuming: bool) -> list[str]:
         paths = read_manifest(args.data_csv)[0] if args.data_csv else find_videos(args.data_dirs)
         kept = keep_fraction(paths, args.data_frac)
         write_manifest(manifest, kept)
+        probe.carry_over(args.data_csv, manifest, kept)
         print0(f"{len(kept)} of {len(paths)} videos, listed in {manifest}")
 
     dist.on_rank0(write)
@@ -97,6 +99,7 @@ def build_data(args, paths: list[str], num_tokens: int) -> ClipDataset:
         repeat_aug=args.repeat_aug, repeat_windows=args.repeat_windows, decoder=args.decoder, seed=args.seed, noise_tokens=num_tokens,
         transform=train_transform(args.img_size, args.jitter_scales_relative, args.jitter_aspect_relative, args.flip, args.color_jitter),
         short_side=args.short_side or max(256, -(-args.img_size * 256 // 224)),
+        rows=probe.load(Path(args.datafile_dir, f"{args.save_prefix}_train.csv"), paths),
     )  # fmt: skip
 
 

@@ -1,13 +1,16 @@
-"""Reading frames of video files, and images. The only file that knows a decoder: decord, or PyAV where decord cannot; Pillow.
+"""Reading frames of video files, and images. The only file that knows a decoder: decord, or PyAV; Pillow for images.
 
     with open_video(path, decoder="decord", short_side=256) as video:
         frames = video.read(frame_indices(video.num_frames, video.fps, num_frames=16, sampling_rate=4, start=0.5))
 
-Frames are numbered in the order of display; `num_frames` counts the video packets in the file, for both decoders alike.
+A backend is a class with num_frames, fps, seek and read. Frames are numbered in the order of display; their number and rate
+come from `describe`, for both backends alike: what the file's own table lists, or else the video packets in it.
 """
 
 import os
 import stat
+from itertools import islice
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -19,6 +22,18 @@ HIGHEST_FPS = 240  # some containers claim 1000; a rate above this, or none, is 
 
 class ReadError(Exception):
     """A video or image that cannot be read; the message is one line of reason."""
+
+
+class VideoInfo(NamedTuple):
+    """What is known of a video file without decoding more than its first frame."""
+
+    frames: int
+    fps: float  # mean rate; 30 where the container's cannot be
+    width: int  # of the picture as shown, pixels
+    height: int
+    rotation: int  # degrees, already in width and height
+    key_distance: float  # mean distance of key frames, frames
+    codec: str
 
 
 def frame_indices(available: int, fps: float, *, num_frames: int, sampling_rate: int, start: float, target_fps: float = 30) -> np.ndarray:
@@ -61,18 +76,28 @@ def checked_path(path: str) -> str:
     return path
 
 
-def open_video(path: str, decoder: str = "decord", short_side: int | None = None) -> "DecordVideo | PyAVVideo":
+def open_video(path: str, decoder: str = "decord", short_side: int | None = None, info: VideoInfo | None = None) -> "DecordVideo | PyAVVideo":
     """Open a video file for `read`. What decord cannot open goes to PyAV.
 
-    short_side: frames are reduced to it (pixels), never enlarged. Raises ReadError for anything that is no readable video.
+    short_side: frames are reduced to it (pixels), never enlarged. info: what `describe` said of this file, if it was asked
+    before. Raises ReadError for anything that is no readable video.
     """
     path = checked_path(path)
     if decoder == "decord" and decord_installed():
         try:
-            return DecordVideo(path, short_side)
+            return DecordVideo(path, short_side, info)
         except ReadError:
             pass  # PyAV reads more formats, and gives the reason if it cannot either
-    return PyAVVideo(path, short_side)
+    return PyAVVideo(path, short_side, info)
+
+
+def describe(path: str) -> VideoInfo:
+    """Look at a video file: opens it and decodes one frame. Raises ReadError."""
+    with PyAVVideo(checked_path(path), None) as video:
+        picture = video.read(np.zeros(1, dtype=int))[0]
+        context = video.stream.codec_context
+        return VideoInfo(video.num_frames, video.fps, picture.shape[1], picture.shape[0], video.rotation,
+                         video.num_frames / len(video.keys), context.name)  # fmt: skip
 
 
 def read_image(path: str) -> Image.Image:
@@ -104,41 +129,6 @@ def _one_line(error: Exception) -> str:
     return lines[0].rpartition("] ")[2][:160] or type(error).__name__
 
 
-class DecordVideo:
-    """A video read by decord, which decodes from the last key frame before the wanted frames up to them."""
-
-    def __init__(self, path: str, short_side: int | None):
-        import decord
-
-        decord.logging.set_level(decord.logging.FATAL)
-        self.path, self.short_side = path, short_side
-        try:
-            size = scaled_size(*_display_size(path), short_side) if short_side else None
-            width, height = size or (-1, -1)
-            self.reader = decord.VideoReader(path, ctx=decord.cpu(0), width=width, height=height, num_threads=1)
-            self.num_frames, self.fps = len(self.reader), _sane_fps(self.reader.get_avg_fps())
-        except (decord.DECORDError, RuntimeError) as error:
-            raise ReadError(_one_line(error)) from None
-        if not self.num_frames:
-            raise ReadError("no frames")
-
-    def read(self, indices: np.ndarray) -> np.ndarray:
-        """Frames (T, H, W, 3) uint8 RGB of non-decreasing frame numbers (T,). Raises ReadError."""
-        import decord
-
-        try:
-            return self.reader.get_batch(np.clip(indices, 0, self.num_frames - 1).tolist()).asnumpy()
-        except (decord.DECORDError, RuntimeError):  # damaged, or a width that decord pads and then refuses
-            with PyAVVideo(self.path, self.short_side) as video:
-                return video.read(indices)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        del self.reader
-
-
 def _open_container(path: str):
     """A PyAV container and its first video stream, decoding on one thread. Raises ReadError."""
     import av
@@ -158,91 +148,157 @@ def _open_container(path: str):
     return container, stream
 
 
-def _display_size(path: str) -> tuple[int, int]:
-    """Width and height of a video as shown, which rotation metadata may swap. Decodes one frame."""
-    import av
+class DecordVideo:
+    """A video read by decord, which decodes from the last key frame before the wanted frames up to them."""
 
-    container, stream = _open_container(path)
-    with container:
+    def __init__(self, path: str, short_side: int | None, info: VideoInfo | None):
+        import decord
+
+        decord.logging.set_level(decord.logging.FATAL)
+        self.path, self.short_side, self.info = path, short_side, info or describe(path)
+        self.num_frames, self.fps = self.info.frames, self.info.fps
+        width, height = scaled_size(self.info.width, self.info.height, short_side) or (-1, -1)
         try:
-            frame = next(container.decode(stream))
-        except (av.FFmpegError, StopIteration) as error:
-            raise ReadError(f"no frame can be decoded: {_one_line(error)}") from None
-        size = frame.width, frame.height
-        return size[::-1] if frame.rotation % 180 else size
+            self.reader = decord.VideoReader(path, ctx=decord.cpu(0), width=width, height=height, num_threads=1)
+        except (decord.DECORDError, RuntimeError) as error:
+            raise ReadError(_one_line(error)) from None
+        if not len(self.reader):
+            raise ReadError("no frames")
+
+    def seek(self, index: int) -> None:
+        """Go to the key frame before a frame; `read` does it by itself."""
+        self.reader.seek(index)
+
+    def read(self, indices: np.ndarray) -> np.ndarray:
+        """Frames (T, H, W, 3) uint8 RGB of non-decreasing frame numbers (T,). Raises ReadError."""
+        import decord
+
+        try:
+            return self.reader.get_batch(np.clip(indices, 0, len(self.reader) - 1).tolist()).asnumpy()
+        except (decord.DECORDError, RuntimeError):  # damaged, or a width that decord pads and then refuses
+            with PyAVVideo(self.path, self.short_side, self.info) as video:
+                return video.read(indices)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        del self.reader
 
 
 class PyAVVideo:
     """A video read by PyAV: only the wanted frames, and what these depend on, are decoded.
 
-    Packets are read without decoding them; each group of pictures (key frame to key frame) that holds no wanted frame is
-    left out, and of the others the frames that no other frame refers to are skipped unless wanted. Files without usable
-    time stamps are decoded from the start and counted.
+    A group of pictures (key frame to key frame) without a wanted frame is not even read where the file has a table of its
+    packets (MP4, MOV); elsewhere the packets are all read, once, without decoding. In the other groups the frames that no other
+    frame refers to are skipped unless wanted. Files without usable time stamps are decoded from the start and counted.
     """
 
-    def __init__(self, path: str, short_side: int | None):
+    def __init__(self, path: str, short_side: int | None, info: VideoInfo | None = None):
+        from av.video.reformatter import VideoReformatter
+
+        self.reformatter = VideoReformatter()  # one for all frames: its tables take longer to make than a small frame to convert
+        self.short_side, self.rotation, self.decoded = short_side, 0, 0  # decoded: frames that came out, for tests and benchmarks
+        self.container, self.stream = _open_container(path)
+        entries = self.stream.index_entries
+        self.packets, self.groups = None, {}  # all packets, where they had to be read; the packets of each group, once read
+        self.place, self.reader = -1, None  # the packet that the reader would give next
+        if self.container.format.name.startswith("mov") and len(entries) == self.stream.frames > 0:
+            table = [(entry.is_keyframe, entry.timestamp) for entry in entries]
+            self.keys = [place for place, (is_key, _) in enumerate(table) if is_key] or [0]  # places of key frames in the file
+            self.stamps = [table[place][1] for place in self.keys]
+            count = len(table)
+        else:
+            count = self._read_all()
+        if not count:
+            self.container.close()
+            raise ReadError("no frames")
+        self.ends = [*self.keys[1:], count]
+        self.num_frames, self.fps = (info.frames, info.fps) if info else (count, _sane_fps(self.stream.average_rate))
+
+    def _read_all(self) -> int:
+        """Read all packets, without decoding them; says how many there are. Damage ends the video there."""
         import av
 
-        self.path, self.short_side = path, short_side
-        self.container, self.stream = _open_container(path)
+        if self.groups:
+            self.container.seek(self.stamps[0], stream=self.stream)
+        self.packets, packets = [], self.container.demux(self.stream)
         try:
-            self.packets = [packet for packet in self.container.demux(self.stream) if packet.size]
+            self.packets.extend(packet for packet in packets if packet.size)
         except av.FFmpegError as error:
-            if not getattr(self, "packets", None):
+            if not self.packets:
                 raise ReadError(_one_line(error)) from None
-        self.num_frames, self.fps = len(self.packets), _sane_fps(self.stream.average_rate)
-        if not self.packets:
-            raise ReadError("no frames")
-        stamps = [packet.pts for packet in self.packets]
-        reordered_avi = self.container.format.name == "avi" and self.stream.codec_context.has_b_frames  # AVI stores no such stamps
-        self.timed = None not in stamps and len(set(stamps)) == len(stamps) and not reordered_avi
-        self.decoded = 0  # frames that came out of the decoder, for tests and benchmarks
+        self.keys = [place for place, packet in enumerate(self.packets) if packet.is_keyframe] or [0]
+        return len(self.packets)
+
+    def _group(self, number: int) -> list:
+        """The packets of a group of pictures, in the order of the file; fewer where the file ends early."""
+        first, end = self.keys[number], self.ends[number]
+        if self.packets is None and number not in self.groups:
+            import av
+
+            try:
+                if self.place != first:
+                    self.container.seek(self.stamps[number], stream=self.stream)
+                    self.reader = (packet for packet in self.container.demux(self.stream) if packet.size)
+                self.groups[number] = list(islice(self.reader, end - first))
+                self.place = end
+            except av.FFmpegError:
+                self.groups[number] = []
+            if self.groups[number] and self.groups[number][0].dts != self.stamps[number]:  # the table is not to be trusted
+                self._read_all()
+                self.ends = [*self.keys[1:], len(self.packets)]
+                return self._group(min(number, len(self.keys) - 1))
+        return self.groups[number] if self.packets is None else self.packets[first:end]
+
+    def _group_of(self, index: int) -> int:
+        """The number of the group that shows frame `index`: groups follow each other in the file as on the screen."""
+        return max(int(np.searchsorted(self.keys, index, side="right")) - 1, 0)
+
+    def seek(self, index: int) -> None:
+        """Read the packets of a frame's group of pictures; `read` does it by itself."""
+        self._group(self._group_of(index))
 
     def read(self, indices: np.ndarray) -> np.ndarray:
         """Frames (T, H, W, 3) uint8 RGB of non-decreasing frame numbers (T,). Raises ReadError.
 
         A frame that cannot be decoded is replaced by the nearest one before it, or else after it.
         """
-        wanted = sorted({int(index) for index in np.clip(indices, 0, self.num_frames - 1)})
-        found = self._selected(wanted) if self.timed else self._counted(wanted)
+        indices = np.clip(indices, 0, self.num_frames - 1)
+        wanted = sorted({int(index) for index in indices})
+        found = self._selected(wanted)
+        found = self._counted(wanted) if found is None else found
         if not found:
             raise ReadError("none of the wanted frames can be decoded")
         have = np.array(sorted(found))
-        nearest = have[np.maximum(np.searchsorted(have, np.clip(indices, 0, self.num_frames - 1), side="right") - 1, 0)]
+        nearest = have[np.maximum(np.searchsorted(have, indices, side="right") - 1, 0)]
         return np.stack([found[int(index)] for index in nearest])
 
-    def _selected(self, wanted: list[int]) -> dict[int, np.ndarray]:
-        """Decode by time stamps: {frame number: picture}."""
-        order = np.argsort([packet.pts for packet in self.packets], kind="stable")  # display order -> place in the file
-        number = {self.packets[order[index]].pts: index for index in wanted}
-        places = sorted(int(order[index]) for index in wanted)
-        found, last, codec = {}, -1, self.stream.codec_context
-        for begin, end in self._runs(places):
-            if begin != last + 1:
-                codec.flush_buffers()
-            for packet in self.packets[begin : end + 1]:
+    def _selected(self, wanted: list[int]) -> dict[int, np.ndarray] | None:
+        """Decode by time stamps: {frame number: picture}, or None if the stamps are of no use."""
+        if self.container.format.name == "avi" and self.stream.codec_context.has_b_frames:  # AVI does not store when to show them
+            return None
+        found: dict[int, np.ndarray] = {}
+        codec = self.stream.codec_context
+        for group in sorted({self._group_of(index) for index in wanted}):
+            packets, first = self._group(group), self.keys[group]
+            stamps = [packet.pts for packet in packets]
+            if None in stamps or len(set(stamps)) < len(stamps):
+                return None
+            shown = sorted(stamps)
+            number = {shown[index - first]: index for index in wanted if first <= index < first + len(shown)}
+            if not number:
+                continue
+            if group and any(stamp < stamps[0] for stamp in number):  # shown before its key frame: needs the group before
+                packets = self._group(group - 1) + packets
+            last = max(place for place, packet in enumerate(packets) if packet.pts in number)
+            for packet in packets[: last + 1]:
                 codec.skip_frame = "DEFAULT" if packet.pts in number else "NONREF"
                 self._keep(packet, number, found)
             codec.skip_frame = "DEFAULT"
             self._keep(None, number, found)  # drain
             codec.flush_buffers()
-            last = end
         return found
-
-    def _runs(self, places: list[int]) -> list[tuple[int, int]]:
-        """Packet ranges (first, last) to decode: from a key frame to the last wanted packet of its group of pictures."""
-        keys = [place for place, packet in enumerate(self.packets) if packet.is_keyframe] or [0]
-        runs: list[tuple[int, int]] = []
-        for place in places:
-            group = max(np.searchsorted(keys, place, side="right") - 1, 0)
-            if self.packets[place].pts < self.packets[keys[group]].pts:  # shown before its key frame: needs the group before
-                group = max(group - 1, 0)
-            begin = keys[group]
-            if runs and begin <= runs[-1][1]:
-                runs[-1] = (runs[-1][0], place)
-            else:
-                runs.append((begin, place))
-        return runs
 
     def _keep(self, packet, number: dict[int, int], found: dict[int, np.ndarray]) -> None:
         """Decode one packet (None: what the decoder still holds) and keep the wanted pictures."""
@@ -258,9 +314,11 @@ class PyAVVideo:
 
     def _counted(self, wanted: list[int]) -> dict[int, np.ndarray]:
         """Decode from the start and count: {frame number: picture}."""
-        found, count, targets = {}, 0, set(wanted)
         import av
 
+        if self.packets is None:
+            self._read_all()
+        found, count, targets = {}, 0, set(wanted)
         for packet in [*self.packets, None]:
             try:
                 for frame in self.stream.codec_context.decode(packet):
@@ -278,7 +336,8 @@ class PyAVVideo:
     def _picture(self, frame) -> np.ndarray:
         """A decoded frame as (H, W, 3) uint8 RGB, reduced and upright."""
         width, height = scaled_size(frame.width, frame.height, self.short_side) or (frame.width, frame.height)
-        picture = frame.reformat(width, height, format="rgb24", interpolation="BICUBIC").to_ndarray()
+        picture = self.reformatter.reformat(frame, width, height, format="rgb24", interpolation="BICUBIC", threads=1).to_ndarray()
+        self.rotation = frame.rotation
         return np.rot90(picture, frame.rotation // 90) if frame.rotation else picture
 
     def __enter__(self):

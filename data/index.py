@@ -6,6 +6,7 @@ import io
 import json
 import math
 import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -220,8 +221,8 @@ def _annotations(path: str, read, columns: set[str]) -> pd.DataFrame:
 OFFICIAL = {"kinetics": from_kinetics, "ssv2": from_ssv2}
 
 
-def main(argv: list[str] | None = None) -> None:
-    """The command line: an official annotation file to a manifest, and a list of what is missing."""
+def official(argv: list[str]) -> None:
+    """The command line with --from: an official annotation file to a manifest, and a list of what is missing."""
     parser = argparse.ArgumentParser(
         prog="python -m data.index", allow_abbrev=False, description="Turn an official annotation file into a manifest (path,label)."
     )
@@ -241,6 +242,17 @@ def main(argv: list[str] | None = None) -> None:
         listing = Path(args.output).with_suffix(".missing.csv")
         missing[["id", "label"]].to_csv(listing, index=False)
         print0(f"{listing}: the {len(missing)} videos without a file")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """`python -m data.index`: with --from the conversion of official annotations, else the data doctor (data/doctor.py)."""
+    argv = sys.argv[1:] if argv is None else argv
+    if any(word.partition("=")[0] == "--from" for word in argv):
+        official(argv)
+    else:
+        from data import doctor
+
+        doctor.main(argv)
 
 
 if __name__ == "__main__":

@@ -1,18 +1,28 @@
 """Datasets, samplers and loaders. Every loader yields clips (B, R, C, T, H, W) uint8: R clips of each of B videos.
 
-A sample is a function of (seed, epoch, index, repeat) and nothing else, so neither workers nor ranks change it.
+A sample is a function of (seed, epoch, index, repeat) and nothing else, so neither workers nor ranks change it. A file that
+hangs or kills the worker that reads it is set aside, and the pass goes on where it was.
 """
 
+import contextlib
+import csv
+import faulthandler
+import multiprocessing
+import os
+import signal
 from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
-from data.decode import ReadError, frame_indices, open_video, read_image, view_start
+from data import probe
+from data.decode import ReadError, VideoInfo, frame_indices, open_video, read_image, view_start
 from data.transforms import sample_seed, seeded
-from util.dist import Place, UserError
+from util.dist import Place, UserError, print_here
 
 SUBSTITUTES = 32  # other videos to try in place of one that cannot be read
 
@@ -32,23 +42,64 @@ class Paths:
         return self.bytes[self.ends[index] : self.ends[index + 1]].tobytes().decode()
 
 
+class Watch:
+    """Tells which file a worker process was reading when it died, and ends a worker that reads one file for too long."""
+
+    def __init__(self, num_workers: int, seconds: float):
+        self.seconds = seconds
+        self.slots = torch.zeros(num_workers, 2, dtype=torch.int64).share_memory_()  # per worker: its process, and 1 + what it reads, or 0
+
+    @contextlib.contextmanager
+    def reading(self, item: int):
+        """Around the reading of file number `item`. Does nothing in the main process, which cannot be replaced."""
+        worker = get_worker_info()
+        if worker is None:
+            yield
+            return
+        self.slots[worker.id] = torch.tensor([os.getpid(), item + 1])
+        with open(os.devnull, "w") as nowhere:  # the main process says what happened, in one line
+            faulthandler.dump_traceback_later(self.seconds, exit=True, file=nowhere)
+            try:
+                yield
+            finally:
+                faulthandler.cancel_dump_traceback_later()
+                self.slots[worker.id, 1] = 0
+
+    def victims(self) -> list[int]:
+        """The files that dead workers were reading."""
+        alive = {child.pid for child in multiprocessing.active_children()}
+        return [item - 1 for process, item in self.slots.tolist() if item and process not in alive]
+
+
 class Samples(Dataset):
     """What all datasets share: `dataset[(epoch, index)]` reads sample `index` with the random draws of that epoch.
 
     paths, labels: one per sample, labels as class numbers or None. substitutes: how many others to try in place of one that
-    cannot be read. noise: None, or (epoch, index) -> mask noise (R, L). A subclass has `read_clips`.
+    cannot be read. rows: the manifest's index (data.probe) or None. A subclass has `read_clips`. A `Feed` adds `watch`, and to
+    `quarantine` the files {path: reason} that are not to be touched any more.
     """
 
-    def __init__(self, paths: list[str], labels: list[int] | None, seed: int, substitutes: int):
+    def __init__(self, paths: list[str], labels: list[int] | None, seed: int, substitutes: int, rows: np.ndarray | None = None):
         self.paths, self.labels = Paths(paths), None if labels is None else np.array(labels)
-        self.seed, self.substitutes = seed, substitutes
+        self.seed, self.substitutes, self.rows = seed, substitutes, rows
+        self.watch, self.quarantine = Watch(0, 0), {}
 
     def __len__(self) -> int:
         return len(self.paths)
 
-    def read_clips(self, epoch: int, index: int, path: str) -> Tensor:
+    def read_clips(self, epoch: int, index: int, path: str, info: VideoInfo | None) -> Tensor:
         """The clips (R, C, T, H, W) uint8 of a file, with the draws of sample (epoch, index). Raises ReadError."""
         raise NotImplementedError
+
+    def _read(self, epoch: int, index: int, candidate: int) -> Tensor:
+        """`read_clips` of file number `candidate`, unless it is known to be of no use."""
+        path, row = self.paths[candidate], None if self.rows is None else self.rows[candidate]
+        if path in self.quarantine:
+            raise ReadError(self.quarantine[path])
+        if row is not None and row["state"] == probe.UNREADABLE:
+            raise ReadError(row["reason"].decode(errors="replace"))
+        with self.watch.reading(candidate):
+            return self.read_clips(epoch, index, path, None if row is None else probe.info_of(row, path))
 
     def __getitem__(self, key: tuple[int, int]) -> dict:
         """clips (R, C, T, H, W) uint8, label, index, bad: [(path, reason)] of files that could not be read.
@@ -61,7 +112,7 @@ class Samples(Dataset):
         candidates = [index, *draws.integers(len(self), size=self.substitutes).tolist()]
         for candidate in candidates:
             try:
-                sample["clips"] = self.read_clips(epoch, index, self.paths[candidate])
+                sample["clips"] = self._read(epoch, index, candidate)
             except ReadError as error:
                 sample["bad"].append((self.paths[candidate], str(error)))
                 continue
@@ -80,18 +131,18 @@ class ClipDataset(Samples):
 
     def __init__(self, *, paths: list[str], labels: list[int] | None, num_frames: int, sampling_rate: int, target_fps: float,
                  repeat_aug: int, repeat_windows: int, transform: Callable[[Tensor], Tensor], decoder: str, short_side: int,
-                 seed: int, noise_tokens: int):  # fmt: skip
-        super().__init__(paths, labels, seed, SUBSTITUTES)
+                 seed: int, noise_tokens: int, rows: np.ndarray | None = None):  # fmt: skip
+        super().__init__(paths, labels, seed, SUBSTITUTES, rows)
         if repeat_aug % repeat_windows:
             raise UserError(f"--repeat_aug {repeat_aug} is not divisible by --repeat_windows {repeat_windows}")
         self.num_frames, self.sampling_rate, self.target_fps = num_frames, sampling_rate, target_fps
         self.repeat_aug, self.repeat_windows = repeat_aug, repeat_windows
         self.transform, self.decoder, self.short_side, self.noise_tokens = transform, decoder, short_side, noise_tokens
 
-    def read_clips(self, epoch: int, index: int, path: str) -> Tensor:
+    def read_clips(self, epoch: int, index: int, path: str, info: VideoInfo | None) -> Tensor:
         """The clips (R, C, T, H, W) uint8 of a video, with the draws of sample (epoch, index). Raises ReadError."""
         clips = []
-        with open_video(path, self.decoder, self.short_side) as video:
+        with open_video(path, self.decoder, self.short_side, info) as video:
             for repeat in range(self.repeat_aug):
                 with seeded(sample_seed(self.seed, epoch, index, repeat)):
                     start = torch.rand(()).item()  # used by the first clip of a window
@@ -119,14 +170,15 @@ class ViewDataset(Samples):
     """
 
     def __init__(self, *, paths: list[str], labels: list[int], num_frames: int, sampling_rate: int, target_fps: float,
-                 num_views: int, transform: Callable[[Tensor], Tensor], decoder: str, short_side: int):  # fmt: skip
-        super().__init__(paths, labels, seed=0, substitutes=0)
+                 num_views: int, transform: Callable[[Tensor], Tensor], decoder: str, short_side: int,
+                 rows: np.ndarray | None = None):  # fmt: skip
+        super().__init__(paths, labels, seed=0, substitutes=0, rows=rows)
         self.spacing = {"num_frames": num_frames, "sampling_rate": sampling_rate, "target_fps": target_fps}
         self.num_views, self.transform, self.decoder, self.short_side = num_views, transform, decoder, short_side
 
-    def read_clips(self, epoch: int, index: int, path: str) -> Tensor:
+    def read_clips(self, epoch: int, index: int, path: str, info: VideoInfo | None) -> Tensor:
         """The views (R, C, T, S, S) uint8 of a video, windows in order of time. Raises ReadError."""
-        with open_video(path, self.decoder, self.short_side) as video:
+        with open_video(path, self.decoder, self.short_side, info) as video:
             shape = {"available": video.num_frames, "fps": video.fps}
             starts = [view_start(**shape, **self.spacing, view=view, views=self.num_views) for view in range(self.num_views)]
             windows = np.stack([frame_indices(**shape, **self.spacing, start=start) for start in starts])  # (views, T)
@@ -143,7 +195,7 @@ class ImageDataset(Samples):
         super().__init__(paths, labels, seed, substitutes)
         self.transform = transform
 
-    def read_clips(self, epoch: int, index: int, path: str) -> Tensor:
+    def read_clips(self, epoch: int, index: int, path: str, info: VideoInfo | None) -> Tensor:
         """The image as (1, C, 1, S, S) uint8. Raises ReadError."""
         with seeded(sample_seed(self.seed, epoch, index)):
             return self.transform(read_image(path))[None, :, None]
@@ -153,14 +205,14 @@ class EpochSampler(Sampler):
     """Yields (epoch, index) in an order that depends on (seed, epoch) alone.
 
     Update u of an epoch uses places u * G to (u + 1) * G of the order, G = batch size * accumulation * processes, whatever
-    the number of processes; an incomplete last update is dropped.
+    the number of processes; an incomplete last update is dropped. skip: how many of this process's next samples to leave out.
     """
 
     def __init__(self, n: int, batch_size: int, accum_iter: int, rank: int, world_size: int, seed: int):
         self.n, self.rank, self.world_size, self.seed = n, rank, world_size, seed
         self.per_update = batch_size * accum_iter * world_size
         self.updates_per_epoch = n // self.per_update
-        self.epoch = self.done = 0
+        self.epoch = self.done = self.skip = 0
         if not self.updates_per_epoch:
             raise UserError(
                 f"{n} samples are fewer than one update takes, {self.per_update} = {batch_size} per process x {accum_iter} "
@@ -172,27 +224,27 @@ class EpochSampler(Sampler):
         self.epoch, self.done = epoch, updates_done
 
     def __len__(self) -> int:
-        return (self.updates_per_epoch - self.done) * self.per_update // self.world_size
+        return (self.updates_per_epoch - self.done) * self.per_update // self.world_size - self.skip
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         generator = torch.Generator().manual_seed(sample_seed(self.seed, self.epoch, 3))
         order = torch.randperm(self.n, generator=generator)
         rest = order[self.done * self.per_update : self.updates_per_epoch * self.per_update]
-        for index in rest[self.rank :: self.world_size].tolist():
+        for index in rest[self.rank :: self.world_size][self.skip :].tolist():
             yield self.epoch, index
 
 
 class ShareSampler(Sampler):
-    """Every `world_size`-th sample from `rank` on, each exactly once over all ranks: for evaluation."""
+    """Every `world_size`-th sample from `rank` on, each exactly once over all ranks: for evaluation. skip: as in EpochSampler."""
 
     def __init__(self, n: int, rank: int, world_size: int):
-        self.share = range(rank, n, world_size)
+        self.share, self.skip = range(rank, n, world_size), 0
 
     def __len__(self) -> int:
-        return len(self.share)
+        return len(self.share) - self.skip
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        for index in self.share:
+        for index in islice(self.share, self.skip, None):
             yield 0, index
 
 
@@ -213,16 +265,82 @@ def one_thread(_worker: int) -> None:
     torch.set_num_threads(1)
 
 
-def make_loader(dataset: Dataset, sampler: Sampler, batch_size: int, num_workers: int, pin_memory: bool) -> DataLoader:
-    """A loader whose workers live for the whole run. It draws nothing from the global generators."""
-    return DataLoader(
-        dataset, batch_size=batch_size, sampler=sampler, num_workers=num_workers, collate_fn=collate, pin_memory=pin_memory,
-        drop_last=isinstance(sampler, EpochSampler), persistent_workers=num_workers > 0, prefetch_factor=4 if num_workers else None,
-        worker_init_fn=one_thread, generator=torch.Generator(),
-    )  # fmt: skip
+def read_quarantine(path: Path) -> dict[str, str]:
+    """The files {path: reason} that earlier runs or this one set aside."""
+    if not path.exists():
+        return {}
+    with open(path, newline="") as file:
+        return {row[0]: row[1] for row in csv.reader(file) if len(row) == 2}
 
 
-def on_device(loader: DataLoader, device: torch.device) -> Iterator[dict]:
+def add_to_quarantine(path: Path, file: str, reason: str) -> None:
+    """Set a file aside for this run and later ones; safe on several processes at once."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a", newline="") as listing:
+        csv.writer(listing).writerow((file, reason))
+
+
+class Feed:
+    """A DataLoader, made anew when a worker has died of a file: that file goes into the quarantine, and the pass goes on.
+
+    Its workers live for the whole run, and it draws nothing from the global generators. seconds: how long one file may take.
+    """
+
+    def __init__(self, dataset: Samples, sampler: EpochSampler | ShareSampler, *, batch_size: int, num_workers: int, pin_memory: bool,
+                 seconds: float, quarantine: Path, collate_fn: Callable = collate):  # fmt: skip
+        self.dataset, self.sampler, self.quarantine = dataset, sampler, quarantine
+        self.options = {
+            "batch_size": batch_size, "sampler": sampler, "num_workers": num_workers, "collate_fn": collate_fn, "pin_memory": pin_memory,
+            "drop_last": isinstance(sampler, EpochSampler), "persistent_workers": num_workers > 0,
+            "prefetch_factor": 4 if num_workers else None, "worker_init_fn": one_thread,
+        }  # fmt: skip
+        dataset.watch, dataset.quarantine = Watch(num_workers, seconds), read_quarantine(quarantine)
+        self.loader, self.waiting = None, False
+
+    def __iter__(self) -> Iterator[dict]:
+        self.sampler.skip = 0
+        while True:
+            self.loader = self.loader or DataLoader(self.dataset, generator=torch.Generator(), **self.options)
+            try:
+                yield from self._batches()
+                return
+            except RuntimeError:
+                victims = self.dataset.watch.victims()
+                if not victims:
+                    raise  # a worker died, but not of a file
+                self.loader = None
+                for item in victims:
+                    self._set_aside(self.dataset.paths[item])
+
+    def _batches(self) -> Iterator[dict]:
+        """The batches of one DataLoader. Torch reports a worker's death by a signal handler, wherever the program is then;
+        here it may do so only while a batch is waited for, so that no update is torn."""
+        iterator = iter(self.loader)
+        report = signal.getsignal(signal.SIGCHLD)
+        if callable(report):
+            signal.signal(signal.SIGCHLD, lambda number, frame: report(number, frame) if self.waiting else None)
+        try:
+            while True:
+                self.waiting = True
+                batch = next(iterator, None)
+                self.waiting = False
+                if batch is None:
+                    return
+                yield batch
+                self.sampler.skip += self.options["batch_size"]
+        finally:
+            self.waiting = False
+            signal.signal(signal.SIGCHLD, report) if callable(report) else None
+
+    def _set_aside(self, file: str) -> None:
+        """Put a file into the quarantine and say so."""
+        reason = f"hung for {self.dataset.watch.seconds:g} s or killed its reader"
+        self.dataset.quarantine[file] = reason
+        add_to_quarantine(self.quarantine, file, reason)
+        print_here(f"set aside: {file} {reason}; listed in {self.quarantine} (delete its line to try it again)")
+
+
+def on_device(loader: Feed, device: torch.device) -> Iterator[dict]:
     """The loader's batches on the device. On CUDA a side stream copies each while the step before it is still running:
     nothing in the training loop makes the host wait, so it gets here early."""
     if device.type != "cuda":
@@ -240,21 +358,25 @@ def on_device(loader: DataLoader, device: torch.device) -> Iterator[dict]:
         yield moved
 
 
-def train_feed(dataset: Dataset, args, place: Place) -> tuple[int, Callable[[int, int], Iterator[dict]]]:
+def _feed(dataset: Samples, sampler, batch_size: int, args, place: Place) -> Feed:
+    """The loader that the flags describe."""
+    return Feed(dataset, sampler, batch_size=batch_size, num_workers=args.num_workers, pin_memory=args.pin_mem and place.device.type == "cuda",
+                seconds=args.read_timeout, quarantine=Path(args.output_dir, "quarantine.csv"))  # fmt: skip
+
+
+def train_feed(dataset: Samples, args, place: Place) -> tuple[int, Callable[[int, int], Iterator[dict]]]:
     """Updates per epoch, and (epoch, updates already done in it) -> the rest of the epoch's batches on the device."""
     sampler = EpochSampler(len(dataset), args.batch_size_per_gpu, args.accum_iter, place.rank, place.world_size, args.seed)
-    pin = args.pin_mem and place.device.type == "cuda"
-    loader = make_loader(dataset, sampler, args.batch_size_per_gpu, args.num_workers, pin)
+    feed = _feed(dataset, sampler, args.batch_size_per_gpu, args, place)
 
     def batches(epoch: int, done: int) -> Iterator[dict]:
         sampler.set_position(epoch, done)
-        return on_device(loader, place.device)
+        return on_device(feed, place.device)
 
     return sampler.updates_per_epoch, batches
 
 
-def eval_feed(dataset: Dataset, batch_size: int, args, place: Place) -> Callable[[], Iterator[dict]]:
+def eval_feed(dataset: Samples, batch_size: int, args, place: Place) -> Callable[[], Iterator[dict]]:
     """() -> this rank's share of the samples, in batches on the device."""
-    pin = args.pin_mem and place.device.type == "cuda"
-    loader = make_loader(dataset, ShareSampler(len(dataset), place.rank, place.world_size), batch_size, args.num_workers, pin)
-    return lambda: on_device(loader, place.device)
+    feed = _feed(dataset, ShareSampler(len(dataset), place.rank, place.world_size), batch_size, args, place)
+    return lambda: on_device(feed, place.device)

@@ -1,11 +1,13 @@
 """Samples depend on (seed, epoch, index, repeat) alone; updates see the same videos on any number of processes."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from make_videos import write_folder, write_video
 
 from data.index import find_videos
-from data.loaders import ClipDataset, EpochSampler, Paths, make_loader, on_device
+from data.loaders import ClipDataset, EpochSampler, Feed, Paths, on_device
 from data.transforms import VIDEO_MEAN, VIDEO_STD, denormalize, normalize, sample_seed, seeded, train_transform
 from util.dist import UserError
 
@@ -32,7 +34,8 @@ def batches(data, workers, batch_size=2, epoch=1):
     """One epoch of batches."""
     sampler = EpochSampler(len(data), batch_size, 1, 0, 1, seed=3)
     sampler.set_position(epoch, 0)
-    return list(on_device(make_loader(data, sampler, batch_size, workers, False), CPU))
+    feed = Feed(data, sampler, batch_size=batch_size, num_workers=workers, pin_memory=False, seconds=30, quarantine=Path("none"))
+    return list(on_device(feed, CPU))
 
 
 def test_shapes_and_types(videos):

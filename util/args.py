@@ -158,6 +158,7 @@ def add_system(parser: Parser) -> argparse._ArgumentGroup:
     group.add_argument("--attn", choices=("auto", "flash_attn", "sdpa", "cudnn", "math"), default="auto", help="attention kernel (default: auto)")
     group.add_argument("--activation_checkpointing", action=SWITCH, default=False, help="compute blocks twice, to save memory (default: off)")
     group.add_argument("--deterministic", action=SWITCH, default=False, help="only kernels that repeat bit by bit; slower (default: off)")
+    group.add_argument("--read_timeout", type=float, default=60, help="seconds that a file may take before it is set aside (default: %(default)s)")
     group.add_argument("--num_workers", type=natural, help="loader processes (default: this machine's cores / processes, at most 16)")
     group.add_argument("--pin_mem", action=SWITCH, default=True, help="pinned host memory (default: on)")
     group.add_argument("--no_pin_mem", action="store_false", dest="pin_mem", help="same as --no-pin_mem")

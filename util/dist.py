@@ -65,10 +65,15 @@ def local_world_size() -> int:
     return _environment("LOCAL_WORLD_SIZE", 1)
 
 
-def print0(*values: object, end: str = "\n", file=None) -> None:
+def print0(*values: object, end: str = "\n", sep: str = " ") -> None:
     """Print on rank 0 only, at once."""
     if rank() == 0:
-        print(*values, end=end, file=file, flush=True)
+        print(*values, end=end, sep=sep, flush=True)
+
+
+def print_here(*values: object) -> None:
+    """Print on whichever rank this is: for what concerns only one of them."""
+    print(*values, file=sys.stderr, flush=True)
 
 
 def _first_host(nodelist: str) -> str:
