@@ -42,6 +42,12 @@ class Paths:
         return self.bytes[self.ends[index] : self.ends[index + 1]].tobytes().decode()
 
 
+def stack(clips: list[Tensor]) -> Tensor:
+    """torch.stack of uint8 (..., C, T, H, W) that leaves the colours of a pixel side by side in memory, as decoders and crops
+    deliver them: to tear them apart would cost as much as the crop."""
+    return torch.stack([clip.movedim(-4, -1) for clip in clips]).movedim(-1, -4)
+
+
 class Watch:
     """Tells which file a worker process was reading when it died, and ends a worker that reads one file for too long."""
 
@@ -151,7 +157,7 @@ class ClipDataset(Samples):
                                                sampling_rate=self.sampling_rate, target_fps=self.target_fps)  # fmt: skip
                         window = torch.from_numpy(video.read(wanted)).permute(0, 3, 1, 2)  # (T, C, H, W), channels last
                     clips.append(self.transform(window).transpose(0, 1))  # (C, T, H, W)
-        return torch.stack(clips)
+        return stack(clips)
 
     def noise(self, epoch: int, index: int) -> Tensor:
         """Mask noise (R, L) float32 of a sample."""
@@ -252,7 +258,7 @@ def collate(samples: list[dict]) -> dict:
     """Samples to a batch: clips (B, R, C, T, H, W) or None, labels (B,), index (B,), bad; in pretraining noise (B, R, L)."""
     missing = any(sample["clips"] is None for sample in samples)
     batch = {
-        "clips": None if missing else torch.stack([sample["clips"] for sample in samples]),
+        "clips": None if missing else stack([sample["clips"] for sample in samples]),
         "labels": torch.tensor([sample["label"] for sample in samples]),
         "index": torch.tensor([sample["index"] for sample in samples]),
         "bad": [entry for sample in samples for entry in sample["bad"]],
