@@ -333,7 +333,7 @@ def tables() -> str:
         else:
             seconds = ", ".join(f"{name} {value:.2f} s" for name, value in result["seconds"].items())
             lines += [f"A manifest of {result['rows']:,} rows of {result['bytes_per_path']} bytes with an index, {result['decoder']}: {seconds}.",
-                      "", "| samples read | private memory of the larger worker | with its share of what is shared |", "| --- | --- | --- |"]  # fmt: skip
+                      "", "| samples read | private memory of the larger worker | with its share of the common |", "| --- | --- | --- |"]  # fmt: skip
             lines += [f"| {row['samples']:,} | {row['private']:.0f} MiB | {row['proportional']:.0f} MiB |" for row in result["workers"]]
         lines.append("")
     return "\n".join(lines)

@@ -9,7 +9,7 @@ come from `describe`, for both backends alike: what the file's own table lists, 
 
 import os
 import stat
-from itertools import islice
+from itertools import dropwhile, islice
 from typing import NamedTuple
 
 import numpy as np
@@ -92,12 +92,14 @@ def open_video(path: str, decoder: str = "decord", short_side: int | None = None
 
 
 def describe(path: str) -> VideoInfo:
-    """Look at a video file: opens it and decodes one frame. Raises ReadError."""
+    """Look at a video file: opens it, decodes one frame, and sees whether its end is there. Raises ReadError."""
     with PyAVVideo(checked_path(path), None) as video:
         picture = video.read(np.zeros(1, dtype=int))[0]
         context = video.stream.codec_context
-        return VideoInfo(video.num_frames, video.fps, picture.shape[1], picture.shape[0], video.rotation,
-                         video.num_frames / len(video.keys), context.name)  # fmt: skip
+        groups = ((video.keys[group], len(video._group(group))) for group in reversed(range(len(video.keys))))
+        frames = next((first + there for first, there in groups if there), 0)  # fewer than the table lists in a file that was cut short
+        return VideoInfo(frames, video.fps, picture.shape[1], picture.shape[0], video.rotation,
+                         frames / len(video.keys), context.name)  # fmt: skip
 
 
 def read_image(path: str) -> Image.Image:
@@ -239,8 +241,9 @@ class PyAVVideo:
 
             try:
                 if self.place != first:
-                    self.container.seek(self.stamps[number], stream=self.stream)
-                    self.reader = (packet for packet in self.container.demux(self.stream) if packet.size)
+                    self.container.seek(self.stamps[number], stream=self.stream)  # arrives at this key frame or at the one before
+                    packets = (packet for packet in self.container.demux(self.stream) if packet.size)
+                    self.reader = dropwhile(lambda packet: packet.dts is not None and packet.dts < self.stamps[number], packets)
                 self.groups[number] = list(islice(self.reader, end - first))
                 self.place = end
             except av.FFmpegError:
@@ -280,6 +283,9 @@ class PyAVVideo:
             return None
         found: dict[int, np.ndarray] = {}
         codec = self.stream.codec_context
+        if codec.pix_fmt == "yuv444p" and codec.name == "h264":  # of an old x264: decoded rightly only after its signature
+            self._keep(self._group(0)[0], {}, found)
+            codec.flush_buffers()
         for group in sorted({self._group_of(index) for index in wanted}):
             packets, first = self._group(group), self.keys[group]
             stamps = [packet.pts for packet in packets]

@@ -3,11 +3,12 @@
 import os
 from pathlib import Path
 
+import decoder_matrix
 import numpy as np
 import pytest
 from make_videos import frame_number, write_video
 
-from data.decode import PyAVVideo, ReadError, decord_installed, frame_indices, open_video, scaled_size, view_start
+from data.decode import DecordVideo, PyAVVideo, ReadError, decord_installed, describe, frame_indices, open_video, scaled_size, view_start
 
 DECODERS = ["pyav"] + (["decord"] if decord_installed() else [])
 ROUNDS_DIFFERENTLY = {  # decord's FFmpeg of 2019 against PyAV's: largest difference of a pixel
@@ -141,3 +142,61 @@ def test_every_odd_file_decodes_or_says_why(path, decoder):
     except ReadError as error:
         assert str(error) and "\n" not in str(error)
         assert path.stem.partition("__")[2] not in ("h264_no_pts", "raw_annexb_no_pts", "vfr_30_to_5fps", "single_frame", "truncated_half")
+
+
+@needs_test_data
+@pytest.mark.parametrize("path", test_data("odd"), ids=lambda path: path.name)
+def test_odd_files_decode_as_if_from_the_start(path):
+    """The selective path gives the pictures of a plain decode, but where damage is concealed."""
+    try:
+        info = describe(str(path))
+    except ReadError:
+        return
+    with PyAVVideo(str(path), None, info) as video:
+        indices = frame_indices(video.num_frames, video.fps, num_frames=8, sampling_rate=4, start=0.6)
+        plain, frames = video._counted(sorted(set(indices.tolist()))), video.read(indices)
+    assert len(plain) == len(set(indices.tolist()))
+    equal = all(np.array_equal(plain[index], frame) for index, frame in zip(indices.tolist(), frames, strict=True))
+    assert equal or path.name == "made__bytes_flipped.mp4"
+
+
+@needs_test_data
+def test_a_file_that_was_cut_short_ends_where_it_ends():
+    info = describe(str(Path(os.environ["STMAE_TEST_DATA"], "data/odd/made__truncated_faststart_half.mp4")))
+    assert info.frames == 86  # of the 203 that its table lists
+
+
+@needs_test_data
+@pytest.mark.skipif(not decord_installed(), reason="decord is not installed")
+def test_the_table_of_the_docs_is_true():
+    assert decoder_matrix.table() == Path(__file__).parent.parent.joinpath("docs/decoders.md").read_text()
+
+
+def test_only_the_packets_of_the_wanted_groups_are_read(tmp_path):
+    """Of a file with a table of its packets (MP4): 20 groups of 12 frames, of which two are wanted."""
+    with PyAVVideo(str(write_video(tmp_path / "v.mp4", frames=240, gop=12)), None) as video:
+        assert frame_number(video.read(np.array([100, 110]))[1]) == 110
+        assert sorted(video.groups) == [8, 9] and video.packets is None
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_the_cost_grows_with_the_span_and_not_with_the_video(tmp_path, decoder):
+    """Of a video whose packets are all spoilt but those of frames 40 to 59, these frames are read as if nothing were wrong:
+    no other packet is decoded. Where the clip reaches beyond them, decord fails (and PyAV conceals)."""
+    path = write_video(tmp_path / "v.mp4", frames=100, size=(320, 240), gop=10, b_frames=0)
+    whole, near, far = bytearray(path.read_bytes()), np.arange(40, 60, 3), np.arange(40, 80, 6)
+    with open_video(str(path), decoder) as video:
+        expected = video.read(near)
+    info = describe(str(path))
+    with PyAVVideo(str(path), None) as video:
+        for packet in (packet for group in range(10) if group not in (4, 5) for packet in video._group(group)):
+            whole[packet.pos : packet.pos + packet.size] = bytes(packet.size)
+    path.write_bytes(whole)
+    with (DecordVideo if decoder == "decord" else PyAVVideo)(str(path), None, info) as video:
+        if decoder == "decord":
+            assert np.array_equal(video.reader.get_batch(near.tolist()).asnumpy(), expected)
+            with pytest.raises(Exception, match="decode|threaded_decoder|Error"):
+                video.reader.get_batch(far.tolist())
+        else:
+            assert np.array_equal(video.read(near), expected)
+            assert [frame_number(frame) for frame in video.read(far)] != far.tolist()
