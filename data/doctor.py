@@ -5,6 +5,7 @@
 """
 
 import argparse
+import contextlib
 import os
 import time
 from pathlib import Path
@@ -74,19 +75,20 @@ def build_index(paths: list[str], target: Path | None, workers: int, seconds: fl
     return rows
 
 
-def clip_cost(path: str, decoder: str, args, info: VideoInfo | None = None, start: float = 0.5, repeats: int = 1) -> dict[str, float]:
-    """CPU seconds of each stage of reading one window of a video and cropping `repeats` clips of it; see STAGES. Raises ReadError."""
-    transform, short_side = train_transform(args.img_size, (0.5, 1.0), (0.75, 1.3333), True, 0.0), max(256, -(-args.img_size * 256 // 224))
+def clip_cost(path: str, decoder: str, short_side: int, *, num_frames: int = 16, sampling_rate: int = 4, img_size: int = 224,
+              info: VideoInfo | None = None, start: float = 0.5) -> dict[str, float]:  # fmt: skip
+    """CPU seconds of each stage of reading a clip of a video and cropping it; see STAGES. Raises ReadError."""
+    transform = train_transform(img_size, (0.5, 1.0), (0.75, 1.3333), True, 0.0)
     clock = [time.process_time()]
     with open_video(path, decoder, short_side, info) as video:
         clock.append(time.process_time())
-        wanted = frame_indices(video.num_frames, video.fps, num_frames=args.num_frames, sampling_rate=args.sampling_rate, start=start)
+        wanted = frame_indices(video.num_frames, video.fps, num_frames=num_frames, sampling_rate=sampling_rate, start=start)
         video.seek(int(wanted[0]))
         clock.append(time.process_time())
         window = torch.from_numpy(video.read(wanted)).permute(0, 3, 1, 2)
         clock.append(time.process_time())
     with seeded(0):
-        torch.stack([transform(window).transpose(0, 1) for _ in range(repeats)])
+        transform(window)
     clock.append(time.process_time())
     return dict(zip(STAGES, np.diff(clock).tolist(), strict=True))
 
@@ -96,20 +98,17 @@ def measure(paths: list[str], rows: np.ndarray, args) -> dict[str, dict[str, flo
     readable = np.flatnonzero(rows["state"] == probe.READABLE)
     chosen = readable[np.linspace(0, len(readable) - 1, min(args.files, len(readable))).astype(int)]
     costs = {decoder: [] for decoder in (["decord"] if decord_installed() else []) + ["pyav"]}
-    threads = torch.get_num_threads()
+    shape = {"num_frames": args.num_frames, "sampling_rate": args.sampling_rate, "img_size": args.img_size}
+    threads, progress = torch.get_num_threads(), Progress("reading clips", len(chosen))
     torch.set_num_threads(1)
-    progress = Progress("reading clips", len(chosen))
-    for number, place in enumerate(chosen, 1):
-        for decoder, found in costs.items():
-            try:
-                for start in (0.2, 0.8) if number > 1 else (0.2, 0.2, 0.8):  # the very first call loads libraries
-                    cost = clip_cost(paths[place], decoder, args, probe.info_of(rows[place], paths[place]), start)
-                    found.append(cost)
-                if number == 1:
-                    found.pop(0)
-            except ReadError:
-                continue
-        progress.show(number)
+    for number, place in enumerate(chosen):
+        path, info = paths[place], probe.info_of(rows[place], paths[place])
+        for start in (0.5, 0.2, 0.8):  # the backends take turns; the first reading fetches the file
+            for decoder, found in costs.items():
+                with contextlib.suppress(ReadError):
+                    cost = clip_cost(path, decoder, max(256, -(-args.img_size * 256 // 224)), **shape, info=info, start=start)
+                    found += [cost] if start != 0.5 else []
+        progress.show(number + 1)
     torch.set_num_threads(threads)
     return {decoder: {stage: float(np.mean([cost[stage] for cost in found])) for stage in STAGES} for decoder, found in costs.items() if found}
 
