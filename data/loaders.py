@@ -7,6 +7,7 @@ hangs or kills the worker that reads it is set aside, and the pass goes on where
 import contextlib
 import csv
 import faulthandler
+import gc
 import multiprocessing
 import os
 import signal
@@ -266,9 +267,10 @@ def collate(samples: list[dict]) -> dict:
     return batch | ({"noise": torch.stack([sample["noise"] for sample in samples])} if "noise" in samples[0] else {})
 
 
-def one_thread(_worker: int) -> None:
-    """Worker processes share the cores: one torch thread each."""
+def settle(_worker: int) -> None:
+    """A worker process's start: one torch thread, since workers share the cores, and no hands on what it shares with the main process."""
     torch.set_num_threads(1)
+    gc.freeze()
 
 
 def read_quarantine(path: Path) -> dict[str, str]:
@@ -298,7 +300,7 @@ class Feed:
         self.options = {
             "batch_size": batch_size, "sampler": sampler, "num_workers": num_workers, "collate_fn": collate_fn, "pin_memory": pin_memory,
             "drop_last": isinstance(sampler, EpochSampler), "persistent_workers": num_workers > 0,
-            "prefetch_factor": 4 if num_workers else None, "worker_init_fn": one_thread,
+            "prefetch_factor": 4 if num_workers else None, "worker_init_fn": settle,
         }  # fmt: skip
         dataset.watch, dataset.quarantine = Watch(num_workers, seconds), read_quarantine(quarantine)
         self.loader, self.waiting = None, False
@@ -321,6 +323,7 @@ class Feed:
     def _batches(self) -> Iterator[dict]:
         """The batches of one DataLoader. Torch reports a worker's death by a signal handler, wherever the program is then;
         here it may do so only while a batch is waited for, so that no update is torn."""
+        gc.collect()  # what is garbage here must not be cleared by a forked worker: a decoder of several threads would wait for them for ever
         iterator = iter(self.loader)
         report = signal.getsignal(signal.SIGCHLD)
         if callable(report):

@@ -67,6 +67,7 @@ def convert(source: str, target: str, short_side: int, crf: int, decoder: str) -
         _verify(temporary, decoder, written, kept)
         os.replace(temporary, target)
     finally:
+        faulthandler.cancel_dump_traceback_later()
         Path(temporary).unlink(missing_ok=True)
     return written, lost
 
