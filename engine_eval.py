@@ -98,10 +98,12 @@ def standardised(train: Tensor, val: Tensor) -> tuple[Tensor, Tensor]:
 
 def knn_classes(train: Tensor, labels: Tensor, val: Tensor) -> Tensor:
     """Classes (m,) of val (m, D) by its 20 nearest of train (n, D) in cosine, weighted exp(cosine / 0.07) (Wu et al. 2018, arXiv 1805.01978)."""
-    cosine = unit(val, dim=1) @ unit(train, dim=1).T
-    near, index = cosine.topk(min(NEIGHBOURS, len(train)), dim=1)
-    votes = one_hot(labels[index]) * ((near - 1) / TEMPERATURE).exp()[:, :, None]  # (m, 20, K)
-    return votes.sum(1).argmax(1)
+    train, targets, classes = unit(train, dim=1), one_hot(labels), []
+    for part in unit(val, dim=1).split(256):
+        near, index = (part @ train.T).topk(min(NEIGHBOURS, len(train)), dim=1)
+        votes = targets[index] * ((near - 1) / TEMPERATURE).exp()[:, :, None]  # (256, 20, K)
+        classes.append(votes.sum(1).argmax(1))
+    return torch.cat(classes)
 
 
 def linear_classes(train: Tensor, labels: Tensor, val: Tensor) -> Tensor:
@@ -115,7 +117,10 @@ def linear_classes(train: Tensor, labels: Tensor, val: Tensor) -> Tensor:
 
 
 def probe(values: Tensor, labels: list[int], train_size: int) -> dict[str, float]:
-    """Accuracies in percent on the samples from `train_size` on, by the ones before: k nearest neighbours, and a linear head."""
+    """Accuracies in percent on the samples from `train_size` on, by the ones before: k nearest neighbours, and a linear head.
+
+    values (n, D): `mean_features`.
+    """
     labels = torch.tensor(labels)
     train, val = standardised(values[:train_size], values[train_size:])
     shares = {}

@@ -12,7 +12,12 @@ from PIL import Image, ImageDraw
 from torch import Tensor, nn
 
 from data.transforms import VIDEO_MEAN, VIDEO_STD, denormalize, normalize
-from util.dist import UserError, print0
+from models_mae import MaskedAutoencoderViT
+from util import checkpoint
+from util.dist import UserError, print0, rank
+from util.tracking import Run
+
+OF_RUN = ("sampling_rate", "target_fps", "short_side", "decoder", "mask_ratio", "mask_type")  # flags that a gallery takes from the checkpoint
 
 
 @torch.no_grad()
@@ -66,9 +71,27 @@ def animation(rows: dict[str, Tensor]) -> list[Image.Image]:
     return [board(frames[:, :, :, f], [str(clip + 1) for clip in range(len(frames))], list(rows), 128) for f in range(frames.shape[3])]
 
 
-def as_tensor(picture: Image.Image) -> Tensor:
-    """A picture as (3, H, W) uint8."""
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+def save_picture(model: nn.Module, dataset, args, amp: torch.dtype, run: Run, epoch: int, device: torch.device) -> None:
+    """The run's own picture: four fixed training clips, spread over the dataset, with fixed masks; on rank 0."""
+    if rank() != 0:
+        return
+    indices = torch.linspace(0, len(dataset) - 1, min(4, len(dataset))).long().tolist()
+    samples = [sample for sample in (dataset[(0, index)] for index in indices) if sample["clips"] is not None]
+    if samples:
+        clips, noise = (torch.stack([sample[key][0] for sample in samples]).to(device) for key in ("clips", "noise"))
+        picture = sheet(reconstructions(model, clips, noise, args.mask_ratio, args.mask_type, amp), most=8)
+        run.picture("recon", torch.from_numpy(np.array(picture)).permute(2, 0, 1), epoch)
+
+
+def load_model(path: str) -> tuple[MaskedAutoencoderViT, dict]:
+    """The model of a pretraining run's checkpoint, and the flags of that run that a gallery goes by. Raises UserError."""
+    state = checkpoint.load(path)
+    config, of_run = (state.get(key) for key in ("config", "args"))
+    if not isinstance(config, dict) or "decoder_embed_dim" not in config or not isinstance(of_run, dict):
+        raise UserError(f"--visualize {path} is no checkpoint of a pretraining run of ours (no config with a decoder, or no args)")
+    model = MaskedAutoencoderViT(**{key: value for key, value in config.items() if key not in ("model", "mean", "std")})
+    model.load_state_dict(state["model"])
+    return model, {"save_prefix": Path(path).stem} | {key: of_run[key] for key in OF_RUN if key in of_run}
 
 
 def parse_mask(text: str) -> tuple[str, float]:

@@ -156,34 +156,15 @@ def build_validation(args, model: MaskedAutoencoderViT, place: dist.Place, amp: 
     return validate
 
 
-def save_picture(model: MaskedAutoencoderViT, dataset: ClipDataset, args, plan: Plan, run: Run, epoch: int, device: torch.device) -> None:
-    """Reconstructions of four fixed clips, spread over the dataset, with fixed masks; on rank 0."""
-    if dist.rank() != 0:
-        return
-    indices = torch.linspace(0, len(dataset) - 1, min(4, len(dataset))).long().tolist()
-    samples = [sample for sample in (dataset[(0, index)] for index in indices) if sample["clips"] is not None]
-    if samples:
-        clips, noise = (torch.stack([sample[key][0] for sample in samples]).to(device) for key in ("clips", "noise"))
-        rows = gallery.reconstructions(model, clips, noise, args.mask_ratio, args.mask_type, plan.amp)
-        run.picture("recon", gallery.as_tensor(gallery.sheet(rows, most=8)), epoch)
-
-
 def visualize(argv: list[str] | None) -> None:
     """--visualize: a gallery of what a checkpoint predicts. Flags that are not given are those of its run."""
     parser = get_parser()
-    path = parser.parse_args(argv).visualize
-    state = checkpoint.load(path)
-    config, of_run = (state.get(key) for key in ("config", "args"))
-    if not isinstance(config, dict) or "decoder_embed_dim" not in config or not isinstance(of_run, dict):
-        raise UserError(f"--visualize {path} is no checkpoint of a pretraining run (it has no config with a decoder, or no args)")
-    kept = ("sampling_rate", "target_fps", "short_side", "decoder", "mask_ratio", "mask_type")
-    parser.set_defaults(save_prefix=Path(path).stem, **{key: of_run[key] for key in kept if key in of_run})
+    model, of_run = gallery.load_model(parser.parse_args(argv).visualize)
+    parser.set_defaults(**of_run)
     args = flags.parse(parser, argv)
-    args.img_size, args.num_frames = config["img_size"], config["num_frames"]
+    args.img_size, args.num_frames = model.config["img_size"], model.config["num_frames"]
     masks = [gallery.parse_mask(mask) for mask in args.visualize_masks] or [(args.mask_type, args.mask_ratio)]
     place = dist.setup(args.device, args.deterministic)
-    model = MaskedAutoencoderViT(**{key: config[key] for key in config if key not in ("model", "mean", "std")}, attn=args.attn)
-    model.load_state_dict(state["model"])
     paths = find_paths(args.data_dirs, args.data_csv)
     chosen = torch.linspace(0, len(paths) - 1, min(args.visualize_clips, len(paths))).long()
     dataset = fixed_clips(args, paths, [-1] * len(paths))
@@ -241,7 +222,7 @@ def main(argv: list[str] | None = None) -> None:
             state = checkpoint.state_of(model, optimizer, scaler, args, config, epoch=epoch, step=step, samples_consumed=samples_consumed)
             checkpoint.save_on_rank0(run.checkpoint, state)
         if args.recon_every and (last or (epoch + 1) % args.recon_every == 0):
-            save_picture(model, dataset, args, plan, run, epoch, place.device)
+            gallery.save_picture(model, dataset, args, plan.amp, run, epoch, place.device)
     run.close()
 
 
