@@ -105,7 +105,8 @@ def test_bad_input_is_one_line(videos, tmp_path):
              "nowhere.pth not found": ["--visualize", str(tmp_path / "nowhere.pth")], "no videos given": run[:2],
              "not of the form TYPE:RATIO": [*run, "--visualize_masks", "tube"],
              "mask type 'tub'": [*run, "--visualize_masks", "tub:0.5"],
-             "mask_ratio 2.0": [*run, "--visualize_masks", "tube:2"], "text.mp4 cannot be read": [*run[:2], "--data_dirs", str(tmp_path)]}  # fmt: skip
+             "mask_ratio 2.0": [*run, "--visualize_masks", "tube:2"], "text.mp4 cannot be read": [*run[:2], "--data_dirs", str(tmp_path)],
+             }  # fmt: skip
     for message, flags in cases.items():
         with pytest.raises(UserError, match=message) as error:
             pretrain.main([*flags, "--device", "cpu", "--output_dir", str(tmp_path / "out")])
