@@ -15,7 +15,9 @@ demo: $(VENV)/.stamp  ## pretrain a tiny model on samples/, then finetune it on 
 	OMP_NUM_THREADS=1 $(PY) pretrain.py --num_workers 1 --data_dirs samples/videos/train --output_dir demo --datafile_dir demo --save_prefix pretrained \
 		--model mae_vit_micro_patch16 --patch_size 8 --img_size 64 --num_frames 8 --pred_t_dim 8 --decoder_embed_dim 64 --decoder_depth 1 \
 		--decoder_num_heads 4 --short_side 96 --batch_size_per_gpu 4 --repeat_aug 2 --sampling_rate 2 --max_steps 2900 --warmup_epochs 12 \
-		--lr 6e-3 --mask_ratio 0.75 --clip_grad 1 --recon_every 1000 --checkpoint_period 1000 --log_every 100
+		--lr 6e-3 --mask_ratio 0.75 --jitter_scales_relative 0.3 0.6 --clip_grad 1 --recon_every 1000 --checkpoint_period 1000 --log_every 100 \
+		--val_dirs samples/videos/val --probe_dir samples/videos --val_every 100
+	OMP_NUM_THREADS=1 $(PY) pretrain.py --visualize demo/pretrained.pth --data_dirs samples/videos/val --output_dir demo --overwrite
 	OMP_NUM_THREADS=1 $(PY) finetune.py --num_workers 1 --train_dir samples/videos/train --val_dir samples/videos/val --output_dir demo \
 		--datafile_dir demo --save_prefix videos --finetune demo/pretrained.pth --num_classes 3 --model vit_micro_patch16 --patch_size 8 \
 		--img_size 64 --num_frames 8 --sampling_rate 2 --short_side 96 --batch_size_per_gpu 6 --epochs 8 --warmup_epochs 1 --lr 2e-3 \

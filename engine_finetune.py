@@ -4,7 +4,9 @@ Shapes as in models_vit.py; R clips per video (repeats in training, views in eva
 """
 
 import contextlib
+import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -14,10 +16,11 @@ from PIL import Image, ImageDraw
 from torch import Tensor, nn
 
 from data.transforms import erase, mixer, normalize, sample_seed
+from engine_eval import features, in_full_batches, in_order
 from models_vit import VisionTransformer, named_size
 from util import checkpoint, dist
 from util.args import effective_lr
-from util.dist import Place, UserError, gather_objects, print0, sum_over_ranks
+from util.dist import Place, UserError, print0, sum_over_ranks
 from util.optim import Plan, amp_dtype, finetune_groups, make_optimizer, set_learning_rate, update
 from util.tracking import Run, StallClock
 
@@ -29,6 +32,7 @@ class Task(NamedTuple):
     val_paths: list[str]
     val_batches: Callable[[], Iterator[dict]]  # this rank's share, on the device
     views: int  # clips per sample in evaluation
+    val_labels: list[int] = []  # class numbers, -1 for none: for --extract_features
     still_frames: int = 1  # for images: how many frames each is shown; 1: the model sees a single frame
     train_size: int = 0  # samples; these four are not needed for --eval
     updates_per_epoch: int = 0
@@ -133,29 +137,22 @@ def evaluate(model: nn.Module, batches, size: int, config: dict, amp: torch.dtyp
     """
     model.eval()
     rows = []
-    for batch in batches:
-        if batch["clips"] is None:
-            path, reason = batch["bad"][0]
-            raise UserError(f"validation file {path} cannot be read ({reason}): repair it or take it out of the set", this_rank_only=True)
-        views, logits = batch["clips"].shape[1], []
-        for part in batch["clips"].flatten(0, 1).split(size):
-            missing = size - len(part)
-            part = torch.cat([part, part[-1:].expand(missing, -1, -1, -1, -1)])
-            with torch.autocast(part.device.type, amp, enabled=amp != torch.float32):
-                clips = hold(normalize(part, config["mean"], config["std"]), still_frames)
-                logits.append(model(clips)[: size - missing].float())
-        probabilities = torch.cat(logits).softmax(1).unflatten(0, (-1, views)).mean(1)  # (B, K)
+
+    def logits_of(clips: Tensor, _index: Tensor) -> Tensor:
+        with torch.autocast(clips.device.type, amp, enabled=amp != torch.float32):
+            return model(hold(normalize(clips, config["mean"], config["std"]), still_frames)).float()
+
+    for batch, logits in in_full_batches(batches, size, logits_of):
+        probabilities = logits.softmax(2).mean(1)  # (B, K)
         scores, classes = probabilities.topk(min(5, probabilities.shape[1]))
         losses = -probabilities.gather(1, batch["labels"][:, None]).clamp(min=1e-30).log()
         rows.append(torch.cat([batch["index"][:, None].double(), batch["labels"][:, None], losses, classes, scores], dim=1).cpu())
-    shares = [share for share in gather_objects(torch.cat(rows) if rows else None) if share is not None]
-    table = torch.cat(shares)
-    table = table[table[:, 0].argsort()]
-    best = (table.shape[1] - 3) // 2
-    labels, top = table[:, 1].long(), table[:, 3 : 3 + best].long()
+    table = in_order(rows)
+    best = (table.shape[1] - 2) // 2
+    labels, top = table[:, 0].long(), table[:, 2 : 2 + best].long()
     hits = top == labels[:, None]
     acc1, acc5 = (100 * hits[:, :k].any(1).double().mean().item() for k in (1, 5))
-    return Scores(table[:, 2].mean().item(), acc1, acc5, labels, top, table[:, 3 + best :])
+    return Scores(table[:, 1].mean().item(), acc1, acc5, labels, top, table[:, 2 + best :])
 
 
 def confusion_picture(scores: Scores, classes: list[str], num_classes: int) -> Tensor:
@@ -212,6 +209,33 @@ def test(args, place: Place, model: nn.Module, config: dict, task: Task) -> Scor
     files.close()
     print0(f"top-1 {scores.acc1:.2f} %  top-5 {scores.acc5:.2f} %  loss {scores.loss:.4f}  ({len(scores.labels)} samples, {task.views} views each)")
     return scores
+
+
+def extract(args, place: Place, model: VisionTransformer, config: dict, task: Task) -> None:
+    """--extract_features: the validation set's pooled features, what enters the head, as {prefix}_features.npz: features (n, D)
+    float32, labels (n,) int64 (-1: none), paths (n,), classes (the names of the labels). The same file on any number of ranks.
+
+    The weights are --resume's, head included; where there is no checkpoint to resume, the encoder of --finetune.
+    """
+    path = dist.on_rank0(lambda: checkpoint.find_eval(args))
+    if path:
+        checkpoint.load_strictly(path, model, config)
+    else:
+        checkpoint.load_pretrained(args.finetune, model)
+    model.eval()
+
+    def pooled(clips: Tensor) -> Tensor:
+        return model.forward_features(hold(normalize(clips, config["mean"], config["std"]), task.still_frames))
+
+    values = features(pooled, task.val_batches(), args.batch_size_per_gpu, amp_dtype(args.amp, place.device)).numpy()
+    target = Path(args.output_dir, f"{args.save_prefix}_features.npz")
+    if place.rank == 0:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = target.with_suffix(".tmp.npz")
+        np.savez(temporary, features=values, labels=np.array(task.val_labels, np.int64), paths=np.array(task.val_paths),
+                 classes=np.array(task.classes, str))  # fmt: skip
+        os.replace(temporary, target)
+    print0(f"wrote {target}: features {values.shape[0]} x {values.shape[1]}, {len(task.classes)} classes")
 
 
 def build_model(args, device: torch.device) -> VisionTransformer:

@@ -1,12 +1,11 @@
-"""One epoch of masked reconstruction, and pictures of what it learned. Shapes as in models_mae.py; R clips per video."""
+"""One epoch of masked reconstruction. Shapes as in models_mae.py; R clips per video."""
 
 import contextlib
 
 import torch
 from torch import Tensor, nn
-from torchvision.utils import make_grid
 
-from data.transforms import VIDEO_MEAN, VIDEO_STD, denormalize, normalize
+from data.transforms import VIDEO_MEAN, VIDEO_STD, normalize
 from util.dist import Place, sum_over_ranks
 from util.optim import Plan, set_learning_rate, update
 from util.tracking import Run, StallClock
@@ -66,21 +65,3 @@ def train_one_epoch(model: nn.Module, batches, optimizer, scaler, args, plan: Pl
     used = max(step - first - int(totals[2]), 1)
     means = {"train_loss": float(totals[0]) / used, "train_lr": lr, "train_grad_norm": float(totals[1]) / used}
     return step, means | {"skipped_steps": int(totals[2])}
-
-
-@torch.no_grad()
-def reconstruction_picture(model: nn.Module, clips: Tensor, noise: Tensor, args, amp: torch.dtype) -> Tensor:
-    """A picture (3, H', W') uint8: per clip the rows original, what the encoder sees, prediction, prediction pasted into it.
-
-    model: unwrapped; clips (B, C, T, H, W) uint8 and noise (B, L) on its device. At most 8 frames, evenly spread.
-    """
-    model.eval()
-    with torch.autocast(clips.device.type, amp, enabled=amp != torch.float32), torch.compiler.set_stance("force_eager"):
-        original, predicted, hidden = model.reconstruct(normalize(clips, VIDEO_MEAN, VIDEO_STD), args.mask_ratio, args.mask_type, noise)
-    grey = torch.zeros_like(original)  # the mean colour
-    rows = [original, original.where(~hidden, grey), predicted, predicted.where(hidden, original)]
-    frames = original.shape[2]
-    chosen = torch.linspace(0, frames - 1, min(frames, 8)).long().to(clips.device)
-    pictures = denormalize(torch.stack(rows, dim=1), VIDEO_MEAN, VIDEO_STD).index_select(3, chosen)  # (B, 4, C, F, H, W)
-    pictures = pictures.transpose(2, 3).flatten(0, 2)  # (B * 4 * F, C, H, W)
-    return make_grid(pictures.cpu(), nrow=len(chosen), padding=2, pad_value=255)

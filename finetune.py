@@ -3,6 +3,7 @@
 one process       python finetune.py --train_dir TRAIN --val_dir VAL --finetune runs/a/PREFIX.pth --num_classes 174 --output_dir runs/b
 one machine       torchrun --standalone --nproc_per_node 8 finetune.py --train_dir TRAIN --val_dir VAL --finetune runs/a/PREFIX.pth ...
 test, 5 x 3 views python finetune.py --val_dir VAL --output_dir runs/b --num_classes 174 --eval --test_num_clips 5 --test_num_crops 3
+features as .npz  python finetune.py --val_dir VAL --output_dir runs/b --finetune runs/a/PREFIX.pth --extract_features
 smoke test (CPU)  python finetune.py --train_dir samples/videos/train --val_dir samples/videos/val --num_classes 3 --model vit_micro_patch16
                   --img_size 32 --num_frames 4 --max_steps 4 --batch_size_per_gpu 4
 
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import engine_finetune
 from data import probe
-from data.index import VIDEO_EXTENSIONS, check_classes, class_numbers, find_labelled, read_manifest, write_classes, write_manifest
+from data.index import VIDEO_EXTENSIONS, check_classes, class_names, class_numbers, find_labelled, read_manifest, write_classes, write_manifest
 from data.loaders import ClipDataset, ViewDataset, eval_feed, train_feed
 from data.transforms import VIDEO_MEAN, VIDEO_STD, train_transform, view_transform
 from engine_finetune import Task
@@ -41,14 +42,14 @@ def get_parser() -> flags.Parser:
     return parser
 
 
-def labelled(folder: str, manifest: str, kind: str) -> tuple[list[str], list[str]]:
-    """Paths and class names from --{kind}_dir or --{kind}_csv. Raises UserError."""
+def labelled(folder: str, manifest: str, kind: str, unlabelled: bool = False) -> tuple[list[str], list[str]]:
+    """Paths and class names from --{kind}_dir or --{kind}_csv; unlabelled: "" is a label too. Raises UserError."""
     if folder:
         return find_labelled(folder, VIDEO_EXTENSIONS, f"--{kind}_dir")
     if not manifest:
         raise UserError(f"no {kind} videos given: --{kind}_dir FOLDER with one subfolder per class, or --{kind}_csv FILE with path,label lines")
     paths, labels = read_manifest(manifest)
-    if "" in labels:
+    if "" in labels and not unlabelled:
         raise UserError(f"--{kind}_csv {manifest}: {paths[labels.index('')]} has no label: give path,label on each line")
     return paths, labels
 
@@ -61,9 +62,12 @@ def list_videos(args, known: dict | None) -> tuple[tuple[list[str], list[int]], 
     """
     lists = {kind: Path(args.datafile_dir, f"{args.save_prefix}_{kind}.csv") for kind in ("train", "val")}
     val_source = args.val_dir or args.val_csv or str(lists["val"])
-    if args.eval:
-        paths, labels = labelled(args.val_dir, args.val_csv, "val")
-        return ([], []), (paths, class_numbers(labels, known["classes"], val_source)), known["classes"]
+    if args.eval or args.extract_features:
+        paths, labels = labelled(args.val_dir, args.val_csv, "val", unlabelled=args.extract_features)
+        given = sorted(set(labels) - {""})
+        classes = known["classes"] if known else class_names(given) if given else []
+        numbers = dict(zip(given, class_numbers(given, classes, val_source), strict=True)) | {"": -1}
+        return ([], []), (paths, [numbers[label] for label in labels]), classes
     if known and all(path.exists() for path in lists.values()):
         train, val, classes = read_manifest(lists["train"]), read_manifest(lists["val"]), known["classes"]
     else:
@@ -81,13 +85,14 @@ def build_task(args, place: dist.Place, train, val, classes: list[str]) -> Task:
     """Loaders of the training and validation videos."""
     shared = {"num_frames": args.num_frames, "sampling_rate": args.sampling_rate, "target_fps": args.target_fps, "decoder": args.decoder,
               "short_side": args.short_side or max(256, -(-args.img_size * 256 // 224))}  # fmt: skip
-    known = {kind: args.val_csv if args.eval else Path(args.datafile_dir, f"{args.save_prefix}_{kind}.csv") for kind in ("train", "val")}
+    only_reads = args.eval or args.extract_features
+    known = {kind: args.val_csv if only_reads else Path(args.datafile_dir, f"{args.save_prefix}_{kind}.csv") for kind in ("train", "val")}
     clips, crops = (args.test_num_clips, args.test_num_crops) if args.eval else (1, 1)
     views = ViewDataset(paths=val[0], labels=val[1], num_views=clips, transform=view_transform(args.img_size, crops),
                         rows=probe.load(known["val"], val[0]), **shared)  # fmt: skip
     val_batches = eval_feed(views, max(1, args.batch_size_per_gpu // (clips * crops)), args, place)
-    task = Task(classes, val[0], val_batches, clips * crops)
-    if args.eval:
+    task = Task(classes, val[0], val_batches, clips * crops, val[1])
+    if only_reads:
         return task
     transform = train_transform(args.img_size, args.jitter_scales_relative, args.jitter_aspect_relative, args.flip, args.color_jitter,
                                 flags.augmentation(args))  # fmt: skip
@@ -109,7 +114,8 @@ def main(argv: list[str] | None = None) -> None:
     model = engine_finetune.build_model(args, place.device)
     config = model.config | {"model": args.model, "mean": VIDEO_MEAN, "std": VIDEO_STD, "classes": classes}
     task = build_task(args, place, train, val, classes)
-    (engine_finetune.test if args.eval else engine_finetune.run)(args, place, model, config, task)
+    job = engine_finetune.extract if args.extract_features else engine_finetune.test if args.eval else engine_finetune.run
+    job(args, place, model, config, task)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ The same command continues an interrupted run (--resume auto).
 from pathlib import Path
 
 import engine_finetune
-from data.index import IMAGE_EXTENSIONS, check_classes, class_numbers, find_labelled, keep_stratified, write_classes
+from data.index import IMAGE_EXTENSIONS, check_classes, class_names, class_numbers, find_labelled, keep_stratified, write_classes
 from data.loaders import SUBSTITUTES, ImageDataset, eval_feed, train_feed
 from data.transforms import IMAGE_MEAN, IMAGE_STD, image_transform
 from engine_finetune import Task
@@ -44,11 +44,12 @@ def list_images(args, known: dict | None) -> tuple[tuple[list[str], list[int]], 
     known: the config of the checkpoint that the run goes on from or evaluates, whose classes stay valid.
     """
     for flag, folder in (("--val_data_path", args.val_data_path), ("--train_data_path", args.train_data_path)):
-        if not folder and not (args.eval and flag == "--train_data_path"):
+        if not folder and not ((args.eval or args.extract_features) and flag == "--train_data_path"):
             raise UserError(f"no images given: {flag} FOLDER with one subfolder per class")
     val = find_labelled(args.val_data_path, IMAGE_EXTENSIONS, "--val_data_path")
-    if args.eval:
-        return ([], []), (val[0], class_numbers(val[1], known["classes"], args.val_data_path)), known["classes"]
+    if args.eval or args.extract_features:
+        classes = known["classes"] if known else class_names(val[1])
+        return ([], []), (val[0], class_numbers(val[1], classes, args.val_data_path)), classes
     paths, labels = find_labelled(args.train_data_path, IMAGE_EXTENSIONS, "--train_data_path")
     classes = check_classes(labels, val[1], args.num_classes, args.val_data_path)
     write_classes(Path(args.output_dir, f"{args.save_prefix}_classes.json"), classes)
@@ -64,8 +65,8 @@ def build_task(args, place: dist.Place, train, val, classes: list[str]) -> Task:
     """Loaders of the training and validation images."""
     views = ImageDataset(paths=val[0], labels=val[1], transform=image_transform(args.img_size, train=False), seed=0, substitutes=0)
     still_frames = args.num_frames if args.static_clip == "exact" else 1
-    task = Task(classes, val[0], eval_feed(views, args.batch_size_per_gpu, args, place), views=1, still_frames=still_frames)
-    if args.eval:
+    task = Task(classes, val[0], eval_feed(views, args.batch_size_per_gpu, args, place), 1, val[1], still_frames)
+    if args.eval or args.extract_features:
         return task
     transform = image_transform(args.img_size, True, args.flip, flags.augmentation(args))
     dataset = ImageDataset(paths=train[0], labels=train[1], transform=transform, seed=args.seed, substitutes=SUBSTITUTES)
@@ -84,7 +85,8 @@ def main(argv: list[str] | None = None) -> None:
     model = engine_finetune.build_model(args, place.device)
     config = model.config | {"model": args.model, "mean": IMAGE_MEAN, "std": IMAGE_STD, "classes": classes}
     task = build_task(args, place, train, val, classes)
-    (engine_finetune.test if args.eval else engine_finetune.run)(args, place, model, config, task)
+    job = engine_finetune.extract if args.extract_features else engine_finetune.test if args.eval else engine_finetune.run
+    job(args, place, model, config, task)
 
 
 if __name__ == "__main__":

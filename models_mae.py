@@ -166,11 +166,13 @@ class MaskedAutoencoderViT(VideoEncoder):
         return self.reconstruction_loss(pred, clips, hidden), pred, mask
 
     @torch.no_grad()
-    def reconstruct(self, clips: Tensor, mask_ratio: float = 0.9, mask_type: str = "random", noise: Tensor | None = None):
+    def reconstruct(self, clips: Tensor, mask_ratio: float = 0.9, mask_type: str = "random", noise: Tensor | None = None,
+                    true_statistics: bool = True):  # fmt: skip
         """Pictures of what the model does: frames (B, C, pred_t_dim, H, W) original, predicted (every token, visible
         ones too) and hidden (bool, True where the encoder saw nothing).
 
-        With norm_pix_loss each predicted patch gets the true mean and deviation back.
+        With norm_pix_loss each predicted patch gets the true mean and deviation back, or with true_statistics=False stays as
+        it is predicted, with mean 0 and deviation 1.
         """
         if noise is None:
             noise = torch.rand(len(clips), self.num_tokens, device=clips.device)
@@ -178,8 +180,10 @@ class MaskedAutoencoderViT(VideoEncoder):
         decoded = self.decode(self.norm(self.encode(clips, visible)), visible, hidden)
         place = torch.cat([visible, hidden], dim=1).argsort(dim=1)  # where token i stands in the decoder's sequence
         decoded = decoded.gather(1, place[:, :, None].expand_as(decoded))
-        _, mean, deviation = self.targets(clips)
-        pred = self.predict(decoded).float() * deviation + mean
+        pred = self.predict(decoded).float()
+        if true_statistics:
+            _, mean, deviation = self.targets(clips)
+            pred = pred * deviation + mean
         mask = torch.ones(noise.shape, dtype=torch.bool, device=clips.device).scatter_(1, visible, False)
         mask = mask[:, :, None].expand_as(pred)
         return self.target_frames(clips), untubelets(pred, self.grid, self.u, self.patch_size), untubelets(mask, self.grid, self.u, self.patch_size)

@@ -3,19 +3,24 @@
 one process       python pretrain.py --data_dirs VIDEOS --output_dir runs/a
 one machine       torchrun --standalone --nproc_per_node 8 pretrain.py --data_dirs VIDEOS --output_dir runs/a
 smoke test (CPU)  python pretrain.py --data_dirs samples/videos/train --model mae_vit_micro_patch16 --img_size 32 --max_steps 4
+what it predicts  python pretrain.py --visualize runs/a/PREFIX.pth --data_dirs UNSEEN_VIDEOS --output_dir pictures
 
 The same command continues an interrupted run (--resume auto).
 """
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-from data import probe
-from data.index import find_videos, keep_fraction, read_manifest, write_manifest
-from data.loaders import ClipDataset, train_feed
-from data.transforms import VIDEO_MEAN, VIDEO_STD, sample_seed, train_transform
-from engine_pretrain import reconstruction_picture, train_one_epoch
+import gallery
+from data.index import VIDEO_EXTENSIONS, class_names, class_numbers, find_labelled, find_videos, keep_fraction, read_manifest, write_manifest
+from data.loaders import ClipDataset, ViewDataset, eval_feed, train_feed
+from data.probe import carry_over
+from data.probe import load as load_index
+from data.transforms import VIDEO_MEAN, VIDEO_STD, sample_seed, train_transform, view_transform
+from engine_eval import SIZE, fixed_noise, mean_features, probe, validation_loss
+from engine_pretrain import train_one_epoch
 from models_mae import MASK_TYPES, MaskedAutoencoderViT
 from models_vit import choose_attention, named_size
 from util import args as flags
@@ -44,28 +49,42 @@ def get_parser() -> flags.Parser:
     group.add_argument("--data_csv", default="", help="a manifest (path[,label] per line) instead of --data_dirs")
     group.add_argument("--data_frac", type=flags.fraction, default=1.0, help="use the first part of the sorted videos (default: %(default)s)")
     group = flags.add_run(parser)
+    group.add_argument("--val_dirs", nargs="+", default=[], help="folders of videos for a validation loss: centre clip and crop, fixed masks")
+    group.add_argument("--val_csv", default="", help="a manifest instead of --val_dirs")
+    group.add_argument("--probe_dir", default="", metavar="DIR",
+                       help="labelled videos, DIR/train/CLASS and DIR/val/CLASS: frozen features of train classify val (k-NN, linear)")  # fmt: skip
+    group.add_argument("--val_every", type=flags.positive, default=1, help="epochs between validations and probes (default: %(default)s)")
     group.add_argument("--recon_every", type=flags.natural, default=5, help="epochs between reconstruction pictures, 0 = none (default: %(default)s)")
+    group.add_argument("--visualize", default="", metavar="CKPT",
+                       help="no training: pictures of what this checkpoint predicts on --data_dirs; model, spacing, mask are its run's")  # fmt: skip
+    group.add_argument("--visualize_masks", nargs="+", default=[], metavar="TYPE:RATIO", help="masks to show (default: --mask_type:--mask_ratio)")
+    group.add_argument("--visualize_clips", type=flags.positive, default=4, help="videos to show, evenly spread (default: %(default)s)")
     flags.add_system(parser)
     return parser
 
 
-def list_videos(args, resuming: bool) -> list[str]:
-    """Paths of the training videos, by way of the run's own manifest: rank 0 writes it, a resumed run reuses it."""
-    manifest = Path(args.datafile_dir, f"{args.save_prefix}_train.csv")
+def list_videos(args, kind: str, folders: list[str], csv: str, share: float, resuming: bool) -> list[str]:
+    """Paths of the training or validation videos, by way of the run's own manifest: rank 0 writes it, a resumed run reuses it."""
+    manifest = Path(args.datafile_dir, f"{args.save_prefix}_{kind}.csv")
 
     def write() -> None:
         if resuming and manifest.exists():
             return
-        if not args.data_dirs and not args.data_csv:
-            raise UserError("no videos given: --data_dirs FOLDER [FOLDER ...], or --data_csv FILE")
-        paths = read_manifest(args.data_csv)[0] if args.data_csv else find_videos(args.data_dirs)
-        kept = keep_fraction(paths, args.data_frac)
+        paths = find_paths(folders, csv)
+        kept = keep_fraction(paths, share)
         write_manifest(manifest, kept)
-        probe.carry_over(args.data_csv, manifest, kept)
+        carry_over(csv, manifest, kept)
         print0(f"{len(kept)} of {len(paths)} videos, listed in {manifest}")
 
     dist.on_rank0(write)
     return read_manifest(manifest)[0]
+
+
+def find_paths(folders: list[str], csv: str) -> list[str]:
+    """Paths of the videos below the folders, or in a manifest. Raises UserError if neither is given."""
+    if not folders and not csv:
+        raise UserError("no videos given: --data_dirs FOLDER [FOLDER ...], or --data_csv FILE")
+    return read_manifest(csv)[0] if csv else find_videos(folders)
 
 
 def build_model(args, device: torch.device) -> MaskedAutoencoderViT:
@@ -98,31 +117,83 @@ def build_data(args, paths: list[str], num_tokens: int) -> ClipDataset:
         paths=paths, labels=None, num_frames=args.num_frames, sampling_rate=args.sampling_rate, target_fps=args.target_fps,
         repeat_aug=args.repeat_aug, repeat_windows=args.repeat_windows, decoder=args.decoder, seed=args.seed, noise_tokens=num_tokens,
         transform=train_transform(args.img_size, args.jitter_scales_relative, args.jitter_aspect_relative, args.flip, args.color_jitter),
-        short_side=args.short_side or max(256, -(-args.img_size * 256 // 224)),
-        rows=probe.load(Path(args.datafile_dir, f"{args.save_prefix}_train.csv"), paths),
+        short_side=decoded_side(args), rows=load_index(Path(args.datafile_dir, f"{args.save_prefix}_train.csv"), paths),
     )  # fmt: skip
 
 
-def save_picture(model: MaskedAutoencoderViT, dataset: ClipDataset, args, plan: Plan, run: Run, epoch: int, device: torch.device) -> None:
-    """Reconstructions of four fixed clips, spread over the dataset, with fixed masks; on rank 0."""
-    if dist.rank() != 0:
-        return
-    indices = torch.linspace(0, len(dataset) - 1, min(4, len(dataset))).long().tolist()
-    samples = [sample for sample in (dataset[(0, index)] for index in indices) if sample["clips"] is not None]
-    if samples:
-        clips, noise = (torch.stack([sample[key][0] for sample in samples]).to(device) for key in ("clips", "noise"))
-        run.picture("recon", reconstruction_picture(model, clips, noise, args, plan.amp), epoch)
+def decoded_side(args) -> int:
+    """The short side at which videos are decoded, in pixels."""
+    return args.short_side or max(256, -(-args.img_size * 256 // 224))
+
+
+def fixed_clips(args, paths: list[str], labels: list[int]) -> ViewDataset:
+    """The centre clip and centre crop of each video."""
+    return ViewDataset(
+        paths=paths, labels=labels, num_views=1, transform=view_transform(args.img_size, 1), num_frames=args.num_frames,
+        sampling_rate=args.sampling_rate, target_fps=args.target_fps, decoder=args.decoder, short_side=decoded_side(args),
+    )  # fmt: skip
+
+
+def build_validation(args, model: MaskedAutoencoderViT, place: dist.Place, amp: torch.dtype, resuming: bool) -> Callable[[], dict]:
+    """() -> what the flags ask for of val_loss, probe_knn_acc1 and probe_linear_acc1 (percent) of the model as it is then.
+
+    It draws nothing and keeps nothing: training is the same with and without it. A collective call.
+    """
+    measures = []
+    if args.val_dirs or args.val_csv:
+        paths = list_videos(args, "val", args.val_dirs, args.val_csv, 1.0, resuming)
+        val_batches = eval_feed(fixed_clips(args, paths, [-1] * len(paths)), SIZE, args, place)
+        measures.append(lambda: {"val_loss": validation_loss(model, val_batches(), args, amp)})
+    if args.probe_dir:
+        train, val = (find_labelled(str(Path(args.probe_dir, part)), VIDEO_EXTENSIONS, "--probe_dir") for part in ("train", "val"))
+        labels = class_numbers(train[1] + val[1], class_names(train[1]), f"--probe_dir {args.probe_dir}/val")
+        probe_batches = eval_feed(fixed_clips(args, train[0] + val[0], labels), SIZE, args, place)
+        measures.append(lambda: probe(mean_features(model, probe_batches(), amp), labels, len(train[0])))
+
+    def validate() -> dict:
+        results = {name: value for measure in measures for name, value in measure().items()}
+        if results:
+            print0("  ".join(f"{name} {value:.4g}" for name, value in results.items()))
+        return results
+
+    return validate
+
+
+def visualize(argv: list[str] | None) -> None:
+    """--visualize: a gallery of what a checkpoint predicts. Flags that are not given are those of its run."""
+    parser = get_parser()
+    model, of_run = gallery.load_model(parser.parse_args(argv).visualize)
+    parser.set_defaults(**of_run)
+    args = flags.parse(parser, argv)
+    args.img_size, args.num_frames = model.config["img_size"], model.config["num_frames"]
+    masks = [gallery.parse_mask(mask) for mask in args.visualize_masks] or [(args.mask_type, args.mask_ratio)]
+    place = dist.setup(args.device, args.deterministic)
+    paths = find_paths(args.data_dirs, args.data_csv)
+    chosen = torch.linspace(0, len(paths) - 1, min(args.visualize_clips, len(paths))).long()
+    dataset = fixed_clips(args, paths, [-1] * len(paths))
+    samples = [dataset[(0, number)] for number in chosen.tolist()]
+    for video, reason in (bad for sample in samples for bad in sample["bad"]):
+        raise UserError(f"{video} cannot be read ({reason}): repair it or take it out of the set")
+    for number, index in enumerate(chosen.tolist(), 1):
+        print0(f"clip {number}: {paths[index]}")
+    clips = torch.cat([sample["clips"] for sample in samples]).to(place.device)
+    noise = fixed_noise(chosen.to(place.device), model.num_tokens)
+    if place.rank == 0:
+        gallery.write(model.to(place.device), clips, noise, masks, args, amp_dtype(args.amp, place.device))
 
 
 def main(argv: list[str] | None = None) -> None:
     """Run the script on a command line (sys.argv by default). Raises UserError for bad input."""
     args = flags.parse(get_parser(), argv)
+    if args.visualize:
+        visualize(argv)
+        return
     place = dist.setup(args.device, args.deterministic)
     say_versions()
     args.compile = place.device.type == "cuda" if args.compile is None else args.compile
     resume_from = dist.on_rank0(lambda: checkpoint.find_resume(args))
     model = build_model(args, place.device)
-    paths = list_videos(args, resuming=resume_from is not None)
+    paths = list_videos(args, "train", args.data_dirs, args.data_csv, args.data_frac, resuming=resume_from is not None)
     dataset = build_data(args, paths, model.num_tokens)
     updates_per_epoch, batches = train_feed(dataset, args, place)
     config = model.config | {"model": args.model, "mean": VIDEO_MEAN, "std": VIDEO_STD}
@@ -137,6 +208,7 @@ def main(argv: list[str] | None = None) -> None:
     step, samples_consumed = state.get("step", 0), state.get("samples_consumed", 0)
     if args.compile:
         model.compile_parts()
+    validate = build_validation(args, model, place, plan.amp, resuming=resume_from is not None)
     wrapped = dist.wrap(model, place, static_graph=args.accum_iter == 1)
     run = Run(args)
 
@@ -145,14 +217,15 @@ def main(argv: list[str] | None = None) -> None:
         start = step
         step, record = train_one_epoch(wrapped, batches(epoch, done), optimizer, scaler, args, plan, run, place, step)
         samples_consumed += (step - start) * args.batch_size_per_gpu * args.accum_iter * place.world_size
-        record["unreadable_videos"] = run.gather_unreadable()
-        run.epoch(record | {"epoch": epoch, "step": step})
         last = step >= plan.total_steps
+        record["unreadable_videos"] = run.gather_unreadable()
+        record |= validate() if last or (epoch + 1) % args.val_every == 0 else {}
+        run.epoch(record | {"epoch": epoch, "step": step})
         if last or (epoch + 1) % args.checkpoint_period == 0:
             state = checkpoint.state_of(model, optimizer, scaler, args, config, epoch=epoch, step=step, samples_consumed=samples_consumed)
             checkpoint.save_on_rank0(run.checkpoint, state)
         if args.recon_every and (last or (epoch + 1) % args.recon_every == 0):
-            save_picture(model, dataset, args, plan, run, epoch, place.device)
+            gallery.save_picture(model, dataset, args, plan.amp, run, epoch, place.device)
     run.close()
 
 

@@ -14,10 +14,11 @@ from util.args import RETIRED
 ROOT = Path(__file__).parent.parent
 SCRIPTS = ("pretrain", "finetune", "finetune_on_image")
 PRODUCT = [*sorted(ROOT.glob("*.py")), *sorted(ROOT.glob("util/*.py")), *sorted(ROOT.glob("data/*.py"))]
-OWN = {"models_vit", "models_mae", "engine_pretrain", "engine_finetune", "util", "data", *SCRIPTS}
+OWN = {"models_vit", "models_mae", "engine_pretrain", "engine_finetune", "engine_eval", "gallery", "util", "data", *SCRIPTS}
 MAY_IMPORT = {  # module: the own modules that it may import ("x." stands for all of package x)
     "models_vit": (), "models_mae": ("models_vit",), "engine_pretrain": ("models_", "util", "data.transforms"),
-    "engine_finetune": ("models_", "util", "data.transforms"), "util.checkpoint": ("util", "models_"), "util": ("util",),
+    "engine_finetune": ("models_", "engine_eval", "util", "data.transforms"), "engine_eval": ("models_", "util", "data.transforms"),
+    "gallery": ("models_", "util", "data.transforms"), "util.checkpoint": ("util", "models_"), "util": ("util",),
     "data": ("data", "util.dist"),
 }  # fmt: skip
 MODEL_LIBRARIES = {"torch", "flash_attn", "re"}

@@ -108,8 +108,10 @@ def add_classifier(model: argparse._ArgumentGroup, optimisation: argparse._Argum
 
 
 def add_eval(run: argparse._ArgumentGroup) -> None:
-    """--eval, in the group of `add_run`."""
+    """--eval and --extract_features, in the group of `add_run`."""
     run.add_argument("--eval", action=SWITCH, default=False, help="only evaluate the checkpoint of --resume (auto: best, else newest)")
+    run.add_argument("--extract_features", action=SWITCH, default=False,
+                     help="only write the validation set's features, by the weights of --resume as for --eval; if none, --finetune's")  # fmt: skip
 
 
 def add_shared_data(group: argparse._ArgumentGroup) -> None:
@@ -142,7 +144,7 @@ def add_run(parser: Parser) -> argparse._ArgumentGroup:
     group.add_argument("--output_dir", default="./output_dir", help="checkpoints, log, TensorBoard, pictures (default: %(default)s)")
     group.add_argument("--save_prefix", default="", help="names the run's files (default: the model's name)")
     group.add_argument("--resume", default="auto", metavar="PATH", help="go on from a checkpoint; auto: this run's newest, if any (default: auto)")
-    group.add_argument("--overwrite", action="store_true", help="allow --resume '' to start over where a run of this prefix exists")
+    group.add_argument("--overwrite", action="store_true", help="allow --resume '' and --visualize to write over files of this prefix")
     group.add_argument("--checkpoint_period", type=positive, default=1, help="epochs between checkpoints (default: %(default)s)")
     group.add_argument("--log_every", type=positive, default=20, help="updates between log lines (default: %(default)s)")
     group.add_argument("--max_bad_steps", type=positive, default=50, help="stop after this many non-finite updates in a row (default: %(default)s)")

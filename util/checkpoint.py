@@ -67,19 +67,25 @@ def find_resume(args) -> Path | None:
     return None
 
 
-def find_eval(args) -> Path:
-    """The checkpoint that --eval reads: --resume PATH, or (auto) this run's best, else its newest. Raises UserError."""
+def find_eval(args) -> Path | None:
+    """The checkpoint that --eval and --extract_features read: --resume PATH, or (auto) this run's best, else its newest.
+
+    None where there is none and --extract_features may take the encoder of --finetune. Raises UserError.
+    """
     own = own_checkpoint(args)
     candidates = [own.with_name(f"{args.save_prefix}_best.pth"), own] if args.resume == "auto" else [Path(args.resume)]
     for path in candidates:
         if args.resume and path.is_file():
             return path
-    raise UserError(f"--eval found no checkpoint at {' or '.join(map(str, candidates))}: give --resume PATH")
+    if args.extract_features and args.finetune and args.resume in ("auto", ""):
+        return None
+    flag, cure = ("--extract_features", "--resume PATH or --finetune PATH") if args.extract_features else ("--eval", "--resume PATH")
+    raise UserError(f"{flag} found no checkpoint at {' or '.join(map(str, candidates))}: give {cure}")
 
 
 def known_config(args) -> dict | None:
     """The config of the checkpoint that a finetuning run evaluates or goes on from; None for a run from the start. Raises UserError."""
-    path = find_eval(args) if args.eval else find_resume(args)
+    path = find_eval(args) if args.eval or args.extract_features else find_resume(args)
     if path is None:
         return None
     config = load(path).get("config")
