@@ -1,7 +1,7 @@
 """Does pretraining help? Videos whose class is the direction of motion, pretrained without labels, finetuned with few of them.
 
-    python benchmarks/learning.py                    # the table in benchmarks/results/learning.md: under 40 minutes on two cores
-    python benchmarks/learning.py --setting small    # under 4 minutes
+    python benchmarks/learning.py                    # three budgets, three seeds: not measured yet
+    python benchmarks/learning.py --setting small    # one budget, two seeds: 8 CPU minutes; benchmarks/results/learning_small.md
 
 Writes H.264 files (photographs of samples/images that move alike over a still frame of samples/videos), then calls pretrain.py and
 finetune.py on them: pretrained against from scratch at several label budgets, a linear probe, scratch with the pretraining's FLOPs on top,
