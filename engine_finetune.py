@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from data.transforms import erase, mixer, normalize, sample_seed
 from engine_eval import features, in_full_batches, in_order
 from models_vit import VisionTransformer, named_size
-from util import checkpoint, dist
+from util import checkpoint, dist, importer
 from util.args import effective_lr
 from util.dist import Place, UserError, print0, sum_over_ranks
 from util.optim import Plan, amp_dtype, finetune_groups, make_optimizer, set_learning_rate, update
@@ -218,10 +218,8 @@ def extract(args, place: Place, model: VisionTransformer, config: dict, task: Ta
     The weights are --resume's, head included; where there is no checkpoint to resume, the encoder of --finetune.
     """
     path = dist.on_rank0(lambda: checkpoint.find_eval(args))
-    if path:
+    if path:  # else `build_model` has read --finetune
         checkpoint.load_strictly(path, model, config)
-    else:
-        checkpoint.load_pretrained(args.finetune, model)
     model.eval()
 
     def pooled(clips: Tensor) -> Tensor:
@@ -238,8 +236,12 @@ def extract(args, place: Place, model: VisionTransformer, config: dict, task: Ta
     print0(f"wrote {target}: features {values.shape[0]} x {values.shape[1]}, {len(task.classes)} classes")
 
 
-def build_model(args, device: torch.device) -> VisionTransformer:
-    """The classifier that the flags describe, initialised from --seed, on the device."""
+def build_model(args, device: torch.device, known: dict | None) -> VisionTransformer:
+    """The classifier that the flags describe, initialised from --seed and then from --finetune, on the device.
+
+    known: the config of the checkpoint that the run goes on from or evaluates: no --finetune then. model.config says the
+    mean and std of the pixels that the weights were trained on, where one of the two does.
+    """
     torch.manual_seed(sample_seed(args.seed))
     try:
         model = VisionTransformer(
@@ -255,21 +257,23 @@ def build_model(args, device: torch.device) -> VisionTransformer:
     model.activation_checkpointing = args.activation_checkpointing
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     print0(f"model {args.model}: {trained / 1e6:.1f} M parameters to train, {model.num_tokens} tokens per clip")
+    if known:
+        model.config |= {key: known[key] for key in ("mean", "std") if key in known}
+    elif args.finetune:
+        importer.load_pretrained(args.finetune, model)
     return model.to(device)
 
 
 def run(args, place: Place, model: nn.Module, config: dict, task: Task) -> Scores | None:
     """Train, and validate after each epoch. Returns the last validation (None: the run was complete already).
 
-    The model starts from --finetune, or goes on from --resume. `{prefix}_best.pth` and the tables are those of the best top-1.
+    The model goes on from --resume, if there is something. `{prefix}_best.pth` and the tables are those of the best top-1.
     """
     resume_from = dist.on_rank0(lambda: checkpoint.find_resume(args))
     lr = effective_lr(args, place.world_size, {"repeat_aug": task.repeats} if task.repeats > 1 else {})
     amp = amp_dtype(args.amp, place.device)
     total_steps = args.max_steps or args.epochs * task.updates_per_epoch
     plan = Plan(lr, task.updates_per_epoch, total_steps, amp, args.max_bad_frac * task.train_size, model.flops_per_clip())
-    if args.finetune and not resume_from:
-        checkpoint.load_pretrained(args.finetune, model)
     optimizer = make_optimizer(finetune_groups(model, config["depth"], args.weight_decay, args.layer_decay), model.parameters(), (0.9, 0.999))
     scaler = torch.amp.GradScaler(place.device.type, enabled=amp == torch.float16)
     state, scores = checkpoint.resume(resume_from, model, optimizer, scaler, args, config) if resume_from else {}, None

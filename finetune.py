@@ -109,10 +109,11 @@ def main(argv: list[str] | None = None) -> None:
     place = dist.setup(args.device, args.deterministic)
     say_versions()
     args.compile = place.device.type == "cuda" if args.compile is None else args.compile
-    train, val, classes = dist.on_rank0(lambda: list_videos(args, checkpoint.known_config(args)))
+    known = dist.on_rank0(lambda: checkpoint.known_config(args))
+    train, val, classes = dist.on_rank0(lambda: list_videos(args, known))
     print0(f"{len(train[0])} videos to train on, {len(val[0])} to validate on, {len(classes)} classes")
-    model = engine_finetune.build_model(args, place.device)
-    config = model.config | {"model": args.model, "mean": VIDEO_MEAN, "std": VIDEO_STD, "classes": classes}
+    model = engine_finetune.build_model(args, place.device, known)
+    config = {"mean": VIDEO_MEAN, "std": VIDEO_STD} | model.config | {"model": args.model, "classes": classes}  # pixels as the weights know them
     task = build_task(args, place, train, val, classes)
     job = engine_finetune.extract if args.extract_features else engine_finetune.test if args.eval else engine_finetune.run
     job(args, place, model, config, task)

@@ -80,9 +80,10 @@ def main(argv: list[str] | None = None) -> None:
     place = dist.setup(args.device, args.deterministic)
     say_versions()
     args.compile = place.device.type == "cuda" if args.compile is None else args.compile
-    train, val, classes = dist.on_rank0(lambda: list_images(args, checkpoint.known_config(args)))
+    known = dist.on_rank0(lambda: checkpoint.known_config(args))
+    train, val, classes = dist.on_rank0(lambda: list_images(args, known))
     print0(f"{len(train[0])} images to train on, {len(val[0])} to validate on, {len(classes)} classes")
-    model = engine_finetune.build_model(args, place.device)
+    model = engine_finetune.build_model(args, place.device, known)
     config = model.config | {"model": args.model, "mean": IMAGE_MEAN, "std": IMAGE_STD, "classes": classes}
     task = build_task(args, place, train, val, classes)
     job = engine_finetune.extract if args.extract_features else engine_finetune.test if args.eval else engine_finetune.run

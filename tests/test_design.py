@@ -18,7 +18,7 @@ OWN = {"models_vit", "models_mae", "engine_pretrain", "engine_finetune", "engine
 MAY_IMPORT = {  # module: the own modules that it may import ("x." stands for all of package x)
     "models_vit": (), "models_mae": ("models_vit",), "engine_pretrain": ("models_", "util", "data.transforms"),
     "engine_finetune": ("models_", "engine_eval", "util", "data.transforms"), "engine_eval": ("models_", "util", "data.transforms"),
-    "gallery": ("models_", "util", "data.transforms"), "util.checkpoint": ("util", "models_"), "util": ("util",),
+    "gallery": ("models_", "util", "data.transforms"), "util.importer": ("util", "models_", "data.transforms"), "util": ("util",),
     "data": ("data", "util.dist"),
 }  # fmt: skip
 MODEL_LIBRARIES = {"torch", "flash_attn", "re"}
@@ -152,7 +152,7 @@ def test_no_repeated_blocks():
 
 def test_every_flag_is_declared_and_read():
     everything = trees()
-    declaring = [everything[name] for name in everything if name in SCRIPTS or name.startswith(("util.args", "data."))]
+    declaring = [everything[name] for name in everything if name in SCRIPTS or name.startswith(("util.args", "util.export", "data."))]
     assert flag_faults(declaring, list(everything.values())) == []
     assert all(flag.startswith("--") for flag in RETIRED)
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from launch import ROOT, torchrun
 from make_videos import write_folder, write_video
-from tiny import clips_and_noise, tiny_mae, tiny_vit
+from tiny import tiny_vit
 
 import finetune
 import finetune_on_image
@@ -18,7 +18,6 @@ import pretrain
 from data.decode import frame_indices, open_video, view_start
 from data.transforms import VIDEO_MEAN, VIDEO_STD, normalize, view_transform
 from models_vit import VisionTransformer
-from util.checkpoint import load_encoder
 from util.dist import UserError
 
 SMALL = (
@@ -203,35 +202,6 @@ def test_finetune_takes_the_encoder_and_resamples_positions(videos, tmp_path, ca
     torch.testing.assert_close(after["blocks.1.mlp.fc1.weight"], before["blocks.1.mlp.fc1.weight"], atol=1e-6, rtol=0)
 
 
-def test_load_encoder_gives_the_pretrained_features(tmp_path):
-    mae = tiny_mae()
-    clips, _ = clips_and_noise()
-    torch.save({"model": mae.state_dict(), "config": mae.config | {"mean": [0.45] * 3, "std": [0.225] * 3}}, tmp_path / "mae.pth")
-    encoder = load_encoder(tmp_path / "mae.pth")
-    assert torch.equal(encoder(clips), mae.norm(mae.encode(clips))) and encoder.config["mean"] == [0.45] * 3
-    fused = {f"module.{name}": value for name, value in mae.state_dict().items() if ".attn.q." not in name and ".attn.k." not in name}
-    for name in [name for name in fused if ".attn.v." in name]:
-        own = name.removeprefix("module.")
-        parts = [mae.state_dict()[own.replace("attn.v", f"attn.{part}")] for part in "qkv"]
-        fused[name.replace("attn.v", "attn.qkv")] = torch.cat(parts)
-        del fused[name]
-    torch.save({"model_state": fused}, tmp_path / "ancestor.pyth")  # no config: heads by width
-    torch.testing.assert_close(load_encoder(tmp_path / "ancestor.pyth")(clips), encoder(clips))
-
-
-@pytest.mark.parametrize("name", ["checkpoint_optimized_stmae.pth", "checkpoint_mae_st.pyth"])
-def test_ancestors_checkpoints_load(name):
-    import os
-
-    if "STMAE_TEST_DATA" not in os.environ:
-        pytest.skip("STMAE_TEST_DATA is not set")
-    path = Path(os.environ["STMAE_TEST_DATA"], "golden", name)
-    with pytest.raises(UserError, match="attention heads"):
-        load_encoder(path)
-    encoder = load_encoder(path, num_heads=4)
-    assert encoder.config["img_size"] == 16 and encoder.config["num_frames"] == 8 and len(encoder.blocks) == 2
-
-
 def test_static_clips_folded_equal_exact_in_logits_and_gradients():
     for positions in (True, False):
         images = torch.randn(3, 3, 1, 32, 32, dtype=torch.float64)
@@ -292,7 +262,7 @@ def test_bad_input_is_one_line(videos, tmp_path):
         "unknown class 'class_x'": ["--val_dir", str(other)],
         "--num_classes is 1": ["--num_classes", "1"],
         "text.pth cannot be read": ["--finetune", str(tmp_path / "text.pth")],
-        "image model": ["--finetune", str(tmp_path / "image.pth")],
+        "image MAE or timm ViT, but 'pos_embed' is missing": ["--finetune", str(tmp_path / "image.pth")],
         "no video encoder": ["--finetune", str(tmp_path / "other.pth")],
         "nowhere.pth not found": ["--finetune", str(tmp_path / "nowhere.pth")],
         "embed_dim 64, not 192": ["--finetune", mae, "--model", "vit_tiny_patch16"],

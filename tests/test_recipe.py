@@ -12,8 +12,8 @@ from tiny import tiny_vit
 from data.loaders import ViewDataset
 from data.transforms import erase, mixer, rand_augment, view_transform
 from engine_finetune import Recipe
-from util.checkpoint import resample_positions
 from util.dist import UserError
+from util.importer import resample_positions
 
 
 def marked_clips(videos: int) -> torch.Tensor:
