@@ -241,9 +241,10 @@ class PyAVVideo:
 
             try:
                 if self.place != first:
-                    self.container.seek(self.stamps[number], stream=self.stream)  # arrives at this key frame or at the one before
+                    stamp = self.stamps[number]  # not self in the lambda: a cycle would keep the file open until the collector comes by
+                    self.container.seek(stamp, stream=self.stream)  # arrives at this key frame or at the one before
                     packets = (packet for packet in self.container.demux(self.stream) if packet.size)
-                    self.reader = dropwhile(lambda packet: packet.dts is not None and packet.dts < self.stamps[number], packets)
+                    self.reader = dropwhile(lambda packet: packet.dts is not None and packet.dts < stamp, packets)
                 self.groups[number] = list(islice(self.reader, end - first))
                 self.place = end
             except av.FFmpegError:

@@ -1,6 +1,8 @@
 """Reading frames: the right ones, the same ones from both decoders, and as few as possible."""
 
+import gc
 import os
+import weakref
 from pathlib import Path
 
 import decoder_matrix
@@ -200,3 +202,17 @@ def test_the_cost_grows_with_the_span_and_not_with_the_video(tmp_path, decoder):
         else:
             assert np.array_equal(video.read(near), expected)
             assert [frame_number(frame) for frame in video.read(far)] != far.tolist()
+
+
+def test_a_video_is_freed_without_the_garbage_collector(tmp_path):
+    """A reference cycle would keep packets and open files until the collector comes by: memory of workers would grow."""
+    path = str(write_video(tmp_path / "v.mp4", frames=40))
+    gc.disable()
+    try:
+        with PyAVVideo(path, None) as video:
+            video.read(np.array([5, 30]))
+        gone = weakref.ref(video)
+        del video
+        assert gone() is None
+    finally:
+        gc.enable()
