@@ -20,9 +20,12 @@ from engine_eval import features, in_full_batches, in_order
 from models_vit import VisionTransformer, named_size
 from util import checkpoint, dist, importer
 from util.args import effective_lr
-from util.dist import Place, UserError, print0, sum_over_ranks
-from util.optim import Plan, amp_dtype, finetune_groups, make_optimizer, set_learning_rate, update
-from util.tracking import Run, StallClock
+from util.dist import Place, UserError, print0
+from util.optim import Plan, amp_dtype, backward, finetune_groups, make_optimizer, set_learning_rate, update
+from util.saver import Saver
+from util.tracking import Run, StallClock, Tally
+
+SUMS = ("loss", "acc1", "grad_norm")
 
 
 class Task(NamedTuple):
@@ -34,7 +37,7 @@ class Task(NamedTuple):
     views: int  # clips per sample in evaluation
     val_labels: list[int] = []  # class numbers, -1 for none: for --extract_features
     still_frames: int = 1  # for images: how many frames each is shown; 1: the model sees a single frame
-    train_size: int = 0  # samples; these four are not needed for --eval
+    data: dict | None = None  # `util.saver.digest` of the training set; these four are not needed for --eval
     updates_per_epoch: int = 0
     train_batches: Callable[[int, int], Iterator[dict]] | None = None  # (epoch, updates already done in it) -> the rest of its batches
     repeats: int = 1  # clips per sample in training
@@ -77,55 +80,49 @@ def hold(clips: Tensor, frames: int) -> Tensor:
 
 
 def train_one_epoch(model: nn.Module, batches, optimizer, scaler, args, plan: Plan, recipe: Recipe, run: Run, place: Place,
-                    step: int) -> tuple[int, dict]:  # fmt: skip
-    """Train from update `step` to the end of its epoch, or of the run; as engine_pretrain.train_one_epoch, for classes.
+                    saver: Saver) -> dict:  # fmt: skip
+    """Train from the update that `saver` is at to the end of its epoch, or of the run; as engine_pretrain.train_one_epoch, for classes.
 
-    Returns the updates done so far in the run, and the epoch's means over all ranks: train_loss, train_acc1 (percent; of
-    mixed clips, the heavier class), train_lr, train_grad_norm, and the number of skipped_steps.
+    Returns the epoch's means over all ranks: train_loss, train_acc1 (percent; of mixed clips, the heavier class), train_lr,
+    train_grad_norm, and the number of skipped_steps. Raises Stopped.
     """
     model.train()
-    clock, device = StallClock(place.device), place.device
-    epoch = torch.zeros(4, dtype=torch.float64)  # loss, accuracy, gradient norm, skipped updates
-    sums, window = torch.zeros(4, device=device), torch.zeros(2, device=device)
-    streak = torch.full((1,), float(run.skipped_in_a_row), device=device)
-    first, logged, last = step, step, min((step // plan.steps_per_epoch + 1) * plan.steps_per_epoch, plan.total_steps)
-    for micro, batch in enumerate(batches, 1):
+    clock, device, tally = StallClock(place.device), place.device, saver.tally
+    window, files, logged = torch.zeros(2, device=device), [], saver.step
+    last = plan.end_of_epoch(saver.position()[0])
+    for micro, batch in enumerate(batches if saver.step < last else (), 1):
         clock.start()
         run.check_batch(batch, plan.bad_limit)
         closing = micro % args.accum_iter == 0
         if (micro - 1) % args.accum_iter == 0:
-            lr = plan.learning_rate(step, args)
-            set_learning_rate(optimizer, lr)
-        torch.manual_seed(sample_seed(args.seed, step * args.accum_iter + (micro - 1) % args.accum_iter, place.rank, 4))
+            set_learning_rate(optimizer, plan.learning_rate(saver.step, args))
+        torch.manual_seed(sample_seed(args.seed, saver.step * args.accum_iter + (micro - 1) % args.accum_iter, place.rank, 4))
         clips, targets = recipe(batch)
         with contextlib.nullcontext() if closing or place.world_size == 1 else model.no_sync():
             with torch.autocast(device.type, plan.amp, enabled=plan.amp != torch.float32):
                 logits = model(clips)
             loss = F.cross_entropy(logits.float(), targets, label_smoothing=args.smoothing)
-            scaler.scale(loss / args.accum_iter).backward()
+            backward(loss, scaler, args.accum_iter)
         right = (logits.detach().argmax(1) == targets.argmax(1)).float().mean() * 100
-        window = window + torch.stack([loss.detach(), right]) / args.accum_iter
+        window, files = window + torch.stack([loss.detach(), right]) / args.accum_iter, files + batch["paths"]
         if closing:
             norm, skipped = update(optimizer, scaler, args.clip_grad)
-            now = torch.cat([window, norm[None], skipped[None]])
-            sums += now.where(skipped == 0, now.new_tensor([0.0, 0.0, 0.0, 1.0]))
-            streak, window = (streak + 1) * skipped, torch.zeros(2, device=device)
-            step += 1
+            tally.add(torch.cat([window, norm[None]]), skipped, files)
+            window, files = torch.zeros(2, device=device), []
+            saver.count_update()
         clock.stop()
-        if closing and (step % args.log_every == 0 or step == last):
-            *read, run.skipped_in_a_row = (sum_over_ranks(torch.cat([sums, streak])) / place.world_size).tolist()  # waits for the device
-            epoch += torch.tensor(read)
-            run.check_streak(args.max_bad_steps, step)
-            used = max(step - logged - read[3], 1)
-            values = {"loss": read[0] / used, "acc1": read[1] / used, "lr": lr, "grad_norm": read[2] / used, "skipped": int(read[3])}
-            run.progress(step, plan, values, (step - logged) * args.accum_iter * len(clips) * place.world_size, clock, device)
-            sums.zero_()
-            logged = step
-        if step == last:
+        if closing and (saver.step % args.log_every == 0 or saver.step == last):
+            tally.read(run, saver.step, args.max_bad_steps)
+            values = {**tally.means("line"), "lr": plan.learning_rate(saver.step - 1, args)}
+            run.progress(saver.step, plan, values, (saver.step - logged) * args.accum_iter * len(clips) * place.world_size, clock, device)
+            logged = saver.step
+        if closing:
+            saver.after_update()
+        if saver.step == last:
             break
-    used = max(step - first - int(epoch[3]), 1)
-    loss, right, norm = (epoch[:3] / used).tolist()
-    return step, {"train_loss": loss, "train_acc1": right, "train_lr": lr, "train_grad_norm": norm, "skipped_steps": int(epoch[3])}
+    means = tally.means("epoch")
+    return {"train_loss": means["loss"], "train_acc1": means["acc1"], "train_lr": plan.learning_rate(saver.step - 1, args),
+            "train_grad_norm": means["grad_norm"], "skipped_steps": means["skipped"]}  # fmt: skip
 
 
 @torch.no_grad()
@@ -205,6 +202,7 @@ def test(args, place: Place, model: nn.Module, config: dict, task: Task) -> Scor
         model.compile_parts()
     scores = evaluate(model, task.val_batches(), args.batch_size_per_gpu, config, amp_dtype(args.amp, place.device), task.still_frames)
     files = Run(args, "_test")
+    files.begin()
     report(scores, task, config["num_classes"], files, 0)
     files.close()
     print0(f"top-1 {scores.acc1:.2f} %  top-5 {scores.acc5:.2f} %  loss {scores.loss:.4f}  ({len(scores.labels)} samples, {task.views} views each)")
@@ -265,7 +263,7 @@ def build_model(args, device: torch.device, known: dict | None) -> VisionTransfo
 
 
 def run(args, place: Place, model: nn.Module, config: dict, task: Task) -> Scores | None:
-    """Train, and validate after each epoch. Returns the last validation (None: the run was complete already).
+    """Train, and validate after each epoch. Returns the last validation (None: the run was complete already, or was stopped).
 
     The model goes on from --resume, if there is something. `{prefix}_best.pth` and the tables are those of the best top-1.
     """
@@ -273,32 +271,28 @@ def run(args, place: Place, model: nn.Module, config: dict, task: Task) -> Score
     lr = effective_lr(args, place.world_size, {"repeat_aug": task.repeats} if task.repeats > 1 else {})
     amp = amp_dtype(args.amp, place.device)
     total_steps = args.max_steps or args.epochs * task.updates_per_epoch
-    plan = Plan(lr, task.updates_per_epoch, total_steps, amp, args.max_bad_frac * task.train_size, model.flops_per_clip())
+    plan = Plan(lr, task.updates_per_epoch, total_steps, amp, args.max_bad_frac * task.data["samples"], model.flops_per_clip())
     optimizer = make_optimizer(finetune_groups(model, config["depth"], args.weight_decay, args.layer_decay), model.parameters(), (0.9, 0.999))
     scaler = torch.amp.GradScaler(place.device.type, enabled=amp == torch.float16)
-    state, scores = checkpoint.resume(resume_from, model, optimizer, scaler, args, config) if resume_from else {}, None
-    step, samples_consumed, best = (state.get(key, start) for key, start in (("step", 0), ("samples_consumed", 0), ("best_acc1", -1.0)))
+    files, tally, scores = Run(args), Tally(SUMS, place.device), None
+    saver = Saver(args, place, model, optimizer, scaler, plan, config, task.data, tally, files, best=-1.0)
+    saver.resume(resume_from)
     if args.compile:
         model.compile_parts()
-    wrapped, files = dist.wrap(model, place, static_graph=args.accum_iter == 1), Run(args)
-    recipe = Recipe(args, config, task.still_frames)
-    while step < plan.total_steps:
-        epoch, done = divmod(step, plan.steps_per_epoch)
-        batches, start = task.train_batches(epoch, done), step
-        step, record = train_one_epoch(wrapped, batches, optimizer, scaler, args, plan, recipe, files, place, step)
-        samples_consumed += (step - start) * args.batch_size_per_gpu * args.accum_iter * place.world_size
-        scores = evaluate(model, task.val_batches(), args.batch_size_per_gpu, config, amp, task.still_frames)
-        improved, best = scores.acc1 > best, max(best, scores.acc1)
-        record |= {"test_loss": scores.loss, "test_acc1": scores.acc1, "test_acc5": scores.acc5}
-        files.epoch(record | {"unreadable_samples": files.gather_unreadable(), "epoch": epoch, "step": step})
-        print0(f"epoch {epoch}: train top-1 {record['train_acc1']:.2f} %, validation top-1 {scores.acc1:.2f} % (best {best:.2f} %), "
-               f"top-5 {scores.acc5:.2f} %, loss {scores.loss:.4f}, {len(scores.labels)} samples")  # fmt: skip
-        state = checkpoint.state_of(model, optimizer, scaler, args, config, epoch=epoch, step=step, samples_consumed=samples_consumed)
-        state["best_acc1"] = best
-        if improved:
-            report(scores, task, config["num_classes"], files, epoch)
-            checkpoint.save_on_rank0(files.best, state)
-        if step >= plan.total_steps or (epoch + 1) % args.checkpoint_period == 0:
-            checkpoint.save_on_rank0(files.checkpoint, state)
+    wrapped, recipe = dist.wrap(model, place, static_graph=args.accum_iter == 1), Recipe(args, config, task.still_frames)
+    with saver.until_stopped():
+        while saver.unfinished():
+            epoch, done = saver.position()
+            record = train_one_epoch(wrapped, task.train_batches(epoch, done), optimizer, scaler, args, plan, recipe, files, place, saver)
+            batches = saver.interruptible(task.val_batches())
+            scores = evaluate(model, batches, args.batch_size_per_gpu, config, amp, task.still_frames)
+            improved, saver.best = scores.acc1 > saver.best, max(saver.best, scores.acc1)
+            print0(f"epoch {epoch}: train top-1 {record['train_acc1']:.2f} %, validation top-1 {scores.acc1:.2f} % (best {saver.best:.2f} %), "
+                   f"top-5 {scores.acc5:.2f} %, loss {scores.loss:.4f}, {len(scores.labels)} samples")  # fmt: skip
+            if improved:
+                report(scores, task, config["num_classes"], files, epoch)
+                saver.save(epoch, files.best)
+            record |= {"test_loss": scores.loss, "test_acc1": scores.acc1, "test_acc5": scores.acc5}
+            saver.close_epoch(record | {"unreadable_samples": files.gather_unreadable()})
     files.close()
     return scores

@@ -19,8 +19,9 @@ from data.loaders import ClipDataset, ViewDataset, eval_feed, train_feed
 from data.transforms import VIDEO_MEAN, VIDEO_STD, train_transform, view_transform
 from engine_finetune import Task
 from util import args as flags
-from util import checkpoint, dist
+from util import checkpoint, dist, stop
 from util.dist import UserError, print0
+from util.saver import digest
 from util.tracking import say_versions
 
 
@@ -100,12 +101,13 @@ def build_task(args, place: dist.Place, train, val, classes: list[str]) -> Task:
                           transform=transform, seed=args.seed, noise_tokens=0,
                           rows=probe.load(known["train"], train[0]), **shared)  # fmt: skip
     updates_per_epoch, train_batches = train_feed(dataset, args, place)
-    return task._replace(train_size=len(dataset), updates_per_epoch=updates_per_epoch, train_batches=train_batches, repeats=args.repeat_aug)
+    return task._replace(data=digest(*train), updates_per_epoch=updates_per_epoch, train_batches=train_batches, repeats=args.repeat_aug)
 
 
 def main(argv: list[str] | None = None) -> None:
     """Run the script on a command line (sys.argv by default). Raises UserError for bad input."""
     args = flags.parse(get_parser(), argv)
+    stop.listen() if not (args.eval or args.extract_features) else None
     place = dist.setup(args.device, args.deterministic)
     say_versions()
     args.compile = place.device.type == "cuda" if args.compile is None else args.compile

@@ -16,8 +16,9 @@ from data.loaders import SUBSTITUTES, ImageDataset, eval_feed, train_feed
 from data.transforms import IMAGE_MEAN, IMAGE_STD, image_transform
 from engine_finetune import Task
 from util import args as flags
-from util import checkpoint, dist
+from util import checkpoint, dist, stop
 from util.dist import UserError, print0
+from util.saver import digest
 from util.tracking import say_versions
 
 
@@ -71,12 +72,13 @@ def build_task(args, place: dist.Place, train, val, classes: list[str]) -> Task:
     transform = image_transform(args.img_size, True, args.flip, flags.augmentation(args))
     dataset = ImageDataset(paths=train[0], labels=train[1], transform=transform, seed=args.seed, substitutes=SUBSTITUTES)
     updates_per_epoch, train_batches = train_feed(dataset, args, place)
-    return task._replace(train_size=len(dataset), updates_per_epoch=updates_per_epoch, train_batches=train_batches)
+    return task._replace(data=digest(*train), updates_per_epoch=updates_per_epoch, train_batches=train_batches)
 
 
 def main(argv: list[str] | None = None) -> None:
     """Run the script on a command line (sys.argv by default). Raises UserError for bad input."""
     args = flags.parse(get_parser(), argv)
+    stop.listen() if not (args.eval or args.extract_features) else None
     place = dist.setup(args.device, args.deterministic)
     say_versions()
     args.compile = place.device.type == "cuda" if args.compile is None else args.compile

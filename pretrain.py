@@ -20,14 +20,15 @@ from data.probe import carry_over
 from data.probe import load as load_index
 from data.transforms import VIDEO_MEAN, VIDEO_STD, sample_seed, train_transform, view_transform
 from engine_eval import SIZE, fixed_noise, mean_features, probe, validation_loss
-from engine_pretrain import train_one_epoch
+from engine_pretrain import SUMS, train_one_epoch
 from models_mae import MASK_TYPES, MaskedAutoencoderViT
 from models_vit import choose_attention, named_size
 from util import args as flags
-from util import checkpoint, dist
+from util import checkpoint, dist, stop
 from util.dist import UserError, print0
 from util.optim import Plan, amp_dtype, make_optimizer, pretrain_groups
-from util.tracking import Run, say_versions
+from util.saver import Saver, digest
+from util.tracking import Run, Tally, say_versions
 
 
 def get_parser() -> flags.Parser:
@@ -134,29 +135,32 @@ def fixed_clips(args, paths: list[str], labels: list[int]) -> ViewDataset:
     )  # fmt: skip
 
 
-def build_validation(args, model: MaskedAutoencoderViT, place: dist.Place, amp: torch.dtype, resuming: bool) -> Callable[[], dict]:
-    """() -> what the flags ask for of val_loss, probe_knn_acc1 and probe_linear_acc1 (percent) of the model as it is then.
+def build_validation(args, model: MaskedAutoencoderViT, place: dist.Place, amp: torch.dtype, resuming: bool) -> list[tuple[Callable, Callable]]:
+    """What the flags ask for of val_loss, probe_knn_acc1 and probe_linear_acc1 (percent): pairs of () -> batches and batches -> results.
 
-    It draws nothing and keeps nothing: training is the same with and without it. A collective call.
+    They draw nothing and keep nothing: training is the same with and without them.
     """
     measures = []
     if args.val_dirs or args.val_csv:
         paths = list_videos(args, "val", args.val_dirs, args.val_csv, 1.0, resuming)
-        val_batches = eval_feed(fixed_clips(args, paths, [-1] * len(paths)), SIZE, args, place)
-        measures.append(lambda: {"val_loss": validation_loss(model, val_batches(), args, amp)})
+        feed = eval_feed(fixed_clips(args, paths, [-1] * len(paths)), SIZE, args, place)
+        measures.append((feed, lambda batches: {"val_loss": validation_loss(model, batches, args, amp)}))
     if args.probe_dir:
         train, val = (find_labelled(str(Path(args.probe_dir, part)), VIDEO_EXTENSIONS, "--probe_dir") for part in ("train", "val"))
         labels = class_numbers(train[1] + val[1], class_names(train[1]), f"--probe_dir {args.probe_dir}/val")
-        probe_batches = eval_feed(fixed_clips(args, train[0] + val[0], labels), SIZE, args, place)
-        measures.append(lambda: probe(mean_features(model, probe_batches(), amp), labels, len(train[0])))
+        feed = eval_feed(fixed_clips(args, train[0] + val[0], labels), SIZE, args, place)
+        measures.append((feed, lambda batches: probe(mean_features(model, batches, amp), labels, len(train[0]))))
+    return measures
 
-    def validate() -> dict:
-        results = {name: value for measure in measures for name, value in measure().items()}
-        if results:
-            print0("  ".join(f"{name} {value:.4g}" for name, value in results.items()))
-        return results
 
-    return validate
+def validate(measures: list[tuple[Callable, Callable]], saver: Saver) -> dict:
+    """The results of `build_validation`'s measures for the model as it is now. Raises Stopped. A collective call."""
+    results = {}
+    for batches, measure in measures:
+        results |= measure(saver.interruptible(batches()))
+    if results:
+        print0("  ".join(f"{name} {value:.4g}" for name, value in results.items()))
+    return results
 
 
 def visualize(argv: list[str] | None) -> None:
@@ -188,6 +192,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.visualize:
         visualize(argv)
         return
+    stop.listen()
     place = dist.setup(args.device, args.deterministic)
     say_versions()
     args.compile = place.device.type == "cuda" if args.compile is None else args.compile
@@ -204,28 +209,23 @@ def main(argv: list[str] | None = None) -> None:
 
     optimizer = make_optimizer(pretrain_groups(model, args.weight_decay, args.bias_wd), model.parameters(), betas=(0.9, 0.95))
     scaler = torch.amp.GradScaler(place.device.type, enabled=plan.amp == torch.float16)
-    state = checkpoint.resume(resume_from, model, optimizer, scaler, args, config) if resume_from else {}
-    step, samples_consumed = state.get("step", 0), state.get("samples_consumed", 0)
+    validations, run = build_validation(args, model, place, plan.amp, resuming=resume_from is not None), Run(args)
+    saver = Saver(args, place, model, optimizer, scaler, plan, config, digest(paths), Tally(SUMS, place.device), run)
+    saver.resume(resume_from)
     if args.compile:
         model.compile_parts()
-    validate = build_validation(args, model, place, plan.amp, resuming=resume_from is not None)
     wrapped = dist.wrap(model, place, static_graph=args.accum_iter == 1)
-    run = Run(args)
 
-    while step < plan.total_steps:
-        epoch, done = divmod(step, plan.steps_per_epoch)
-        start = step
-        step, record = train_one_epoch(wrapped, batches(epoch, done), optimizer, scaler, args, plan, run, place, step)
-        samples_consumed += (step - start) * args.batch_size_per_gpu * args.accum_iter * place.world_size
-        last = step >= plan.total_steps
-        record["unreadable_videos"] = run.gather_unreadable()
-        record |= validate() if last or (epoch + 1) % args.val_every == 0 else {}
-        run.epoch(record | {"epoch": epoch, "step": step})
-        if last or (epoch + 1) % args.checkpoint_period == 0:
-            state = checkpoint.state_of(model, optimizer, scaler, args, config, epoch=epoch, step=step, samples_consumed=samples_consumed)
-            checkpoint.save_on_rank0(run.checkpoint, state)
-        if args.recon_every and (last or (epoch + 1) % args.recon_every == 0):
-            gallery.save_picture(model, dataset, args, plan.amp, run, epoch, place.device)
+    with saver.until_stopped():
+        while saver.unfinished():
+            epoch, done = saver.position()
+            record = train_one_epoch(wrapped, batches(epoch, done), optimizer, scaler, args, plan, run, place, saver)
+            record["unreadable_videos"] = run.gather_unreadable()
+            last = saver.step >= plan.total_steps
+            record |= validate(validations, saver) if last or (epoch + 1) % args.val_every == 0 else {}
+            saver.close_epoch(record)
+            if args.recon_every and (last or (epoch + 1) % args.recon_every == 0):
+                gallery.save_picture(model, dataset, args, plan.amp, run, epoch, place.device)
     run.close()
 
 

@@ -38,9 +38,11 @@ from util import args as flags
 from util.dist import print0
 
 SETTINGS = {  # clips: train, val, test; labels: per class; lrs: what is tried on the validation clips
-    "full": {"clips": (4000, 400, 800), "epochs": 16, "labels": (4, 16, 64), "compute_at": 16, "control_at": (16, 64), "steps": 200, "seeds": 3,
+    "full": {"clips": (4000, 400, 800), "epochs": 24, "labels": (4, 16, 64), "compute_at": 16, "control_at": (16, 64), "steps": 200, "seeds": 3,
              "lrs": {"pretrained": (1e-3, 3e-3), "scratch": (1e-3, 3e-3), "probe": (1e-2, 3e-2)}},
-    "small": {"clips": (1600, 80, 400), "epochs": 15, "labels": (8,), "compute_at": None, "control_at": (8,), "steps": 100, "seeds": 2,
+    "medium": {"clips": (2400, 160, 800), "epochs": 18, "labels": (4, 16), "compute_at": None, "control_at": (16,), "steps": 150, "seeds": 3,
+               "lrs": {"pretrained": (2e-3,), "scratch": (2e-3,), "probe": (2e-2,)}},
+    "small": {"clips": (1200, 80, 400), "epochs": 11, "labels": (8,), "compute_at": None, "control_at": (8,), "steps": 80, "seeds": 2,
               "lrs": {"pretrained": (2e-3,), "scratch": (2e-3,)}},
 }  # fmt: skip
 SIZE, FRAMES, SPRITES, SPEED, RADII = 36, 8, 3, 2.25, (6.5, 11.0)  # pixels, frames, sprites per clip, pixels per frame, pixels
@@ -187,25 +189,30 @@ class Bench:
             print0(f"{name}: " + ", ".join(f"{key} {value}" for key, value in self.runs[name].items() if isinstance(value, (int, float))))
         return self.runs[name]
 
-    def pretrained(self, kind: str) -> Path:
-        """The videos of a kind (ordered, shuffled) and the checkpoint of pretraining on them."""
-        folder, checkpoint = self.work / kind, self.work / kind / f"mae_{kind}.pth"
-        if not checkpoint.exists():
-            for part in ("videos", "pretraining"):
-                self.runs.pop(f"{kind} {part}", None)
+    def videos(self, kind: str) -> None:
+        """The videos of a kind (ordered, shuffled)."""
+        folder = self.work / kind
 
-        def videos() -> dict:
+        def work() -> dict:
             make_videos(folder, self.setting["clips"], kind == "shuffled")
             return {"bytes": sum(path.stat().st_size for path in folder.rglob("*.mp4"))}
 
-        def pretraining() -> dict:
-            places = f"--data_dirs {folder}/train --output_dir {folder} --datafile_dir {folder} --save_prefix mae_{kind}"
-            pretrain.main([*PRETRAIN.split(), *places.split(), "--epochs", str(self.setting["epochs"])])
-            return {"loss": read_log(folder / f"mae_{kind}_log.txt", "train_loss")}
+        if not folder.exists():
+            self.runs.pop(f"{kind} videos", None)
+        self.once(f"{kind} videos", work)
 
-        self.once(f"{kind} videos", videos)
-        self.once(f"{kind} pretraining", pretraining)
-        return checkpoint
+    def pretraining(self) -> None:
+        """Pretrain on the ordered videos, without their labels."""
+        folder = self.work / "ordered"
+
+        def work() -> dict:
+            places = f"--data_dirs {folder}/train --output_dir {self.work} --datafile_dir {self.work} --save_prefix mae"
+            pretrain.main([*PRETRAIN.split(), *places.split(), "--epochs", str(self.setting["epochs"])])
+            return {"loss": read_log(self.work / "mae_log.txt", "train_loss")}
+
+        if not (self.work / "mae.pth").exists():
+            self.runs.pop("pretraining", None)
+        self.once("pretraining", work)
 
     def finetuned(self, kind: str, arm: str, labels: int, lr: float, seed: int, steps: int) -> str:
         """Finetune; the run's name. Its record has the validation accuracy."""
@@ -216,7 +223,7 @@ class Bench:
             labelled_subset(folder, labels, seed, VIDEOS * steps // VALIDATIONS, folder / "lists" / f"{prefix}.csv")
             extra = f"--train_csv {folder}/lists/{prefix}.csv --val_dir {folder}/val --output_dir {folder}/runs --datafile_dir {folder}/runs " \
                     f"--save_prefix {prefix} --max_steps {steps} --lr {lr} --seed {seed}".split()  # fmt: skip
-            extra += [] if arm.startswith("scratch") else ["--finetune", str(folder / f"mae_{kind}.pth")]
+            extra += [] if arm.startswith("scratch") else ["--finetune", str(self.work / "mae.pth")]
             finetune.main([*FINETUNE.split(), *extra, *(["--freeze_backbone"] if arm == "probe" else [])])
             return {"val_acc": read_log(folder / "runs" / f"{prefix}_log.txt", "test_acc1")}
 
@@ -254,11 +261,12 @@ class Bench:
     def run(self) -> None:
         """Everything, the long runs last."""
         setting, chosen = self.setting, {}
-        self.pretrained("ordered")
+        self.videos("ordered")
+        self.pretraining()
         for labels in setting["labels"]:
             for arm, lrs in setting["lrs"].items():
                 chosen[arm, labels] = self.arm("ordered", arm, labels, setting["steps"], lrs)
-        self.pretrained("shuffled")
+        self.videos("shuffled")
         for labels in setting["control_at"]:
             self.arm("shuffled", "pretrained", labels, setting["steps"], (chosen["pretrained", labels],))
         if setting["compute_at"]:
@@ -309,8 +317,8 @@ def table(result: dict) -> str:
 def curves_picture(result: dict) -> Image.Image:
     """Three panels: pretraining loss per epoch, validation accuracy over finetuning at the smallest budget, test accuracy over label budgets."""
     runs, few = result["runs"], result["labels"][0]
-    colours = {"pretrained": "blue", "scratch": "grey", "probe": "orange", "ordered": "blue", "shuffled": "red"}
-    losses = [(kind, list(enumerate(runs[f"{kind} pretraining"]["loss"], 1))) for kind in ("ordered", "shuffled") if f"{kind} pretraining" in runs]
+    colours = {"pretrained": "blue", "scratch": "grey", "probe": "orange"}
+    losses = [("pretrained", list(enumerate(runs["pretraining"]["loss"], 1)))]
     training = [(arm, list(enumerate(record["val_acc"], 1))) for arm in result["lrs"] for name, record in runs.items()
                 if name.startswith(f"ordered {arm} {few} labels") and f"{name} test" in runs]  # fmt: skip
     budgets = [(arm, [(place, score) for place, labels in enumerate(result["labels"]) for score in test_scores(runs, "ordered", arm, labels, "acc")])

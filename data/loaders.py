@@ -4,6 +4,7 @@ A sample is a function of (seed, epoch, index, repeat) and nothing else, so neit
 hangs or kills the worker that reads it is set aside, and the pass goes on where it was.
 """
 
+import atexit
 import contextlib
 import csv
 import faulthandler
@@ -109,12 +110,12 @@ class Samples(Dataset):
             return self.read_clips(epoch, index, path, None if row is None else probe.info_of(row, path))
 
     def __getitem__(self, key: tuple[int, int]) -> dict:
-        """clips (R, C, T, H, W) uint8, label, index, bad: [(path, reason)] of files that could not be read.
+        """clips (R, C, T, H, W) uint8, label, index, path: the file read, bad: [(path, reason)] of files that could not be read.
 
         An unreadable file is replaced by another one, chosen by (seed, epoch, index); clips is None if too many are.
         """
         epoch, index = key
-        sample = {"clips": None, "label": -1, "index": index, "bad": []}
+        sample = {"clips": None, "label": -1, "index": index, "path": "", "bad": []}
         draws = np.random.default_rng(sample_seed(self.seed, epoch, index, 0, 2))
         candidates = [index, *draws.integers(len(self), size=self.substitutes).tolist()]
         for candidate in candidates:
@@ -123,6 +124,7 @@ class Samples(Dataset):
             except ReadError as error:
                 sample["bad"].append((self.paths[candidate], str(error)))
                 continue
+            sample["path"] = self.paths[candidate]
             if self.labels is not None:
                 sample["label"] = int(self.labels[candidate])
             break
@@ -256,21 +258,32 @@ class ShareSampler(Sampler):
 
 
 def collate(samples: list[dict]) -> dict:
-    """Samples to a batch: clips (B, R, C, T, H, W) or None, labels (B,), index (B,), bad; in pretraining noise (B, R, L)."""
+    """Samples to a batch: clips (B, R, C, T, H, W) or None, labels (B,), index (B,), paths, bad; in pretraining noise (B, R, L)."""
     missing = any(sample["clips"] is None for sample in samples)
     batch = {
         "clips": None if missing else stack([sample["clips"] for sample in samples]),
         "labels": torch.tensor([sample["label"] for sample in samples]),
         "index": torch.tensor([sample["index"] for sample in samples]),
+        "paths": [sample["path"] for sample in samples],
         "bad": [entry for sample in samples for entry in sample["bad"]],
     }
     return batch | ({"noise": torch.stack([sample["noise"] for sample in samples])} if "noise" in samples[0] else {})
 
 
 def settle(_worker: int) -> None:
-    """A worker process's start: one torch thread, since workers share the cores, and no hands on what it shares with the main process."""
+    """A worker process's start: one torch thread, since workers share the cores; no hands on what it shares with the main process; no ear
+    for the signals that ask a run to stop, which a scheduler or a terminal sends to all processes: the main process ends its workers."""
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)
     gc.freeze()
+
+
+def end_workers() -> None:
+    """At the end of the process: workers do not hear its SIGTERM, which torch would send them now."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for worker in multiprocessing.active_children():
+        worker.kill()
 
 
 def read_quarantine(path: Path) -> dict[str, str]:
@@ -325,6 +338,8 @@ class Feed:
         here it may do so only while a batch is waited for, so that no update is torn."""
         gc.collect()  # what is garbage here must not be cleared by a forked worker: a decoder of several threads would wait for them for ever
         iterator = iter(self.loader)
+        atexit.unregister(end_workers)
+        atexit.register(end_workers)  # after torch's own, so that it comes before them
         report = signal.getsignal(signal.SIGCHLD)
         if callable(report):
             signal.signal(signal.SIGCHLD, lambda number, frame: report(number, frame) if self.waiting else None)

@@ -84,8 +84,8 @@ import os, signal, sys; sys.path.insert(0, {str(ROOT)!r})
 import pretrain
 from util import checkpoint
 save = checkpoint.save
-def save_and_die(path, state):
-    save(path, state)
+def save_and_die(path, state, *more):
+    save(path, state, *more)
     if state["epoch"] == 3: os.kill(os.getpid(), signal.SIGKILL)
 checkpoint.save = save_and_die
 pretrain.main({command(videos, tmp_path / "parts", *flags)!r})"""],

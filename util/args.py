@@ -47,6 +47,13 @@ def natural(text: str) -> int:
     return int(text)
 
 
+def at_least_two(text: str) -> int:
+    """An integer of at least 2."""
+    if int(text) < 2:
+        raise argparse.ArgumentTypeError(f"{text} is less than 2: the newest may be damaged")
+    return int(text)
+
+
 def fraction(text: str) -> float:
     """A number in (0, 1]."""
     if not 0 < float(text) <= 1:
@@ -146,6 +153,10 @@ def add_run(parser: Parser) -> argparse._ArgumentGroup:
     group.add_argument("--resume", default="auto", metavar="PATH", help="go on from a checkpoint; auto: this run's newest, if any (default: auto)")
     group.add_argument("--overwrite", action="store_true", help="allow --resume '' and --visualize to write over files of this prefix")
     group.add_argument("--checkpoint_period", type=positive, default=1, help="epochs between checkpoints (default: %(default)s)")
+    group.add_argument("--checkpoint_every_steps", type=positive, help="updates between further checkpoints (default: none)")
+    group.add_argument("--checkpoint_every_minutes", type=float, default=30, help="minutes between further ones, 0 = none (default: %(default)s)")
+    group.add_argument("--keep", type=at_least_two, default=2, help="newest checkpoints to keep, at least 2 (default: %(default)s)")
+    group.add_argument("--force_resume", action="store_true", help="go on even if data, global batch or model settings are not the checkpoint's")
     group.add_argument("--log_every", type=positive, default=20, help="updates between log lines (default: %(default)s)")
     group.add_argument("--max_bad_steps", type=positive, default=50, help="stop after this many non-finite updates in a row (default: %(default)s)")
     return group

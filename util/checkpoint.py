@@ -1,39 +1,80 @@
-"""Checkpoints of a run: written atomically, read with one line of reason when they cannot be. Encoders from other files: util/importer.py.
+"""Checkpoint files of a run: written whole or not at all, checked when read, the last few kept. Encoders from other files: util/importer.py.
 
 A file holds `model`, `optimizer`, `scaler`, `epoch`, `step` (optimizer updates), `samples_consumed` (videos), `config`
-(what the model is: constructor arguments, pixel mean and std) and `args` (the flags, a plain dict).
+(what the model is: constructor arguments, pixel mean and std), `args` (the flags, a plain dict), and what util/saver.py adds.
 """
 
 import argparse
+import fcntl
 import os
+import time
 import zipfile
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from util.dist import UserError, barrier, print0, rank, run_script
+from util.dist import UserError, print0, run_script
+
+_locks = {}  # the lock files that this process holds
 
 
-def save(path: Path, checkpoint: dict) -> None:
-    """Write a checkpoint so that `path` is always complete: temp file, fsync, rename, fsync of the folder."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        torch.save(checkpoint, file)
-        file.flush()
-        os.fsync(file.fileno())
+def previous(path: Path, number: int) -> Path:
+    """Where the `number`-th checkpoint before `path`'s lies: run.pth -> run_previous1.pth."""
+    return path.with_name(f"{path.stem}_previous{number}{path.suffix}")
+
+
+def temporary_of(path: Path) -> Path:
+    """Where a checkpoint is written before it takes its place."""
+    return path.with_name(path.name + ".tmp")
+
+
+def save(path: Path, checkpoint: dict, keep: int = 1) -> None:
+    """Write a checkpoint so that `path` is always complete: temp file, fsync, rename, fsync of the folder. Raises OSError, and then
+    leaves everything as it was.
+
+    keep: how many there are to be, this one included; the ones before are `previous`. Killed at any point, this leaves a complete one.
+    """
+    temporary = temporary_of(path)
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+    except BaseException as error:
+        temporary.unlink(missing_ok=True)
+        cause = next((e for e in (error, error.__cause__, error.__context__) if isinstance(e, OSError)), None)
+        if cause is not None:  # torch.save may say in its own words that the disk is full
+            raise cause from None
+        raise
+    if keep > 1 and path.exists():
+        for number in range(keep - 1, 1, -1):
+            if previous(path, number - 1).exists():
+                os.replace(previous(path, number - 1), previous(path, number))
+        second_name = previous(temporary, 1)
+        second_name.unlink(missing_ok=True)
+        try:
+            os.link(path, second_name)  # so that there is a `path` at any time
+        except OSError:  # a file system without hard links
+            second_name = path
+        os.replace(second_name, previous(path, 1))
+        if second_name != path:
+            second_name.unlink(missing_ok=True)  # renaming does nothing if both are one file already
     os.replace(temporary, path)
     folder = os.open(path.parent, os.O_RDONLY)
     os.fsync(folder)
     os.close(folder)
 
 
-def load(path: str | Path) -> dict:
-    """Read a checkpoint onto the CPU. Raises UserError if it is missing, damaged, or holds more than tensors and plain data."""
+def load(path: str | Path, check: bool = True) -> dict:
+    """Read a checkpoint onto the CPU. Raises UserError if it is missing, damaged, or holds more than tensors and plain data.
+
+    check: compare the checksums of its records first.
+    """
     if not Path(path).is_file():
         raise UserError(f"checkpoint {path} not found: check the path")
     try:
-        if zipfile.is_zipfile(path):  # torch.load does not look at the checksums
+        if check and zipfile.is_zipfile(path):  # torch.load does not look at the checksums
             with zipfile.ZipFile(path) as archive:
                 if wrong := archive.testzip():
                     raise ValueError(f"the checksum of {wrong} is wrong")
@@ -56,21 +97,66 @@ def own_checkpoint(args) -> Path:
     return Path(args.output_dir, f"{args.save_prefix}.pth")
 
 
-def find_resume(args) -> Path | None:
-    """The checkpoint that --resume asks for: a path, this run's own newest (auto), or None to start afresh.
+def claim(args, patience: float = 60) -> None:
+    """Make sure that no other process writes this run: a lock on {output_dir}/.{save_prefix}.lock for as long as this process lives.
 
-    Raises UserError for a path that is missing, and for --resume '' over an existing run without --overwrite.
+    patience: seconds to wait for one that is about to end. Raises UserError. Does nothing where the file system has no locks.
+    """
+    path = own_checkpoint(args).with_name(f".{args.save_prefix}.lock")
+    if path in _locks:
+        return
+    file, deadline = open(path, "a"), time.monotonic() + patience  # noqa: SIM115 (it stays open)
+    while True:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process; forked loaders do not inherit it
+        except (BlockingIOError, PermissionError):
+            if time.monotonic() > deadline:
+                raise UserError(f"another process writes {own_checkpoint(args)}: end it, or use another --save_prefix") from None
+            time.sleep(0.2)
+            continue
+        except OSError:  # no locks here
+            pass
+        _locks[path] = file
+        return
+
+
+def find_resume(args) -> Path | None:
+    """The checkpoint that --resume asks for: a path, this run's newest that can be read (auto), or None to start afresh.
+
+    A damaged newest one is put aside under another name and the one before taken. Raises UserError for a path that is missing or
+    damaged, if none of the run's own can be read, and for --resume '' over an existing run without --overwrite.
     """
     own = own_checkpoint(args)
     if args.resume == "auto":
-        return own if own.exists() else None
+        return newest_readable(args, own)
     if args.resume:
         if not Path(args.resume).is_file():
             raise UserError(f"--resume {args.resume}: no such file")
+        load(args.resume)
         return Path(args.resume)
     if own.exists() and not args.overwrite:
         raise UserError(f"{own} exists and --resume '' would start over it: use another --save_prefix, or --overwrite")
     return None
+
+
+def newest_readable(args, own: Path) -> Path | None:
+    """The newest checkpoint of a run that can be read; damaged ones before it are put aside. None if there is none at all. Raises UserError."""
+    candidates = [path for path in (own, *(previous(own, number) for number in range(1, 100))) if path.exists()]
+    if not candidates:
+        return None
+    claim(args)
+    damaged = []
+    for path in candidates:
+        try:
+            load(path)
+        except UserError as error:
+            damaged.append((path, error))
+            continue
+        for bad, error in damaged:
+            print0(f"warning: {error}; set aside as {bad.name}.damaged, going on from {path}")
+            os.replace(bad, bad.with_name(bad.name + ".damaged"))
+        return path
+    raise UserError(f"{damaged[0][1]}; nor can any before it: start over with another --save_prefix")
 
 
 def find_eval(args) -> Path | None:
@@ -94,25 +180,10 @@ def known_config(args) -> dict | None:
     path = find_eval(args) if args.eval or args.extract_features else find_resume(args)
     if path is None:
         return None
-    config = load(path).get("config")
+    config = load(path, check=False).get("config")
     if not isinstance(config, dict) or "classes" not in config:
         raise UserError(f"{path} is no checkpoint of a finetuning run (it has no classes): give one with --resume, or weights with --finetune")
     return config
-
-
-def state_of(model: nn.Module, optimizer, scaler, args, config: dict, *, epoch: int, step: int, samples_consumed: int) -> dict:
-    """Everything that a run needs to go on: the content of a checkpoint file."""
-    return {
-        "model": model.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "epoch": epoch,
-        "step": step, "samples_consumed": samples_consumed, "config": config, "args": dict(sorted(vars(args).items())),
-    }  # fmt: skip
-
-
-def save_on_rank0(path: Path, checkpoint: dict) -> None:
-    """`save` on rank 0 while the others wait."""
-    if rank() == 0:
-        save(path, checkpoint)
-    barrier()
 
 
 def check_config(path: str | Path, checkpoint: dict, config: dict) -> None:
@@ -123,45 +194,29 @@ def check_config(path: str | Path, checkpoint: dict, config: dict) -> None:
         raise UserError(f"{path} is another model ({listing}): give the flags of that run, or another --save_prefix")
 
 
+def load_weights(path: str | Path, model: nn.Module, weights: dict) -> None:
+    """Put weights that were read from `path` into a model, strictly. Raises UserError."""
+    try:
+        model.load_state_dict(weights)
+    except (RuntimeError, TypeError, AttributeError) as error:
+        faults = [line.strip() for line in str(error).splitlines()[1:]] or [reason(error)]
+        raise UserError(f"{path} does not fit the model ({len(faults)} faults): {short(faults[0], 200)}") from None
+
+
 def load_strictly(path: str | Path, model: nn.Module, config: dict) -> None:
     """Put a finetuned model's weights, head included, into a model of the same config. Raises UserError."""
     loaded = load(path)
     if not isinstance(loaded.get("config"), dict) or "model" not in loaded:
         raise UserError(f"{path} is no checkpoint of a finetuning run (no config): --eval needs one")
     check_config(path, loaded, config)
-    model.load_state_dict(loaded["model"])
+    load_weights(path, model, loaded["model"])
     print0(f"weights from {path}, update {loaded['step']}")
 
 
-def short(value: object) -> str:
-    """A value in at most 60 characters."""
+def short(value: object, most: int = 60) -> str:
+    """A value in at most so many characters."""
     text = str(value)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-def resume(path: Path, model: nn.Module, optimizer, scaler, args, config: dict) -> dict:
-    """Put a run's state back. Returns the checkpoint.
-
-    Flags that changed since are named; weight decay and betas follow the flags, not the file. Raises UserError when the
-    file holds another architecture.
-    """
-    checkpoint = load(path)
-    missing = {"model", "optimizer", "scaler", "step", "samples_consumed", "config", "args"} - checkpoint.keys()
-    if missing:
-        raise UserError(f"{path} is no checkpoint of a run (no {', '.join(sorted(missing))}): --resume needs one")
-    check_config(path, checkpoint, config)
-    now = dict(vars(args))
-    for key, old in checkpoint["args"].items():
-        if key in now and now[key] != old and not (isinstance(old, (list, tuple)) and list(old) == list(now[key])):
-            print0(f"flag changed since the checkpoint: --{key} {old} -> {now[key]}")
-    model.load_state_dict(checkpoint["model"])
-    settings = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
-    optimizer.load_state_dict(checkpoint["optimizer"])
-    for group, setting in zip(optimizer.param_groups, settings, strict=True):
-        group.update(setting)
-    scaler.load_state_dict(checkpoint["scaler"]) if scaler.is_enabled() and checkpoint["scaler"] else None
-    print0(f"resumed from {path} at update {checkpoint['step']}")
-    return checkpoint
+    return text if len(text) <= most else text[: most - 3] + "..."
 
 
 if __name__ == "__main__":

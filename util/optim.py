@@ -27,6 +27,10 @@ class Plan(NamedTuple):
     bad_limit: float  # unreadable videos above which the run stops
     flops: float  # of a training step, per clip
 
+    def end_of_epoch(self, epoch: int) -> int:
+        """The updates done in the run when this epoch ends."""
+        return min((epoch + 1) * self.steps_per_epoch, self.total_steps)
+
     def learning_rate(self, step: int, args) -> float:
         """The learning rate of update `step` (0 for the first)."""
         epochs = self.total_steps / self.steps_per_epoch
@@ -91,6 +95,13 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
     """Give each group its learning rate, lr * lr_scale."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group["lr_scale"]
+
+
+def backward(loss: Tensor, scaler: torch.amp.GradScaler, accum_iter: int) -> None:
+    """Gradients of loss / accum_iter, added up. A loss that is not finite makes them all NaN, and so, summed by DDP, those of all ranks:
+    the update is skipped everywhere or nowhere, even where such a loss has finite gradients. Nothing here waits for the GPU."""
+    honest = torch.ones_like(loss).where(loss.isfinite(), loss.new_full((), torch.nan))
+    (scaler.scale(loss / accum_iter) * honest).backward()
 
 
 def update(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, clip_grad: float | None) -> tuple[Tensor, Tensor]:

@@ -1,19 +1,23 @@
 """What a run says about itself: progress lines, one JSON line per epoch, TensorBoard, pictures, unreadable videos."""
 
+import contextlib
 import csv
 import json
+import os
 import resource
 import subprocess
 import sys
 import time
 from datetime import timedelta
+from importlib import metadata
 from pathlib import Path
 
 import torch
-import torchvision
+from PIL import Image
 from torch import Tensor
 
-from util.dist import UserError, gather_objects, peak_flops, print0, rank, world_size
+from util import checkpoint
+from util.dist import UserError, gather_objects, peak_flops, print0, rank, sum_over_ranks, world_size
 from util.optim import Plan
 
 
@@ -62,25 +66,131 @@ def memory_gib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
+class Tally:
+    """Sums over the updates of an epoch, and over those since the last log line. They grow on the device; `read` waits for it.
+
+    All in float64, which adds up float32 values without rounding: it makes no difference where a run was interrupted.
+    """
+
+    def __init__(self, names: tuple[str, ...], device: torch.device):
+        """names: of what is summed; what an update adds has as many values."""
+        self.names, self.device, self.streak = names, device, 0  # streak: skipped updates in a row
+        self.on_device = torch.zeros(len(names), dtype=torch.float64, device=device)
+        self.unread: list[tuple[Tensor, list[str]]] = []  # of each update since the last reading: skipped (0. or 1.), this rank's files
+        self.forget()
+
+    def forget(self) -> None:
+        """Begin an epoch."""
+        self.sums = {part: dict.fromkeys((*self.names, "updates", "skipped"), 0.0) for part in ("epoch", "line")}
+
+    @property
+    def updates(self) -> int:
+        """Updates of this epoch so far."""
+        return int(self.sums["epoch"]["updates"]) + len(self.unread)
+
+    def add(self, values: Tensor, skipped: Tensor, files: list[str]) -> None:
+        """An update: values (len(names),), and whether it was skipped (0. or 1.), both on the device; the files that this rank fed it."""
+        self.on_device += values.double().where(skipped == 0, values.new_zeros((), dtype=torch.float64))
+        self.unread.append((skipped, files))
+
+    def read(self, run: "Run", step: int, max_bad_steps: int) -> None:
+        """Add up over the ranks what has come since the last reading; waits for the device. A collective call.
+
+        step: updates done so far. Skipped updates are listed with their files. Raises UserError for max_bad_steps of them in a row.
+        """
+        if not self.unread:
+            return
+        flags = torch.stack([skipped for skipped, _ in self.unread])
+        values = (sum_over_ranks(torch.cat([self.on_device, flags.double()])) / world_size()).tolist()
+        first, values, flags = step - len(self.unread) + 1, values[: len(self.names)], values[len(self.names) :]
+        bad = {first + place: self.unread[place][1] for place, flag in enumerate(flags) if flag}
+        self.unread = []
+        self.on_device.zero_()
+        for sums in self.sums.values():
+            for name, value in zip((*self.names, "updates", "skipped"), (*values, len(flags), len(bad)), strict=True):
+                sums[name] += value
+        if bad:
+            run.nonfinite(bad)
+        for place, flag in enumerate(flags):
+            self.streak = self.streak + 1 if flag else 0
+            if self.streak >= max_bad_steps:
+                raise UserError(f"{self.streak} updates in a row without a finite loss and gradient, up to update {first + place}: lower --lr, "
+                                f"or try --amp bf16; their files are in {run.folder / 'nonfinite.jsonl'}")  # fmt: skip
+
+    def means(self, part: str) -> dict[str, float]:
+        """Means per update that was not skipped, and the number of skipped ones; part: "epoch", or "line", which then begins anew."""
+        sums = self.sums[part]
+        used = max(sums["updates"] - sums["skipped"], 1)
+        if part == "line":
+            self.sums[part] = dict.fromkeys(sums, 0.0)
+        return {name: sums[name] / used for name in self.names} | {"skipped": int(sums["skipped"])}
+
+    def state(self) -> dict:
+        """What a checkpoint keeps of it, after `read`."""
+        return {"sums": {part: dict(sums) for part, sums in self.sums.items()}, "streak": self.streak}
+
+    def load_state(self, state: dict | None) -> None:
+        """Go on from `state()`; None: from a file that has none."""
+        if state:
+            self.sums, self.streak = {part: dict(sums) for part, sums in state["sums"].items()}, state["streak"]
+
+
 class Run:
-    """The files of a run in `output_dir`, written by rank 0 only; every method may be called on every rank."""
+    """The files of a run in `output_dir`, written by rank 0 only; every method may be called on every rank.
+
+    A file that cannot be written, as on a full disk, is a warning: it ends no training.
+    """
 
     def __init__(self, args, suffix: str = ""):
-        """suffix: follows --save_prefix in the names of all files."""
-        self.folder, self.prefix = Path(args.output_dir), args.save_prefix + suffix
+        """suffix: follows --save_prefix in the names of all files. Nothing is written before `begin`."""
+        self.args, self.folder, self.prefix = args, Path(args.output_dir), args.save_prefix + suffix
         self.checkpoint, self.best = self.folder / f"{self.prefix}.pth", self.folder / f"{self.prefix}_best.pth"
+        self.marker = self.folder / f"{self.prefix}.PREEMPTED"
         self.first = None  # step and time of the first progress line, for the ETA
         self.unreadable: dict[str, str] = {}
-        self.skipped_in_a_row = 0.0  # updates without a finite gradient, up to now
         self.board = None
-        if rank() == 0:
-            from torch.utils.tensorboard import SummaryWriter
 
-            self.folder.mkdir(parents=True, exist_ok=True)
-            for stale in self.folder.glob(f"{self.prefix}*.pth.tmp"):
-                stale.unlink()
-            (self.folder / f"{self.prefix}_args.json").write_text(json.dumps(vars(args), indent=2, sort_keys=True) + "\n")
-            self.board = SummaryWriter(str(self.folder / "tb" / self.prefix))
+    def begin(self, step: int = 0, epoch: int = 0) -> None:
+        """Start writing, at an update of an epoch: what the log has of later ones, which are now done again, goes."""
+        if rank() != 0:
+            return
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.folder.mkdir(parents=True, exist_ok=True)
+        checkpoint.claim(self.args)
+        for path in (self.checkpoint, self.best):
+            checkpoint.temporary_of(path).unlink(missing_ok=True)
+        self.marker.unlink(missing_ok=True)
+        log = self.folder / f"{self.prefix}_log.txt"
+        if log.exists():
+            lines = log.read_text().splitlines(keepends=True)
+            kept = [line for line in lines if not step or line.endswith("\n") and json.loads(line)["epoch"] < epoch]
+            replace_text(log, "".join(kept)) if kept != lines else None
+        replace_text(self.folder / f"{self.prefix}_args.json", json.dumps(vars(self.args), indent=2, sort_keys=True) + "\n")
+        self.board = SummaryWriter(str(self.folder / "tb" / self.prefix), purge_step=step + 1 if step else None)
+
+    @contextlib.contextmanager
+    def writing(self, what: str):
+        """Around writing to a file: a failure is said and passed over."""
+        try:
+            yield
+        except OSError as error:
+            print0(f"warning: could not write {what} ({error.strerror or error}); the run goes on")
+
+    def mark_preempted(self, step: int) -> None:
+        """Leave the marker that asks for the run to be started again; it goes when that happens."""
+        if rank() == 0:
+            with self.writing(self.marker.name):
+                replace_text(self.marker, f"{step}\n")
+
+    def nonfinite(self, bad: dict[int, list[str]]) -> None:
+        """List skipped updates {number: this rank's files} with the files of all ranks. A collective call."""
+        shares = gather_objects(bad)
+        if rank() == 0:
+            with self.writing("nonfinite.jsonl"), open(self.folder / "nonfinite.jsonl", "a") as file:
+                for step in bad:
+                    files = [path for share in shares for path in share[step]]
+                    file.write(json.dumps({"run": self.prefix, "update": step, "files": files}) + "\n")
 
     def progress(self, step: int, plan: Plan, values: dict[str, float], clips: int, clock: StallClock, device: torch.device) -> None:
         """One progress line and the same numbers in TensorBoard. A terminal's line is overwritten, a file's is not.
@@ -108,39 +218,37 @@ class Run:
             print0(f"\r\033[K{line}", end="\n" if step % plan.steps_per_epoch == 0 or step == plan.total_steps else "")
         else:
             print0(line)
-        for name, value in (values | rates).items():
-            self.board.add_scalar(f"train/{name}", value, step)
+        with self.writing("to TensorBoard"):
+            for name, value in (values | rates).items():
+                self.board.add_scalar(f"train/{name}", value, step)
 
     def epoch(self, record: dict) -> None:
         """Append one JSON line to the log, and its numbers to TensorBoard."""
         if rank() != 0:
             return
-        with open(self.folder / f"{self.prefix}_log.txt", "a") as file:
+        with self.writing(f"{self.prefix}_log.txt"), open(self.folder / f"{self.prefix}_log.txt", "a") as file:
             file.write(json.dumps(record) + "\n")
-        for name, value in record.items():
-            if isinstance(value, (int, float)) and name != "epoch":
-                self.board.add_scalar(f"epoch/{name}", value, record["epoch"])
-        self.board.flush()
+        with self.writing("to TensorBoard"):
+            for name, value in record.items():
+                if isinstance(value, (int, float)) and name != "epoch":
+                    self.board.add_scalar(f"epoch/{name}", value, record["epoch"])
+            self.board.flush()
 
     def picture(self, name: str, image: Tensor, epoch: int, numbered: bool = True) -> None:
         """Save a picture (3, H, W) uint8 as {prefix}_{name}[_{epoch}].png and show it in TensorBoard."""
         if rank() == 0:
             file = f"{self.prefix}_{name}_{epoch:05d}.png" if numbered else f"{self.prefix}_{name}.png"
-            torchvision.io.write_png(image, str(self.folder / file))
-            self.board.add_image(name, image, epoch)
+            with self.writing(file):
+                Image.fromarray(image.permute(1, 2, 0).numpy()).save(self.folder / file)
+                self.board.add_image(name, image, epoch)
 
     def table(self, name: str, columns: dict[str, list]) -> None:
         """Save a table as {prefix}_{name}.csv."""
         if rank() == 0:
             import pandas as pd  # here, so that a machine without it can train and measure
 
-            pd.DataFrame(columns).to_csv(self.folder / f"{self.prefix}_{name}.csv", index=False)
-
-    def check_streak(self, limit: int, step: int) -> None:
-        """Raises UserError when too many updates in a row, up to `step`, had no finite gradient."""
-        if self.skipped_in_a_row >= limit:
-            raise UserError(f"{self.skipped_in_a_row:.0f} updates in a row without a finite gradient, up to update {step}: "
-                            f"lower --lr, or try --amp bf16")  # fmt: skip
+            with self.writing(f"{self.prefix}_{name}.csv"):
+                pd.DataFrame(columns).to_csv(self.folder / f"{self.prefix}_{name}.csv", index=False)
 
     def check_batch(self, batch: dict, limit: float) -> None:
         """Remember the videos of a batch that this rank could not read. Raises UserError when they are more than `limit`."""
@@ -171,13 +279,21 @@ class Run:
                 listed = {row[0] for row in csv.reader(file) if row}
         new = [(video, reason) for video, reason in sorted(bad.items()) if video not in listed]
         if new:
-            with open(path, "a", newline="") as file:
+            with self.writing(path.name), open(path, "a", newline="") as file:
                 csv.writer(file).writerows(([] if listed else [("path", "reason")]) + new)
 
     def close(self) -> None:
         """Flush TensorBoard."""
         if self.board is not None:
-            self.board.close()
+            with self.writing("to TensorBoard"):
+                self.board.close()
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a small file, whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
 
 
 def say_versions() -> None:
@@ -187,4 +303,4 @@ def say_versions() -> None:
     )
     revision = git.stdout.strip() or "unknown"
     python = ".".join(map(str, sys.version_info[:3]))
-    print0(f"revision {revision}, python {python}, torch {torch.__version__}, torchvision {torchvision.__version__}")
+    print0(f"revision {revision}, python {python}, torch {torch.__version__}, torchvision {metadata.version('torchvision')}")
