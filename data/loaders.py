@@ -314,6 +314,7 @@ class Feed:
             "batch_size": batch_size, "sampler": sampler, "num_workers": num_workers, "collate_fn": collate_fn, "pin_memory": pin_memory,
             "drop_last": isinstance(sampler, EpochSampler), "persistent_workers": num_workers > 0,
             "prefetch_factor": 4 if num_workers else None, "worker_init_fn": settle,
+            "multiprocessing_context": "fork" if num_workers else None,  # no longer the default from Python 3.14 on
         }  # fmt: skip
         dataset.watch, dataset.quarantine = Watch(num_workers, seconds), read_quarantine(quarantine)
         self.loader, self.waiting = None, False

@@ -1,4 +1,7 @@
-"""Clips as tensors: normalisation on the device, crops and flips on uint8, and the seeds of every random draw."""
+"""Clips as tensors: normalisation on the device, crops and flips on uint8, and the seeds of every random draw.
+
+torchvision is imported where it is used: it takes longer than all that --help needs.
+"""
 
 import contextlib
 import re
@@ -8,7 +11,6 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
-from torchvision.transforms import v2
 
 from util.dist import UserError
 
@@ -45,12 +47,14 @@ def seeded(seed: int):
 
 
 def train_transform(img_size: int, area: tuple[float, float], aspect: tuple[float, float], flip: bool, color_jitter: float,
-                    policy: str = "") -> v2.Transform:  # fmt: skip
+                    policy: str = "") -> Callable[[Tensor], Tensor]:  # fmt: skip
     """Random crop by area and aspect (log-uniform), resized to img_size, and mirrored half of the time.
 
     For uint8 (T, C, H, W); one draw serves all frames. color_jitter: strength of brightness, contrast, saturation jitter.
     policy: RandAugment, see `rand_augment`; "" for none.
     """
+    from torchvision.transforms import v2
+
     steps = [v2.RandomResizedCrop(img_size, scale=tuple(area), ratio=tuple(aspect), antialias=True)]
     if flip:
         steps.append(v2.RandomHorizontalFlip())
@@ -61,9 +65,11 @@ def train_transform(img_size: int, area: tuple[float, float], aspect: tuple[floa
     return v2.Compose(steps)
 
 
-def image_transform(img_size: int, train: bool, flip: bool = True, policy: str = "") -> v2.Transform:
+def image_transform(img_size: int, train: bool, flip: bool = True, policy: str = "") -> Callable:
     """PIL image -> uint8 (C, S, S): random crop by area (8 to 100 %), flip and RandAugment (policy) for training, else the centre
     of the image at short side S + 32 (bicubic)."""
+    from torchvision.transforms import v2
+
     if train:
         steps = [v2.RandomResizedCrop(img_size, antialias=True)]
         steps += [v2.RandomHorizontalFlip()] if flip else []
@@ -78,6 +84,8 @@ def view_transform(img_size: int, crops: int) -> Callable[[Tensor], Tensor]:
 
     1: short side to S * 256 / 224, centre. 3: short side to S, then left, centre, right (or top, centre, bottom) of the long side.
     """
+    from torchvision.transforms import v2
+
     resize = v2.Resize(img_size if crops > 1 else round(img_size * 256 / 224), antialias=True)
 
     def views(frames: Tensor) -> Tensor:
@@ -91,12 +99,14 @@ def view_transform(img_size: int, crops: int) -> Callable[[Tensor], Tensor]:
     return views
 
 
-def rand_augment(policy: str) -> v2.RandAugment:
+def rand_augment(policy: str) -> Callable:
     """RandAugment of a string such as rand-m7-n4-mstd0.5-inc1: magnitude m (0 to 10), n operations (2 if absent).
 
     Magnitude m is bin 3 m of torchvision's 31; mstd is not supported, and inc1 is what torchvision does anyway.
     Raises UserError for anything else.
     """
+    from torchvision.transforms import v2
+
     parts = re.fullmatch(r"rand((?:-(?:m\d+|n\d+|mstd[\d.]+|inc[01]))+)", policy)
     settings = dict(re.findall(r"-(mstd|m|n|inc)([\d.]+)", parts[1])) if parts else {}
     if "m" not in settings or int(settings["m"]) > 10 or int(settings.get("n", 2)) < 1:
@@ -110,6 +120,8 @@ def erase(clips: Tensor, probability: float, mode: str, count: int) -> None:
     mode: what fills the box, 0 ("const"), a random colour ("rand") or noise ("pixel"), in units of the normalised pixels.
     count: boxes per erased clip, which share the area of 2 to 33 % of the frame.
     """
+    from torchvision.transforms import v2
+
     box = v2.RandomErasing(p=1.0, scale=(0.02 / count, 0.33 / count))
     for clip in clips:
         if torch.rand(()) >= probability:
@@ -129,6 +141,8 @@ def mixer(mixup: float, cutmix: float, probability: float, num_classes: int) -> 
     The result takes clips (B, C, T, H, W) and labels (B,) and mixes clip i with clip i - 1, with one weight or box for the
     whole batch and all frames; it returns clips and targets (B, num_classes).
     """
+    from torchvision.transforms import v2
+
     kinds = [kind(alpha=alpha, num_classes=num_classes) for kind, alpha in ((v2.MixUp, mixup), (v2.CutMix, cutmix)) if alpha > 0]
     mix = v2.RandomApply([v2.RandomChoice(kinds)], p=probability) if kinds else None
 

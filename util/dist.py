@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
+OWN_PACKAGES = ("util", "data")
 PEAK_TFLOPS = {"H200": 989, "H100": 989, "A100": 312}  # dense bf16 or fp16, from the datasheets of the SXM boards
 
 
@@ -202,12 +203,17 @@ def on_rank0(make):
 
 
 def run_script(main) -> None:
-    """Run a script's `main()`: a UserError becomes one line on stderr and exit code 2, Ctrl-C exit code 130."""
+    """Run a script's `main()`: a UserError or a missing package becomes one line on stderr and exit code 2, Ctrl-C exit code 130."""
     try:
         main()
     except UserError as error:
         if rank() == 0 or error.this_rank_only:
             print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] in OWN_PACKAGES:
+            raise
+        print(f"error: the package {error.name} is not installed: pip install -r requirements.txt", file=sys.stderr, flush=True)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
