@@ -86,11 +86,15 @@ def save_picture(model: nn.Module, dataset, args, amp: torch.dtype, run: Run, ep
 def load_model(path: str) -> tuple[MaskedAutoencoderViT, dict]:
     """The model of a pretraining run's checkpoint, and the flags of that run that a gallery goes by. Raises UserError."""
     state = checkpoint.load(path)
-    config, of_run = (state.get(key) for key in ("config", "args"))
-    if not isinstance(config, dict) or "decoder_embed_dim" not in config or not isinstance(of_run, dict):
+    config, of_run, weights = (state.get(key) for key in ("config", "args", "model"))
+    if not all(isinstance(part, dict) for part in (config, of_run, weights)) or "decoder_embed_dim" not in config:
         raise UserError(f"--visualize {path} is no checkpoint of a pretraining run of ours (no config with a decoder, or no args)")
-    model = MaskedAutoencoderViT(**{key: value for key, value in config.items() if key not in ("model", "mean", "std")})
-    model.load_state_dict(state["model"])
+    checkpoint.check_sizes(path, config, weights)
+    try:
+        model = MaskedAutoencoderViT(**{key: value for key, value in config.items() if key not in ("model", "mean", "std")})
+    except (TypeError, ValueError) as error:
+        raise UserError(f"--visualize {path} describes no model of ours ({checkpoint.reason(error)})") from None
+    checkpoint.load_weights(path, model, weights)
     return model, {"save_prefix": Path(path).stem} | {key: of_run[key] for key in OF_RUN if key in of_run}
 
 

@@ -48,22 +48,33 @@ def save(path: Path, checkpoint: dict, keep: int = 1) -> None:
             raise cause from None
         raise
     if keep > 1 and path.exists():
-        for number in range(keep - 1, 1, -1):
-            if previous(path, number - 1).exists():
-                os.replace(previous(path, number - 1), previous(path, number))
-        second_name = previous(temporary, 1)
-        second_name.unlink(missing_ok=True)
-        try:
-            os.link(path, second_name)  # so that there is a `path` at any time
-        except OSError:  # a file system without hard links
-            second_name = path
-        os.replace(second_name, previous(path, 1))
-        if second_name != path:
-            second_name.unlink(missing_ok=True)  # renaming does nothing if both are one file already
+        rotate(path, keep)
     os.replace(temporary, path)
     folder = os.open(path.parent, os.O_RDONLY)
     os.fsync(folder)
     os.close(folder)
+
+
+def rotate(path: Path, keep: int) -> None:
+    """Make `path` also the first of its `previous`, which move up by one, up to keep - 1 of them. There is a `path` at any time."""
+    first, second_name = previous(path, 1), previous(temporary_of(path), 1)
+    if first.exists() and os.path.samefile(first, path):
+        return  # done before a crash
+    for number in range(keep - 1, 1, -1):
+        if previous(path, number - 1).exists():
+            os.replace(previous(path, number - 1), previous(path, number))
+    second_name.unlink(missing_ok=True)
+    try:
+        os.link(path, second_name)
+    except OSError:  # a file system without hard links: here there is no `path` for a moment
+        second_name = path
+    os.replace(second_name, first)
+
+
+def sweep(path: Path) -> None:
+    """Remove what a crash inside `save` left half written."""
+    for left in (temporary_of(path), previous(temporary_of(path), 1)):
+        left.unlink(missing_ok=True)
 
 
 def load(path: str | Path, check: bool = True) -> dict:
@@ -180,8 +191,9 @@ def known_config(args) -> dict | None:
     path = find_eval(args) if args.eval or args.extract_features else find_resume(args)
     if path is None:
         return None
-    config = load(path, check=False).get("config")
-    if not isinstance(config, dict) or "classes" not in config:
+    state = load(path, check=False)
+    config = state.get("config")
+    if not isinstance(config, dict) or not isinstance(config.get("classes"), list) or not isinstance(state.get("model"), dict):
         raise UserError(f"{path} is no checkpoint of a finetuning run (it has no classes): give one with --resume, or weights with --finetune")
     return config
 
@@ -203,10 +215,20 @@ def load_weights(path: str | Path, model: nn.Module, weights: dict) -> None:
         raise UserError(f"{path} does not fit the model ({len(faults)} faults): {short(faults[0], 200)}") from None
 
 
+def check_sizes(path: str | Path, config: dict, weights: dict) -> None:
+    """Raises UserError where a config asks for another width or depth than its weights have, before a model of that size is built."""
+    first, blocks = weights.get("norm.weight"), sum(str(name).startswith("blocks.") and str(name).endswith(".norm1.weight") for name in weights)
+    deep = sum(str(name).startswith("decoder_blocks.") and str(name).endswith(".norm1.weight") for name in weights)
+    told = {"embed_dim": len(first) if isinstance(first, torch.Tensor) and first.ndim == 1 else None, "depth": blocks, "decoder_depth": deep}
+    for key, value in told.items():
+        if key in config and config[key] != value:
+            raise UserError(f"{path} has a config of {key} {short(config[key])}, but weights of {value}: damaged, or not one of ours")
+
+
 def load_strictly(path: str | Path, model: nn.Module, config: dict) -> None:
     """Put a finetuned model's weights, head included, into a model of the same config. Raises UserError."""
     loaded = load(path)
-    if not isinstance(loaded.get("config"), dict) or "model" not in loaded:
+    if not isinstance(loaded.get("config"), dict) or not isinstance(loaded.get("model"), dict):
         raise UserError(f"{path} is no checkpoint of a finetuning run (no config): --eval needs one")
     check_config(path, loaded, config)
     load_weights(path, model, loaded["model"])

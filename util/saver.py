@@ -60,8 +60,9 @@ class Saver:
         """Say which flags have changed. Raises UserError for what must not, unless --force_resume."""
         args = self.args
         missing = {"model", "optimizer", "scaler", "step", "samples_consumed", "config", "args"} - state.keys()
-        if missing:
-            raise UserError(f"{path} is no checkpoint of a run (no {', '.join(sorted(missing))}): --resume needs one")
+        if missing or not all(isinstance(state[key], dict) for key in ("model", "optimizer", "config", "args")):
+            what = f"no {', '.join(sorted(missing))}" if missing else "its parts are of other kinds"
+            raise UserError(f"{path} is no checkpoint of a run ({what}): --resume needs one")
         if not args.force_resume:
             checkpoint.check_config(path, state, self.config)
         now = vars(args)

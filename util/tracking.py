@@ -159,7 +159,7 @@ class Run:
         self.folder.mkdir(parents=True, exist_ok=True)
         checkpoint.claim(self.args)
         for path in (self.checkpoint, self.best):
-            checkpoint.temporary_of(path).unlink(missing_ok=True)
+            checkpoint.sweep(path)
         self.marker.unlink(missing_ok=True)
         log = self.folder / f"{self.prefix}_log.txt"
         if log.exists():
