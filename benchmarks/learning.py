@@ -256,7 +256,7 @@ class Bench:
         vit = flags.parse(finetune.get_parser(), FINETUNE.split())
         clips = self.setting["clips"][0] // mae.batch_size_per_gpu * mae.batch_size_per_gpu * mae.repeat_aug * self.setting["epochs"]
         spent = clips * pretrain.build_model(mae, torch.device("cpu")).flops_per_clip(mae.mask_ratio, mae.mask_type)
-        return round(spent / (VIDEOS * REPEATS * build_model(vit, torch.device("cpu")).flops_per_clip()))
+        return round(spent / (VIDEOS * REPEATS * build_model(vit, torch.device("cpu"), None).flops_per_clip()))
 
     def run(self) -> None:
         """Everything, the long runs last."""

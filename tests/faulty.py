@@ -9,6 +9,7 @@ import os
 import resource
 import signal
 import sys
+import time
 from importlib import import_module
 from pathlib import Path
 
@@ -48,6 +49,8 @@ def inject(faults: list[dict], out: Path) -> None:
 
     def micro_step(model, batch, *rest):
         calls[0] += 1
+        if any(fault["do"] == "slow" for fault in faults):
+            time.sleep(0.3)
         now = [fault for fault in faults if fault.get("at") == calls[0]]
         for fault in now:
             act(fault, model)
