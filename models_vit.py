@@ -223,7 +223,7 @@ class VideoEncoder(nn.Module):
         if self.sep_pos_embed:
             space = getattr(self, prefix + "pos_embed_spatial")  # (1, hw, D)
             time = getattr(self, prefix + "pos_embed_temporal")  # (1, t', D)
-            patches = (time.transpose(0, 1) + space).flatten(0, 1)  # (t', 1, D) + (1, hw, D) -> (L, D)
+            patches = (time[0][:, None] + space).flatten(0, 1)  # (t', 1, D) + (1, hw, D) -> (L, D)
             return patches, getattr(self, prefix + "pos_embed_class") if self.cls_embed else None
         joint = getattr(self, prefix + "pos_embed")
         return (joint[0, 1:], joint[:, :1]) if self.cls_embed else (joint[0], None)

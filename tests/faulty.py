@@ -49,8 +49,7 @@ def inject(faults: list[dict], out: Path) -> None:
 
     def micro_step(model, batch, *rest):
         calls[0] += 1
-        if any(fault["do"] == "slow" for fault in faults):
-            time.sleep(0.3)
+        time.sleep(max((fault["seconds"] for fault in faults if fault["do"] == "slow"), default=0))
         now = [fault for fault in faults if fault.get("at") == calls[0]]
         for fault in now:
             act(fault, model)
@@ -69,10 +68,10 @@ def inject(faults: list[dict], out: Path) -> None:
         return normalize(clips, *more) * torch.nan
 
     engine_pretrain.micro_step = micro_step
+    set_position = EpochSampler.set_position
+    if any(fault["do"] == "no offset" for fault in faults):
+        EpochSampler.set_position = lambda self, epoch, done: set_position(self, epoch, 0)
     for fault in faults:
-        if fault["do"] == "no offset":
-            set_position = EpochSampler.set_position
-            EpochSampler.set_position = lambda self, epoch, done: set_position(self, epoch, 0)
         if fault["do"] == "in validation":
             validation_loss = pretrain.validation_loss
 

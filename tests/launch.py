@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -11,6 +12,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
+GRACE = 30  # seconds that torchrun leaves its processes after a signal
 LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS")
 
 
@@ -31,6 +33,44 @@ def torchrun(script: str, processes: int, arguments: list[str], timeout: int = 1
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=clean_environment())
 
 
+class Job:
+    """A script under torchrun, its output in {out}/printed.txt."""
+
+    def __init__(self, out: Path, script: str, arguments: list[str], *options: str, **environment: str):
+        out.mkdir(parents=True, exist_ok=True)
+        self.out, self.printed = out, out / "printed.txt"
+        with open(self.printed, "a") as file:
+            command = torchrun_command(script, 2, arguments, *options)
+            self.process = subprocess.Popen(command, stdout=file, stderr=file, env=clean_environment(**environment))
+
+    def until(self, pattern: str, seconds: float = 90) -> str:
+        """Wait until the output has this; returns all of it."""
+        deadline = time.monotonic() + seconds
+        while not re.search(pattern, text := self.printed.read_text()):
+            assert time.monotonic() < deadline and self.process.poll() is None, text[-3000:]
+            time.sleep(0.05)
+        return text
+
+    def processes(self) -> list[int]:
+        """The processes that were given this output folder: launcher, ranks, loaders."""
+        found = []
+        for entry in Path("/proc").iterdir():
+            try:
+                if entry.name.isdigit() and str(self.out).encode() in (entry / "cmdline").read_bytes():
+                    found.append(int(entry.name))
+            except OSError:
+                continue
+        return found
+
+    def gone(self, seconds: float = GRACE) -> int:
+        """Wait for the end of all processes, orphans too; returns the launcher's exit code."""
+        deadline = time.monotonic() + seconds
+        while self.process.poll() is None or self.processes():
+            assert time.monotonic() < deadline, self.printed.read_text()[-3000:]
+            time.sleep(0.05)
+        return self.process.returncode
+
+
 def faulty(faults: list[dict], flags: list[str]) -> list[str]:
     """Arguments of tests/faulty.py for a pretraining."""
     return [json.dumps(faults), "pretrain.py", *flags]
@@ -45,7 +85,6 @@ def _as_rank(rank: int, world: int, port: int, faults: list[dict], flags: list[s
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world),
                           MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))  # fmt: skip
     import torch
-
     from faulty import main
 
     torch.set_num_threads(1)

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from launch import ROOT, clean_environment, faulty, ranks, torchrun_command
+from launch import ROOT, Job, clean_environment, faulty, ranks
 from make_videos import write_folder
 from test_pretrain import command
 from test_resume import DONE, same, state, used
@@ -17,7 +17,6 @@ from test_resume import DONE, same, state, used
 from util.checkpoint import load
 
 FLAGS = ["--batch_size_per_gpu", "2", "--epochs", "3"]
-GRACE = 30  # seconds that torchrun leaves its processes
 
 
 @pytest.fixture(scope="module")
@@ -32,43 +31,6 @@ def undisturbed(videos, tmp_path_factory):
     out = tmp_path_factory.mktemp("undisturbed")
     assert ranks(2, command(videos, out, *FLAGS))[0] == DONE
     return out
-
-
-class Job:
-    """A script under torchrun, its output in {out}/printed.txt."""
-
-    def __init__(self, out: Path, script: str, arguments: list[str], *options: str, **environment: str):
-        out.mkdir(parents=True, exist_ok=True)
-        self.out, self.printed = out, out / "printed.txt"
-        with open(self.printed, "a") as file:
-            self.process = subprocess.Popen(torchrun_command(script, 2, arguments, *options), stdout=file, stderr=file, env=clean_environment(**environment))
-
-    def until(self, pattern: str, seconds: float = 90) -> str:
-        """Wait until the output has this; returns all of it."""
-        deadline = time.monotonic() + seconds
-        while not re.search(pattern, text := self.printed.read_text()):
-            assert time.monotonic() < deadline and self.process.poll() is None, text[-3000:]
-            time.sleep(0.05)
-        return text
-
-    def processes(self) -> list[int]:
-        """The processes that were given this output folder: launcher, ranks, loaders."""
-        found = []
-        for entry in Path("/proc").iterdir():
-            try:
-                if entry.name.isdigit() and str(self.out).encode() in (entry / "cmdline").read_bytes():
-                    found.append(int(entry.name))
-            except OSError:
-                continue
-        return found
-
-    def gone(self, seconds: float = GRACE) -> int:
-        """Wait for the end of all processes, orphans too; returns the launcher's exit code."""
-        deadline = time.monotonic() + seconds
-        while self.process.poll() is None or self.processes():
-            assert time.monotonic() < deadline, self.printed.read_text()[-3000:]
-            time.sleep(0.05)
-        return self.process.returncode
 
 
 def check_stopped_and_go_on(job: Job, videos: str, undisturbed: Path, flags: list[str] = ()) -> None:
@@ -90,7 +52,7 @@ HANDLED = ("--signals-to-handle", "SIGTERM,SIGINT,SIGUSR1")
 @pytest.mark.parametrize("case", ["SIGTERM to torchrun", "SIGUSR1 with the flag", "to rank 1 only", "twice", "Ctrl-C in a terminal"])
 def test_t11_a_signal_stops_the_run_in_good_order(case, videos, undisturbed, tmp_path):
     faults, workers = [{"do": "SIGUSR1", "rank": 1, "at": 5}] if case == "to rank 1 only" else [], ["--num_workers", "1"]
-    job = Job(tmp_path, "tests/faulty.py", faulty([*faults, {"do": "slow"}], command(videos, tmp_path, *FLAGS, *workers)), *HANDLED)
+    job = Job(tmp_path, "tests/faulty.py", faulty([*faults, {"do": "slow", "seconds": 0.3}], command(videos, tmp_path, *FLAGS, *workers)), *HANDLED)
     job.until(r"update 3/12")
     if case in ("SIGTERM to torchrun", "twice"):
         job.process.terminate()
@@ -141,7 +103,7 @@ def test_t12_a_killed_rank_is_started_again_five_times(videos, undisturbed, tmp_
 
 @pytest.mark.slow
 def test_t12_a_launcher_that_is_killed_leaves_nobody_behind(videos, undisturbed, tmp_path):
-    job = Job(tmp_path, "tests/faulty.py", faulty([{"do": "slow"}], command(videos, tmp_path, *FLAGS, "--num_workers", "1")))
+    job = Job(tmp_path, "tests/faulty.py", faulty([{"do": "slow", "seconds": 0.3}], command(videos, tmp_path, *FLAGS, "--num_workers", "1")))
     job.until(r"update 2/12")
     job.process.kill()
     assert job.gone(20) == -signal.SIGKILL
@@ -184,7 +146,7 @@ file = open({str(tmp_path / '.run.lock')!r}, "a"); fcntl.lockf(file, fcntl.LOCK_
 def test_the_sbatch_example_comes_back_by_itself(videos, undisturbed, tmp_path):
     """The scheduler's signal hits every process of the step twice, before and in the validation of another start; then the run ends."""
     log, out = tmp_path / "job.out", tmp_path / "out"
-    flags = [word for word in command(videos, out, *FLAGS, "--num_workers", "1", "--val_dirs", videos)]
+    flags = command(videos, out, *FLAGS, "--num_workers", "1", "--val_dirs", videos)
     for name in ("--output_dir", "--datafile_dir", "--save_prefix"):
         del flags[flags.index(name) : flags.index(name) + 2]
     scheduler = [sys.executable, str(ROOT / "tests/fake_slurm.py"), str(log), "update 2/12", "update 8/12", "--",

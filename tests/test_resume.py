@@ -1,6 +1,7 @@
 """Step-exact resuming (T01-T04, T09): an interrupted run ends with the weights, the log and the samples of one that was not."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -66,7 +67,8 @@ def test_t01_a_run_repeats_bit_by_bit_whatever_its_workers_and_validation(videos
 
 def stopped_three_times(videos, out, *faults) -> None:
     """SIGTERM to rank 0, rank 1 and both, in the middle of an epoch each time; then to the end."""
-    for number, stopping in enumerate(([{"do": "SIGTERM", "rank": 0, "at": 2}], [{"do": "SIGTERM", "rank": 1, "at": 2}], [{"do": "SIGTERM", "at": 1}], [])):
+    stops = [{"do": "SIGTERM", "rank": 0, "at": 2}], [{"do": "SIGTERM", "rank": 1, "at": 2}], [{"do": "SIGTERM", "at": 1}], []
+    for number, stopping in enumerate(stops):
         codes, printed = ranks(2, three_epochs(videos, out), [*stopping, *faults])
         assert codes == DONE, printed
         marker = out / "run.PREEMPTED"
@@ -164,8 +166,6 @@ def test_t09_changes_are_named_or_refused(videos, tmp_path):
     refused = {
         "training set of 17 -> 16 samples": flags, "depth 2 -> 12|embed_dim 64 -> 192": [*flags, "--model", "mae_vit_tiny_patch16"],
     }  # fmt: skip
-    import re
-
     for message, changed in refused.items():
         codes, printed = ranks(1, command(videos, tmp_path, *changed))
         assert codes == [2] and re.search(message, printed) and "Traceback" not in printed

@@ -14,6 +14,7 @@ from test_importer import Payload
 from test_pretrain import command
 from test_resume import DONE, same, state, used
 
+import finetune
 import pretrain
 from util import checkpoint
 from util.dist import UserError
@@ -186,10 +187,6 @@ def test_t14_a_loss_that_is_not_finite_spoils_its_update_even_with_finite_gradie
 
 @pytest.mark.parametrize("kind", ["payload", "text", "empty", "not a run", "config of another kind", "config with nonsense", "a huge config"])
 def test_t19_a_hostile_checkpoint_is_refused_by_every_script_without_side_effect(kind, videos, tmp_path):
-    import finetune
-
-    from util.dist import UserError
-
     assert ranks(1, command(videos, tmp_path / "own", "--max_steps", "1", "--batch_size_per_gpu", "4"))[0] == [0]
     good, path = torch.load(tmp_path / "own/run.pth", weights_only=True), tmp_path / "hostile.pth"
     if kind in ("text", "empty"):
@@ -203,7 +200,7 @@ def test_t19_a_hostile_checkpoint_is_refused_by_every_script_without_side_effect
     out = tmp_path / "out"
     attempts = [lambda: pretrain.main(command(videos, out, "--max_steps", "2", "--batch_size_per_gpu", "4", "--resume", str(path))),
                 lambda: pretrain.main(["--visualize", str(path), "--data_dirs", videos, "--output_dir", str(out)]),
-                lambda: finetune.main(["--eval", "--resume", str(path), "--val_dir", videos, "--output_dir", str(out), "--num_classes", "2"])]  # fmt: skip
+                lambda: finetune.main(["--eval", "--resume", str(path), "--val_dir", videos, "--output_dir", str(out)])]  # fmt: skip
     for attempt in attempts:
         with pytest.raises(UserError) as error:
             attempt()
