@@ -70,7 +70,8 @@ def choose_attention(attn: str, device: str, dtype: torch.dtype, head_dim: int) 
     if obstacle is None:
         return "flash_attn", "the flash-attn package is installed and takes these tensors"
     if attn == "flash_attn":
-        raise ValueError(f"attention 'flash_attn' cannot run: {obstacle}; use auto or sdpa")
+        cure = "pip install --no-build-isolation -r requirements-flash.txt, or " if flash_attn_qkvpacked_func is None else ""
+        raise ValueError(f"attention 'flash_attn' cannot run: {obstacle}; {cure}use --attn auto or sdpa")
     return "sdpa", f"PyTorch's own FlashAttention-2: {obstacle}"
 
 

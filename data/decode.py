@@ -7,6 +7,8 @@ A backend is a class with num_frames, fps, seek and read. Frames are numbered in
 come from `describe`, for both backends alike: what the file's own table lists, or else the video packets in it.
 """
 
+import functools
+import importlib.util
 import os
 import stat
 from itertools import dropwhile, islice
@@ -14,6 +16,8 @@ from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
+
+from util.dist import print0
 
 os.environ.setdefault("DECORD_EOF_RETRY_MAX", "2048")  # read when decord is imported; its own 10240 tries long on broken files
 
@@ -118,6 +122,13 @@ def decord_installed() -> bool:
     except ImportError:
         return False
     return True
+
+
+@functools.cache
+def say_if_absent(decoder: str) -> None:
+    """Say once in a process that PyAV steps in for a decord that is not there."""
+    if decoder == "decord" and importlib.util.find_spec("decord") is None:
+        print0("note: decord is not installed, PyAV reads the videos (pip install decord, or --decoder pyav)")
 
 
 def _sane_fps(fps: float | None) -> float:

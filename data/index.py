@@ -1,4 +1,7 @@
-"""From folders or CSV files to manifests: which videos there are, and their labels."""
+"""From folders or CSV files to manifests: which videos there are, and their labels.
+
+pandas is imported where it is used: it takes longer than most of what --help needs.
+"""
 
 import argparse
 import csv
@@ -10,7 +13,6 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 
 from util.dist import UserError, print0, run_script
 
@@ -90,6 +92,8 @@ def keep_fraction(paths: list[str], share: float) -> list[str]:
 
 def write_manifest(path: str | Path, paths: list[str], labels: list[str] | None = None) -> None:
     """Write a manifest (columns path and, if given, label), by way of a temporary file; makes the folder."""
+    import pandas as pd
+
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     table = pd.DataFrame({"path": paths} if labels is None else {"path": paths, "label": labels})
@@ -115,6 +119,8 @@ def read_manifest(path: str | Path) -> tuple[list[str], list[str]]:
     Separated by comma, tab or space, with or without a header, fields may be quoted; relative paths count from the
     manifest's folder. Whether the videos exist is not checked. Raises UserError with file and line for a malformed row.
     """
+    import pandas as pd
+
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
     except FileNotFoundError:
@@ -184,11 +190,13 @@ def write_classes(path: Path, classes: list[str]) -> None:
     path.write_text(json.dumps(classes, indent=0, ensure_ascii=False) + "\n")
 
 
-def from_kinetics(annotations: str, files: dict[str, str]) -> pd.DataFrame:
-    """The videos (id, path, label) of a Kinetics split: a CSV with label, youtube_id and perhaps time_start, time_end (seconds).
+def from_kinetics(annotations: str, files: dict[str, str]):
+    """A table of the videos (id, path, label) of a Kinetics split: a CSV with label, youtube_id and perhaps time_start, time_end (seconds).
 
     files: path by name without extension. A video is called YOUTUBEID_START_END (six digits each) or YOUTUBEID.
     """
+    import pandas as pd
+
     table = _annotations(annotations, lambda file: pd.read_csv(file, dtype=str, keep_default_na=False), {"label", "youtube_id"})
     clip = table["youtube_id"]
     for column in ("time_start", "time_end"):
@@ -197,21 +205,23 @@ def from_kinetics(annotations: str, files: dict[str, str]) -> pd.DataFrame:
     return pd.DataFrame({"id": clip, "path": path, "label": table["label"]})
 
 
-def from_ssv2(annotations: str, files: dict[str, str]) -> pd.DataFrame:
-    """The videos (id, path, label) of a Something-Something v2 split: JSON records with id and template.
+def from_ssv2(annotations: str, files: dict[str, str]):
+    """A table of the videos (id, path, label) of a Something-Something v2 split: JSON records with id and template.
 
     files: path by name without extension; a video is called by its id. The label is the template without its brackets.
     """
+    import pandas as pd
+
     table = _annotations(annotations, lambda file: pd.read_json(file, dtype=str, convert_dates=False), {"id", "template"})
     label = table["template"].str.replace(r"[\[\]]", "", regex=True)
     return pd.DataFrame({"id": table["id"], "path": table["id"].map(files).fillna(""), "label": label})
 
 
-def _annotations(path: str, read, columns: set[str]) -> pd.DataFrame:
+def _annotations(path: str, read, columns: set[str]):
     """An annotation file as a table. Raises UserError if it cannot be read or lacks a column."""
     try:
         table = read(path)
-    except (OSError, ValueError, pd.errors.ParserError) as error:
+    except (OSError, ValueError) as error:  # pandas' own errors are ValueErrors
         raise UserError(f"annotations {path} cannot be read: {str(error).splitlines()[0]}") from None
     if missing := columns - set(table.columns):
         raise UserError(f"annotations {path} have no {', '.join(sorted(missing))}: check the file, and --from")

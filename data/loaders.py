@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from data import probe
-from data.decode import ReadError, VideoInfo, frame_indices, open_video, read_image, view_start
+from data.decode import ReadError, VideoInfo, frame_indices, open_video, read_image, say_if_absent, view_start
 from data.transforms import sample_seed, seeded
 from util.dist import Place, UserError, print_here
 
@@ -142,6 +142,7 @@ class ClipDataset(Samples):
                  repeat_aug: int, repeat_windows: int, transform: Callable[[Tensor], Tensor], decoder: str, short_side: int,
                  seed: int, noise_tokens: int, rows: np.ndarray | None = None):  # fmt: skip
         super().__init__(paths, labels, seed, SUBSTITUTES, rows)
+        say_if_absent(decoder)
         if repeat_aug % repeat_windows:
             raise UserError(f"--repeat_aug {repeat_aug} is not divisible by --repeat_windows {repeat_windows}")
         self.num_frames, self.sampling_rate, self.target_fps = num_frames, sampling_rate, target_fps
@@ -182,6 +183,7 @@ class ViewDataset(Samples):
                  num_views: int, transform: Callable[[Tensor], Tensor], decoder: str, short_side: int,
                  rows: np.ndarray | None = None):  # fmt: skip
         super().__init__(paths, labels, seed=0, substitutes=0, rows=rows)
+        say_if_absent(decoder)
         self.spacing = {"num_frames": num_frames, "sampling_rate": sampling_rate, "target_fps": target_fps}
         self.num_views, self.transform, self.decoder, self.short_side = num_views, transform, decoder, short_side
 

@@ -36,7 +36,7 @@ def test_fraction_keeps_the_first_and_rounds_up():
     assert keep_fraction(paths, 0.001) == ["0"]
 
 
-def test_written_manifest_reads_back(tmp_path):
+def test_t17_written_manifest_reads_back(tmp_path):
     paths = ["/v/plain.mp4", "/v/with, comma.mp4", '/v/with "quote".mp4', "/v/with space.mp4", "/v/ü.mp4"]
     labels = ["a", "NA", "None", "3", "b c"]
     write_manifest(tmp_path / "m.csv", paths, labels)
@@ -56,11 +56,11 @@ def test_written_manifest_reads_back(tmp_path):
         ('"/v/a.mp4","x"\n"/v/b.mp4","y"\n', "utf-8-sig"),
     ],
 )
-def test_all_usual_forms_are_the_same_manifest(tmp_path, text, encoding):
+def test_t17_all_usual_forms_are_the_same_manifest(tmp_path, text, encoding):
     assert read_manifest(manifest(tmp_path, text, encoding)) == (["/v/a.mp4", "/v/b.mp4"], ["x", "y"])
 
 
-def test_one_column_and_relative_paths(tmp_path):
+def test_t17_one_column_and_relative_paths(tmp_path):
     paths, labels = read_manifest(manifest(tmp_path, "sub/a clip.mp4\n../b.mp4\n/c.mp4\n"))
     assert paths == [str(tmp_path / "sub/a clip.mp4"), str(tmp_path.parent / "b.mp4"), "/c.mp4"]
     assert labels == ["", "", ""]
@@ -79,11 +79,22 @@ def test_one_column_and_relative_paths(tmp_path):
         ("\n\n", "empty"),
     ],
 )
-def test_malformed_rows_are_named_by_file_and_line(tmp_path, text, said):
+def test_t17_malformed_rows_are_named_by_file_and_line(tmp_path, text, said):
     with pytest.raises(UserError, match="list.csv") as raised:
         read_manifest(manifest(tmp_path, text))
     assert said in str(raised.value)
     assert "\n" not in str(raised.value)
+
+
+def test_t17_duplicates_stay_and_half_a_million_rows_are_read(tmp_path):
+    rows = [f"/videos/{number % 499_999:06d}.mp4" for number in range(500_000)]  # one twice: it counts twice
+    labels = [("NA", "None", "null", "007", "1e3")[number % 5] for number in range(500_000)]
+    path = manifest(tmp_path, "path,label\r\n" + "\r\n".join(f"{row},{label}" for row, label in zip(rows, labels, strict=True)), "utf-8-sig")
+    assert read_manifest(path) == (rows, labels)
+    with open(path, "a") as file:
+        file.write("\r\n/videos/a.mp4,x,y")
+    with pytest.raises(UserError, match="line 500002: more than two fields"):
+        read_manifest(path)
 
 
 def test_missing_manifest(tmp_path):
@@ -98,7 +109,7 @@ def test_class_names_are_sorted_and_whole_numbers_keep_their_value():
     assert class_numbers(["2", "0"], class_names(["10", "2", "0"]), "x") == [2, 0]
 
 
-def test_classes_must_agree(capsys):
+def test_t17_classes_of_the_training_set_hold_for_the_other(capsys):
     assert check_classes(["a", "b"], ["b", "a"], 3, "VAL") == ["a", "b"]
     assert "--num_classes 3 is larger than the 2 classes" in capsys.readouterr().out
     with pytest.raises(UserError, match="VAL: unknown class 'c'"):

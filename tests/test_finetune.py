@@ -114,7 +114,7 @@ def test_the_seed_commands_run_with_sizes_and_paths_reduced(kind, videos, images
 
 
 @pytest.mark.parametrize("views", [(1, 1), (5, 3)])
-def test_evaluation_is_exact_on_any_number_of_ranks_and_equals_a_plain_loop(views, tmp_path):
+def test_t18_evaluation_is_exact_on_any_number_of_ranks_and_equals_a_plain_loop(views, tmp_path):
     folder, out = tmp_path / "videos", tmp_path / "out"
     write_folder(folder, 17)
     finetune.main(video_command(str(folder), out, "--max_steps", "2", "--batch_size_per_gpu", "4"))

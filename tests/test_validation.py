@@ -95,7 +95,7 @@ def test_features_are_means_of_patch_tokens_in_the_order_of_the_samples():
     torch.testing.assert_close(mean_features(model, batches, torch.float32), torch.stack(expected), rtol=1e-4, atol=1e-5)
 
 
-def test_validation_and_probe_equal_a_plain_loop_on_one_and_two_processes(videos, unseen, tmp_path):
+def test_t18_validation_and_probe_equal_a_plain_loop_on_one_and_two_processes(videos, unseen, tmp_path):
     flags = ["--lr", "0", "--min_lr", "0", "--max_steps", "1", "--val_dirs", str(unseen / "val"), "--probe_dir", str(unseen)]
     pretrain.main(command(videos, tmp_path / "one", *flags, "--batch_size_per_gpu", "4"))
     two = torchrun("pretrain.py", 2, command(videos, tmp_path / "two", *flags, "--batch_size_per_gpu", "2"))
@@ -124,7 +124,7 @@ def test_validation_and_probe_equal_a_plain_loop_on_one_and_two_processes(videos
         assert one[f"probe_{name}_acc1"] == pytest.approx(100 * right / 11)
 
 
-def test_validation_changes_no_weight_and_resumes(videos, unseen, tmp_path):
+def test_t18_validation_changes_no_weight_and_resumes(videos, unseen, tmp_path):
     flags, seen = ["--batch_size_per_gpu", "4"], ["--val_dirs", str(unseen / "val"), "--probe_dir", str(unseen), "--val_every", "2"]
     pretrain.main(command(videos, tmp_path / "without", "--epochs", "5", *flags))
     pretrain.main(command(videos, tmp_path / "whole", "--epochs", "5", *flags, *seen))
