@@ -27,7 +27,10 @@ demo: $(VENV)/.stamp  ## pretrain a tiny model on samples/, then finetune it on 
 		--img_size 64 --num_frames 8 --static_clip folded --batch_size_per_gpu 8 --epochs 50 --warmup_epochs 5 --lr 2e-3 --layer_decay 0.75 \
 		--smoothing 0.1 --dropout 0 --drop_path_rate 0 --no-flip --checkpoint_period 50 --log_every 100
 
-test: $(VENV)/.stamp  ## run the tests (CPU)
+test: $(VENV)/.stamp  ## run the quick tests (CPU)
+	$(PY) -m pytest -q -m "not slow"
+
+test-all: $(VENV)/.stamp  ## run all tests (CPU), those of minutes too
 	$(PY) -m pytest -q
 
 lint: $(VENV)/.stamp  ## check the style
@@ -46,4 +49,4 @@ bench: $(VENV)/.stamp  ## measure; tables go to benchmarks/results/
 test-oldest: .venv-oldest/.stamp  ## run the tests on the oldest supported PyTorch
 	.venv-oldest/bin/python -m pytest -q
 
-.PHONY: help demo test lint bench test-oldest
+.PHONY: help demo test test-all lint bench test-oldest

@@ -24,7 +24,8 @@ import torch
 from launch import Job, faulty, ranks
 from make_videos import write_folder
 from test_pretrain import command, records
-from test_resume import same, state
+from test_resume import state
+from tiny import same
 
 from util.dist import print0
 

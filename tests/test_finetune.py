@@ -1,7 +1,9 @@
 """The finetuning scripts: the seed's commands, exact evaluation, loading encoders, resuming, bad input."""
 
 import json
+import os
 import shutil
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -10,14 +12,16 @@ import pytest
 import torch
 from launch import ROOT, torchrun
 from make_videos import write_folder, write_video
-from tiny import tiny_vit
+from tiny import same, tiny_vit
 
+import engine_finetune
 import finetune
 import finetune_on_image
 import pretrain
 from data.decode import frame_indices, open_video, view_start
 from data.transforms import VIDEO_MEAN, VIDEO_STD, normalize, view_transform
 from models_vit import VisionTransformer
+from util.checkpoint import load
 from util.dist import UserError
 
 SMALL = (
@@ -151,7 +155,6 @@ def test_training_is_reproducible_resumes_exactly_and_keeps_the_best(videos, tmp
     flags = ["--batch_size_per_gpu", "4", "--repeat_aug", "2", "--rand_aug", "--mixup", "0.8", "--cutmix", "1", "--min_lr", "0.001"]
     finetune.main(video_command(videos, tmp_path / "whole", "--epochs", "4", *flags))
     finetune.main(video_command(videos, tmp_path / "parts", "--epochs", "2", *flags))
-    shutil.rmtree(tmp_path / "moved", ignore_errors=True)
     finetune.main(video_command(videos, tmp_path / "parts", "--epochs", "4", *flags))
     whole, parts = weights(tmp_path / "whole"), weights(tmp_path / "parts")
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
@@ -160,6 +163,42 @@ def test_training_is_reproducible_resumes_exactly_and_keeps_the_best(videos, tmp
     accuracies = [record["test_acc1"] for record in records(tmp_path / "parts")]
     assert best["best_acc1"] == max(accuracies) and best["epoch"] == accuracies.index(max(accuracies))
     assert best["config"]["classes"] == ["class_0", "class_1"]
+
+
+@pytest.mark.parametrize("kind", ["video", "image"])
+def test_t02_stops_in_training_and_in_validation_change_nothing(kind, videos, images, tmp_path, monkeypatch):
+    """SIGTERM in the middle of an epoch, in a validation, and there once more at once; with dropout, drop path and mixing."""
+    flags = ["--epochs", "3", "--batch_size_per_gpu", "2", "--mixup", "0.8", "--rand_aug", "--drop_path_rate", "0.2", "--accum_iter", "2"]
+    script, start = (finetune, lambda out: video_command(videos, out, *flags)) if kind == "video" else \
+                    (finetune_on_image, lambda out: image_command(images, out, *flags))  # fmt: skip
+    script.main(start(tmp_path / "whole"))
+    out, calls = tmp_path / "parts", {"update": 0, "in_full_batches": 0}
+
+    def signalling(name: str, at: int):
+        honest = getattr(engine_finetune, name)
+
+        def call(*arguments):
+            calls[name] += 1
+            if calls[name] == at:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return honest(*arguments)
+
+        monkeypatch.setattr(engine_finetune, name, call)
+
+    signalling("update", 1)
+    signalling("in_full_batches", 1)
+    steps = []
+    for _ in range(3):
+        script.main(start(out))
+        steps.append(load(out / "run.pth")["step"])
+        assert (out / "run.PREEMPTED").exists() == (len(steps) < 3)
+    per_epoch = {"video": 2, "image": 3}[kind]
+    assert steps == [1, per_epoch, 3 * per_epoch]
+    whole, parts = ({key: value for key, value in load(folder / "run.pth").items() if key != "args"} for folder in (tmp_path / "whole", out))
+    assert same(parts, whole) and records(out) == records(tmp_path / "whole") and len(records(out)) == 3
+    assert (out / "run_predictions.csv").read_bytes() == (tmp_path / "whole/run_predictions.csv").read_bytes()
+    script.main(start(out))  # complete: nothing is done again
+    assert records(out) == records(tmp_path / "whole") and calls["update"] == 3 * per_epoch
 
 
 def test_each_epoch_asks_for_its_own_batches(videos, tmp_path, monkeypatch):

@@ -12,7 +12,7 @@ import pytest
 import torch
 from golden_files import golden, golden_path
 from launch import ROOT
-from tiny import clips_and_noise, tiny_mae, tiny_vit
+from tiny import clips_and_noise, same, tiny_mae, tiny_vit
 
 from data.transforms import IMAGE_MEAN, VIDEO_MEAN
 from models_mae import MaskedAutoencoderViT
@@ -283,13 +283,6 @@ def test_t19_a_payload_is_refused_and_not_run(place, tmp_path):
     assert sorted(file.name for file in tmp_path.iterdir()) == ["hostile.pth"]
     torch.load(path, weights_only=False) if place == "top" else None  # the payload does run where nobody is careful
     assert (tmp_path / "ran").exists() == (place == "top")
-
-
-def same(one, other) -> bool:
-    """Equal plain data and tensors."""
-    if isinstance(one, dict):
-        return isinstance(other, dict) and list(one) == list(other) and all(same(one[key], other[key]) for key in one)
-    return torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
 
 
 @pytest.mark.parametrize("kind", ["pth", "safetensors"])

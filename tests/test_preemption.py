@@ -12,7 +12,8 @@ import pytest
 from launch import ROOT, Job, clean_environment, faulty, ranks
 from make_videos import write_folder
 from test_pretrain import command
-from test_resume import DONE, same, state, used
+from test_resume import DONE, state, used
+from tiny import same
 
 from util.checkpoint import load
 

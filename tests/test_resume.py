@@ -5,10 +5,10 @@ import re
 from pathlib import Path
 
 import pytest
-import torch
 from launch import ranks
 from make_videos import write_folder
 from test_pretrain import command, records
+from tiny import same
 
 from util.checkpoint import load
 
@@ -25,15 +25,6 @@ def videos(tmp_path_factory):
 def state(out, name="run.pth") -> dict:
     """A run's checkpoint without what may differ: where it was written, by which flags."""
     return {key: value for key, value in load(Path(out, name)).items() if key != "args"}
-
-
-def same(one, other) -> bool:
-    """Equal plain data and tensors, bit for bit."""
-    if isinstance(one, dict):
-        return isinstance(other, dict) and list(one) == list(other) and all(same(one[key], other[key]) for key in one)
-    if isinstance(one, (list, tuple)):
-        return len(one) == len(other) and all(same(a, b) for a, b in zip(one, other, strict=True))
-    return torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
 
 
 def used(out, rank: int) -> list[dict]:

@@ -12,7 +12,8 @@ from launch import ranks
 from make_videos import write_folder
 from test_importer import Payload
 from test_pretrain import command
-from test_resume import DONE, same, state, used
+from test_resume import DONE, state, used
+from tiny import same
 
 import finetune
 import pretrain

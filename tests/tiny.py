@@ -1,4 +1,4 @@
-"""Tiny models for the tests."""
+"""Tiny models for the tests, and equality of what they save."""
 
 import torch
 
@@ -27,3 +27,12 @@ def clips_and_noise(batch: int = 2, dtype: torch.dtype = torch.float32, tokens: 
     """Random input of tiny_mae: (B, 3, 8, 32, 32) and (B, L)."""
     generator = torch.Generator().manual_seed(1)
     return torch.randn(batch, 3, 8, 32, 32, generator=generator, dtype=dtype), torch.rand(batch, tokens, generator=generator)
+
+
+def same(one, other) -> bool:
+    """Equal plain data and tensors, bit for bit."""
+    if isinstance(one, dict):
+        return isinstance(other, dict) and one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(other) and all(same(a, b) for a, b in zip(one, other, strict=True))
+    return torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
