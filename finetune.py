@@ -107,8 +107,8 @@ def build_task(args, place: dist.Place, train, val, classes: list[str]) -> Task:
 def main(argv: list[str] | None = None) -> None:
     """Run the script on a command line (sys.argv by default). Raises UserError for bad input."""
     args = flags.parse(get_parser(), argv)
-    stop.listen() if not (args.eval or args.extract_features) else None
     place = dist.setup(args.device, args.deterministic)
+    stop.listen() if not (args.eval or args.extract_features) else None
     say_versions()
     args.compile = place.device.type == "cuda" if args.compile is None else args.compile
     known = dist.on_rank0(lambda: checkpoint.known_config(args))

@@ -192,8 +192,8 @@ def main(argv: list[str] | None = None) -> None:
     if args.visualize:
         visualize(argv)
         return
-    stop.listen()
     place = dist.setup(args.device, args.deterministic)
+    stop.listen()
     say_versions()
     args.compile = place.device.type == "cuda" if args.compile is None else args.compile
     resume_from = dist.on_rank0(lambda: checkpoint.find_resume(args))

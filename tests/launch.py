@@ -39,6 +39,8 @@ class Job:
     def __init__(self, out: Path, script: str, arguments: list[str], *options: str, **environment: str):
         out.mkdir(parents=True, exist_ok=True)
         self.out, self.printed = out, out / "printed.txt"
+        self.others = []
+        self.others = self.processes()
         with open(self.printed, "a") as file:
             command = torchrun_command(script, 2, arguments, *options)
             self.process = subprocess.Popen(command, stdout=file, stderr=file, env=clean_environment(**environment))
@@ -52,11 +54,11 @@ class Job:
         return text
 
     def processes(self) -> list[int]:
-        """The processes that were given this output folder: launcher, ranks, loaders."""
+        """The processes that were given this output folder since this start: launcher, ranks, loaders."""
         found = []
         for entry in Path("/proc").iterdir():
             try:
-                if entry.name.isdigit() and str(self.out).encode() in (entry / "cmdline").read_bytes():
+                if entry.name.isdigit() and int(entry.name) not in self.others and str(self.out).encode() in (entry / "cmdline").read_bytes():
                     found.append(int(entry.name))
             except OSError:
                 continue

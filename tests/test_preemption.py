@@ -113,6 +113,15 @@ def test_t12_a_launcher_that_is_killed_leaves_nobody_behind(videos, undisturbed,
 
 
 @pytest.mark.slow
+def test_t12_a_launcher_that_is_killed_before_training_leaves_nobody_behind(videos, tmp_path):
+    job = Job(tmp_path, "tests/faulty.py", faulty([], command(videos, tmp_path, *FLAGS)))
+    job.until("revision")  # rank 0 has met the others
+    job.process.kill()
+    assert job.gone(20) == -signal.SIGKILL
+    assert not list(tmp_path.glob("*.pth"))
+
+
+@pytest.mark.slow
 def test_t13_a_rank_that_fails_ends_the_run(videos, tmp_path):
     job = Job(tmp_path, "tests/faulty.py", faulty([{"do": "raise", "rank": 1, "at": 3}], command(videos, tmp_path, *FLAGS)))
     assert job.gone(60) != 0

@@ -12,6 +12,8 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
+from util import stop
+
 OWN_PACKAGES = ("util", "data")
 PEAK_TFLOPS = {"H200": 989, "H100": 989, "A100": 312}  # dense bf16 or fp16, from the datasheets of the SXM boards
 
@@ -115,6 +117,7 @@ def setup(device: str | None, deterministic: bool = False) -> Place:
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
     torch.use_deterministic_algorithms(deterministic)
+    stop.follow_launcher()
     srun = _under_srun()
     if srun:
         _adopt_srun()

@@ -166,6 +166,7 @@ class Saver:
     @contextlib.contextmanager
     def until_stopped(self) -> Iterator[None]:
         """Around the training loop: when it is stopped, save, leave a marker and end in good order. Raises UserError if it cannot save."""
+        stop.begin_training()
         try:
             yield
             self.ballot.close()

@@ -5,45 +5,67 @@ SIGTERM, SIGUSR1 and SIGINT (Ctrl-C) ask for it, and so does the death of torchr
 
 import os
 import signal
+import threading
 import time
 
 import torch
 import torch.distributed as dist
 
 NAMES = ("SIGTERM", "SIGUSR1", "SIGINT")
-_word = {"from": "", "at": 0.0, "launcher": 0}  # who asked this process to stop, when it did, the launcher's process (0: none)
+PATIENCE = 120  # seconds that a process has to stop in good order once its launcher is gone
+_word = {"from": "", "at": 0.0, "training": False}  # who asked this process to stop, when, and whether there is anything to lose yet
 
 
 class Stopped(Exception):
     """Raised on all ranks alike, between two updates or two batches of a validation, once any of them was asked to stop."""
 
 
+def follow_launcher() -> None:
+    """Under torchrun: from here on this process stops when its launcher has died, at once while nothing is trained yet."""
+    launcher = os.getppid()
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        threading.Thread(target=_follow, args=(launcher,), daemon=True).start()
+
+
+def _follow(launcher: int) -> None:
+    while os.getppid() == launcher:
+        time.sleep(0.5)
+    if _word["training"]:
+        _word["from"] = _word["from"] or "the end of its launcher"
+        time.sleep(PATIENCE)
+    os._exit(1)  # it may hang in a rendezvous with processes that are gone
+
+
 def listen() -> None:
-    """From here on the signals leave word instead of ending the process. A Ctrl-C more than a second after the first ends it at once."""
-    _word.update({"from": "", "at": 0.0, "launcher": os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else 0})
+    """From here on the signals leave word instead of ending the process; Ctrl-C does so once training has begun."""
+    _word.update({"from": "", "at": 0.0, "training": False})
     for name in NAMES:
         signal.signal(getattr(signal, name), _leave_word)
 
 
+def begin_training() -> None:
+    """From here on there is something to lose."""
+    _word["training"] = True
+
+
 def deafen() -> None:
     """The signals end the process again."""
+    _word["training"] = False
     for name in NAMES:
         if signal.getsignal(getattr(signal, name)) is _leave_word:
             signal.signal(getattr(signal, name), signal.default_int_handler if name == "SIGINT" else signal.SIG_DFL)
 
 
 def _leave_word(number: int, _frame) -> None:
-    now = time.monotonic()
-    if number == signal.SIGINT and _word["from"] and now - _word["at"] > 1:  # torchrun passes one on within a moment of the terminal's own
+    again = _word["from"] and time.monotonic() - _word["at"] > 1  # torchrun passes one on within a moment of the terminal's own
+    if number == signal.SIGINT and (again or not _word["training"]):
         raise KeyboardInterrupt
     if not _word["from"]:
-        _word.update({"from": signal.Signals(number).name, "at": now})
+        _word.update({"from": signal.Signals(number).name, "at": time.monotonic()})
 
 
 def asked_by() -> str:
-    """Who asked this process to stop: a signal's name, or "" for nobody."""
-    if _word["launcher"] and os.getppid() != _word["launcher"] and not _word["from"]:
-        _word["from"] = "the end of its launcher"
+    """Who asked this process to stop: a signal's name, "the end of its launcher", or "" for nobody."""
     return _word["from"]
 
 
