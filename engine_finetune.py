@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from data.transforms import erase, mixer, normalize, sample_seed
 from engine_eval import features, in_full_batches, in_order
 from models_vit import VisionTransformer, named_size
-from util import checkpoint, dist, importer
+from util import checkpoint, dist, importer, stop
 from util.args import effective_lr
 from util.dist import Place, UserError, print0
 from util.optim import Plan, amp_dtype, backward, finetune_groups, make_optimizer, set_learning_rate, update
 from util.saver import Saver
-from util.tracking import Run, StallClock, Tally
+from util.tracking import Run, StallClock, Tally, say_versions
 
 SUMS = ("loss", "acc1", "grad_norm")
 
@@ -79,6 +79,17 @@ def hold(clips: Tensor, frames: int) -> Tensor:
     return clips.expand(-1, -1, frames, -1, -1) if clips.shape[2] == 1 else clips
 
 
+def micro_step(model: nn.Module, batch: dict, recipe: Recipe, scaler, args, amp: torch.dtype) -> Tensor:
+    """Forward and backward of one batch of clips (B, R, C, T, H, W) uint8: loss and top-1 in percent (2,); gradients add up."""
+    clips, targets = recipe(batch)
+    with torch.autocast(clips.device.type, amp, enabled=amp != torch.float32):
+        logits = model(clips)
+    loss = F.cross_entropy(logits.float(), targets, label_smoothing=args.smoothing)
+    backward(loss, scaler, args.accum_iter)
+    right = (logits.detach().argmax(1) == targets.argmax(1)).float().mean() * 100
+    return torch.stack([loss.detach(), right])
+
+
 def train_one_epoch(model: nn.Module, batches, optimizer, scaler, args, plan: Plan, recipe: Recipe, run: Run, place: Place,
                     saver: Saver) -> dict:  # fmt: skip
     """Train from the update that `saver` is at to the end of its epoch, or of the run; as engine_pretrain.train_one_epoch, for classes.
@@ -96,15 +107,12 @@ def train_one_epoch(model: nn.Module, batches, optimizer, scaler, args, plan: Pl
         closing = micro % args.accum_iter == 0
         if (micro - 1) % args.accum_iter == 0:
             set_learning_rate(optimizer, plan.learning_rate(saver.step, args))
+        if micro == 1 and saver.step == saver.first:
+            dist.warm_up(model, lambda batch=batch: micro_step(model, batch, recipe, scaler, args, plan.amp))
         torch.manual_seed(sample_seed(args.seed, saver.step * args.accum_iter + (micro - 1) % args.accum_iter, place.rank, 4))
-        clips, targets = recipe(batch)
         with contextlib.nullcontext() if closing or place.world_size == 1 else model.no_sync():
-            with torch.autocast(device.type, plan.amp, enabled=plan.amp != torch.float32):
-                logits = model(clips)
-            loss = F.cross_entropy(logits.float(), targets, label_smoothing=args.smoothing)
-            backward(loss, scaler, args.accum_iter)
-        right = (logits.detach().argmax(1) == targets.argmax(1)).float().mean() * 100
-        window, files = window + torch.stack([loss.detach(), right]) / args.accum_iter, files + batch["paths"]
+            window = window + micro_step(model, batch, recipe, scaler, args, plan.amp) / args.accum_iter
+        files = files + batch["paths"]
         if closing:
             norm, skipped = update(optimizer, scaler, args.clip_grad)
             tally.add(torch.cat([window, norm[None]]), skipped, files)
@@ -114,7 +122,8 @@ def train_one_epoch(model: nn.Module, batches, optimizer, scaler, args, plan: Pl
         if closing and (saver.step % args.log_every == 0 or saver.step == last):
             tally.read(run, saver.step, args.max_bad_steps)
             values = {**tally.means("line"), "lr": plan.learning_rate(saver.step - 1, args)}
-            run.progress(saver.step, plan, values, (saver.step - logged) * args.accum_iter * len(clips) * place.world_size, clock, device)
+            clips = (saver.step - logged) * args.accum_iter * batch["clips"].shape[:2].numel() * place.world_size
+            run.progress(saver.step, plan, values, clips, clock, device)
             logged = saver.step
         if closing:
             saver.after_update()
@@ -194,9 +203,8 @@ def report(scores: Scores, task: Task, num_classes: int, run: Run, epoch: int) -
     run.picture("confusion", confusion_picture(scores, names, num_classes), epoch, numbered=False)
 
 
-def test(args, place: Place, model: nn.Module, config: dict, task: Task) -> Scores:
+def test(args, place: Place, model: nn.Module, config: dict, task: Task, path: Path) -> Scores:
     """--eval: the validation set by the weights of a checkpoint, every view that the flags ask for."""
-    path = dist.on_rank0(lambda: checkpoint.find_eval(args))
     checkpoint.load_strictly(path, model, config)
     if args.compile:
         model.compile_parts()
@@ -209,13 +217,12 @@ def test(args, place: Place, model: nn.Module, config: dict, task: Task) -> Scor
     return scores
 
 
-def extract(args, place: Place, model: VisionTransformer, config: dict, task: Task) -> None:
+def extract(args, place: Place, model: VisionTransformer, config: dict, task: Task, path: Path | None) -> None:
     """--extract_features: the validation set's pooled features, what enters the head, as {prefix}_features.npz: features (n, D)
     float32, labels (n,) int64 (-1: none), paths (n,), classes (the names of the labels). The same file on any number of ranks.
 
-    The weights are --resume's, head included; where there is no checkpoint to resume, the encoder of --finetune.
+    The weights are those of the checkpoint, head included; where there is none, the encoder of --finetune.
     """
-    path = dist.on_rank0(lambda: checkpoint.find_eval(args))
     if path:  # else `build_model` has read --finetune
         checkpoint.load_strictly(path, model, config)
     model.eval()
@@ -232,6 +239,23 @@ def extract(args, place: Place, model: VisionTransformer, config: dict, task: Ta
                  classes=np.array(task.classes, str))  # fmt: skip
         os.replace(temporary, target)
     print0(f"wrote {target}: features {values.shape[0]} x {values.shape[1]}, {len(task.classes)} classes")
+
+
+def prepare(args) -> tuple[Place, Path | None, dict | None]:
+    """What both finetuning scripts begin with: this process's place, the checkpoint that it evaluates or goes on from, and its config, if any."""
+    place = dist.setup(args.device, args.deterministic)
+    only_reads = args.eval or args.extract_features
+    stop.listen() if not only_reads else None
+    say_versions()
+    args.compile = place.device.type == "cuda" if args.compile is None else args.compile
+    path = dist.on_rank0(lambda: checkpoint.find_eval(args) if only_reads else checkpoint.find_resume(args))
+    return place, path, dist.on_rank0(lambda: checkpoint.known_config(path))
+
+
+def work(args, place: Place, model: nn.Module, config: dict, task: Task, path: Path | None) -> None:
+    """What the flags ask for: training, --eval or --extract_features."""
+    job = extract if args.extract_features else test if args.eval else run
+    job(args, place, model, config, task, path)
 
 
 def build_model(args, device: torch.device, known: dict | None) -> VisionTransformer:
@@ -262,12 +286,11 @@ def build_model(args, device: torch.device, known: dict | None) -> VisionTransfo
     return model.to(device)
 
 
-def run(args, place: Place, model: nn.Module, config: dict, task: Task) -> Scores | None:
+def run(args, place: Place, model: nn.Module, config: dict, task: Task, path: Path | None) -> Scores | None:
     """Train, and validate after each epoch. Returns the last validation (None: the run was complete already, or was stopped).
 
-    The model goes on from --resume, if there is something. `{prefix}_best.pth` and the tables are those of the best top-1.
+    path: the checkpoint that it goes on from, if any. `{prefix}_best.pth` and the tables are those of the best top-1.
     """
-    resume_from = dist.on_rank0(lambda: checkpoint.find_resume(args))
     lr = effective_lr(args, place.world_size, {"repeat_aug": task.repeats} if task.repeats > 1 else {})
     amp = amp_dtype(args.amp, place.device)
     total_steps = args.max_steps or args.epochs * task.updates_per_epoch
@@ -276,7 +299,7 @@ def run(args, place: Place, model: nn.Module, config: dict, task: Task) -> Score
     scaler = torch.amp.GradScaler(place.device.type, enabled=amp == torch.float16)
     files, tally, scores = Run(args), Tally(SUMS, place.device), None
     saver = Saver(args, place, model, optimizer, scaler, plan, config, task.data, tally, files, best=-1.0)
-    saver.resume(resume_from)
+    saver.resume(path)
     if args.compile:
         model.compile_parts()
     wrapped, recipe = dist.wrap(model, place, static_graph=args.accum_iter == 1), Recipe(args, config, task.still_frames)
@@ -286,12 +309,12 @@ def run(args, place: Place, model: nn.Module, config: dict, task: Task) -> Score
             record = train_one_epoch(wrapped, task.train_batches(epoch, done), optimizer, scaler, args, plan, recipe, files, place, saver)
             batches = saver.interruptible(task.val_batches())
             scores = evaluate(model, batches, args.batch_size_per_gpu, config, amp, task.still_frames)
-            improved, saver.best = scores.acc1 > saver.best, max(saver.best, scores.acc1)
+            best, saver.best = saver.best, max(saver.best, scores.acc1)
             print0(f"epoch {epoch}: train top-1 {record['train_acc1']:.2f} %, validation top-1 {scores.acc1:.2f} % (best {saver.best:.2f} %), "
                    f"top-5 {scores.acc5:.2f} %, loss {scores.loss:.4f}, {len(scores.labels)} samples")  # fmt: skip
-            if improved:
+            if scores.acc1 > best:
                 report(scores, task, config["num_classes"], files, epoch)
-                saver.save(epoch, files.best)
+                saver.best = saver.best if saver.save(epoch, files.best) else best  # not written: the next best one is
             record |= {"test_loss": scores.loss, "test_acc1": scores.acc1, "test_acc5": scores.acc5}
             saver.close_epoch(record | {"unreadable_samples": files.gather_unreadable()})
     files.close()

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from data.transforms import VIDEO_MEAN, VIDEO_STD, normalize
-from util.dist import Place
+from util.dist import Place, warm_up
 from util.optim import Plan, backward, set_learning_rate, update
 from util.saver import Saver
 from util.tracking import Run, StallClock
@@ -39,6 +39,8 @@ def train_one_epoch(model: nn.Module, batches, optimizer, scaler, args, plan: Pl
         clock.start()
         run.check_batch(batch, plan.bad_limit)
         opening, closing = (micro - 1) % args.accum_iter == 0, micro % args.accum_iter == 0
+        if micro == 1 and saver.step == saver.first:
+            warm_up(model, lambda batch=batch: micro_step(model, batch, scaler, args, plan.amp))
         if opening:
             set_learning_rate(optimizer, plan.learning_rate(saver.step, args))
         with contextlib.nullcontext() if closing or place.world_size == 1 else model.no_sync():

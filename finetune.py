@@ -19,10 +19,9 @@ from data.loaders import ClipDataset, ViewDataset, eval_feed, train_feed
 from data.transforms import VIDEO_MEAN, VIDEO_STD, train_transform, view_transform
 from engine_finetune import Task
 from util import args as flags
-from util import checkpoint, dist, stop
+from util import dist
 from util.dist import UserError, print0
 from util.saver import digest
-from util.tracking import say_versions
 
 
 def get_parser() -> flags.Parser:
@@ -107,18 +106,13 @@ def build_task(args, place: dist.Place, train, val, classes: list[str]) -> Task:
 def main(argv: list[str] | None = None) -> None:
     """Run the script on a command line (sys.argv by default). Raises UserError for bad input."""
     args = flags.parse(get_parser(), argv)
-    place = dist.setup(args.device, args.deterministic)
-    stop.listen() if not (args.eval or args.extract_features) else None
-    say_versions()
-    args.compile = place.device.type == "cuda" if args.compile is None else args.compile
-    known = dist.on_rank0(lambda: checkpoint.known_config(args))
+    place, path, known = engine_finetune.prepare(args)
     train, val, classes = dist.on_rank0(lambda: list_videos(args, known))
     print0(f"{len(train[0])} videos to train on, {len(val[0])} to validate on, {len(classes)} classes")
     model = engine_finetune.build_model(args, place.device, known)
     config = {"mean": VIDEO_MEAN, "std": VIDEO_STD} | model.config | {"model": args.model, "classes": classes}  # pixels as the weights know them
     task = build_task(args, place, train, val, classes)
-    job = engine_finetune.extract if args.extract_features else engine_finetune.test if args.eval else engine_finetune.run
-    job(args, place, model, config, task)
+    engine_finetune.work(args, place, model, config, task, path)
 
 
 if __name__ == "__main__":

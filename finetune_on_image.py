@@ -16,10 +16,9 @@ from data.loaders import SUBSTITUTES, ImageDataset, eval_feed, train_feed
 from data.transforms import IMAGE_MEAN, IMAGE_STD, image_transform
 from engine_finetune import Task
 from util import args as flags
-from util import checkpoint, dist, stop
+from util import dist
 from util.dist import UserError, print0
 from util.saver import digest
-from util.tracking import say_versions
 
 
 def get_parser() -> flags.Parser:
@@ -78,18 +77,13 @@ def build_task(args, place: dist.Place, train, val, classes: list[str]) -> Task:
 def main(argv: list[str] | None = None) -> None:
     """Run the script on a command line (sys.argv by default). Raises UserError for bad input."""
     args = flags.parse(get_parser(), argv)
-    place = dist.setup(args.device, args.deterministic)
-    stop.listen() if not (args.eval or args.extract_features) else None
-    say_versions()
-    args.compile = place.device.type == "cuda" if args.compile is None else args.compile
-    known = dist.on_rank0(lambda: checkpoint.known_config(args))
+    place, path, known = engine_finetune.prepare(args)
     train, val, classes = dist.on_rank0(lambda: list_images(args, known))
     print0(f"{len(train[0])} images to train on, {len(val[0])} to validate on, {len(classes)} classes")
     model = engine_finetune.build_model(args, place.device, known)
     config = model.config | {"model": args.model, "mean": IMAGE_MEAN, "std": IMAGE_STD, "classes": classes}
     task = build_task(args, place, train, val, classes)
-    job = engine_finetune.extract if args.extract_features else engine_finetune.test if args.eval else engine_finetune.run
-    job(args, place, model, config, task)
+    engine_finetune.work(args, place, model, config, task, path)
 
 
 if __name__ == "__main__":

@@ -223,9 +223,9 @@ def main(argv: list[str] | None = None) -> None:
             record["unreadable_videos"] = run.gather_unreadable()
             last = saver.step >= plan.total_steps
             record |= validate(validations, saver) if last or (epoch + 1) % args.val_every == 0 else {}
-            saver.close_epoch(record)
             if args.recon_every and (last or (epoch + 1) % args.recon_every == 0):
                 gallery.save_picture(model, dataset, args, plan.amp, run, epoch, place.device)
+            saver.close_epoch(record)
     run.close()
 
 

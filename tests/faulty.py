@@ -45,10 +45,12 @@ def inject(faults: list[dict], out: Path) -> None:
     """Patch the pretraining script so that the faults happen."""
     rank, start = dist.rank(), int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
     faults = [fault for fault in faults if fault.get("rank", rank) == rank and fault.get("start", start) == start]
-    honest, calls = engine_pretrain.micro_step, [0]
+    honest, calls = engine_pretrain.micro_step, [-2 if int(os.environ.get("WORLD_SIZE", 1)) > 1 else 0]  # two passes to warm up
 
     def micro_step(model, batch, *rest):
         calls[0] += 1
+        if calls[0] <= 0:
+            return honest(model, batch, *rest)
         time.sleep(max((fault["seconds"] for fault in faults if fault["do"] == "slow"), default=0))
         now = [fault for fault in faults if fault.get("at") == calls[0]]
         for fault in now:

@@ -21,6 +21,7 @@ import pretrain
 from data.decode import frame_indices, open_video, view_start
 from data.transforms import VIDEO_MEAN, VIDEO_STD, normalize, view_transform
 from models_vit import VisionTransformer
+from util import checkpoint
 from util.checkpoint import load
 from util.dist import UserError
 
@@ -199,6 +200,31 @@ def test_t02_stops_in_training_and_in_validation_change_nothing(kind, videos, im
     assert (out / "run_predictions.csv").read_bytes() == (tmp_path / "whole/run_predictions.csv").read_bytes()
     script.main(start(out))  # complete: nothing is done again
     assert records(out) == records(tmp_path / "whole") and calls["update"] == 3 * per_epoch
+
+
+def test_a_best_checkpoint_that_found_no_room_is_written_at_the_next_chance(images, tmp_path, monkeypatch):
+    honest, failed = checkpoint.save, []
+
+    def save(path, state, keep=1):
+        if path.name == "run_best.pth" and not failed:
+            failed.append(path)
+            raise OSError(28, "No space left on device")
+        honest(path, state, keep)
+
+    monkeypatch.setattr(checkpoint, "save", save)
+    flags = ["--epochs", "4", "--batch_size_per_gpu", "6", "--dropout", "0", "--min_lr", "0.001"]
+    finetune_on_image.main(image_command(images, tmp_path, *flags))
+    accuracies = [record["test_acc1"] for record in records(tmp_path)]
+    assert failed and load(tmp_path / "run_best.pth")["epoch"] >= 1 and load(tmp_path / "run_best.pth")["best_acc1"] == max(accuracies[1:])
+
+
+def test_flags_that_group_the_parameters_otherwise_are_refused_in_one_line(videos, tmp_path):
+    flags = ["--batch_size_per_gpu", "4", "--max_steps"]
+    finetune.main(video_command(videos, tmp_path, *flags, "1"))
+    for change in (["--layer_decay", "1"], ["--weight_decay", "0"], ["--freeze_backbone"]):
+        with pytest.raises(UserError, match="run.pth does not fit .*group the parameters as in that run") as error:
+            finetune.main(video_command(videos, tmp_path, *flags, "2", *change))
+        assert "\n" not in str(error.value)
 
 
 def test_each_epoch_asks_for_its_own_batches(videos, tmp_path, monkeypatch):

@@ -15,7 +15,10 @@ from test_pretrain import command
 from test_resume import DONE, state, used
 from tiny import same
 
+import finetune
+from util import checkpoint
 from util.checkpoint import load
+from util.dist import UserError
 
 FLAGS = ["--batch_size_per_gpu", "2", "--epochs", "3"]
 
@@ -132,9 +135,6 @@ def test_t13_a_rank_that_fails_ends_the_run(videos, tmp_path):
 
 
 def test_two_processes_cannot_write_one_run(videos, tmp_path, monkeypatch):
-    from util import checkpoint
-    from util.dist import UserError
-
     holder = subprocess.Popen([sys.executable, "-c", f"""
 import fcntl, sys, time
 file = open({str(tmp_path / '.run.lock')!r}, "a"); fcntl.lockf(file, fcntl.LOCK_EX); print("held", flush=True); time.sleep(60)"""],
@@ -146,6 +146,8 @@ file = open({str(tmp_path / '.run.lock')!r}, "a"); fcntl.lockf(file, fcntl.LOCK_
 
     with pytest.raises(UserError, match="another process writes .*run.pth"):
         checkpoint.claim(Flags, patience=0.5)
+    with pytest.raises(UserError, match="found no checkpoint"):  # evaluation beside a run that trains does not wait for it
+        finetune.main(["--eval", "--val_dir", videos, "--output_dir", str(tmp_path), "--save_prefix", "run"])
     holder.kill()
     checkpoint.claim(Flags, patience=10)
     Flags.save_prefix = "other"

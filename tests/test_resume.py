@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -145,6 +146,64 @@ def test_t04_another_global_batch_is_refused_unless_asked_for(videos, tmp_path):
     assert "resumed from" in printed and "at update 6" in printed  # 12 samples in updates of two
     seen = [index for entry in used(tmp_path, 0)[:5] for index in entry["index"]]
     assert len(seen) == len(set(seen)) == 16  # the epoch went on with the samples that were left
+
+
+def test_t04_with_a_larger_batch_the_epoch_goes_on_too(videos, tmp_path):
+    flags = ["--epochs", "4", "--checkpoint_every_steps", "1", "--batch_size_per_gpu"]
+    ranks(1, command(videos, tmp_path, *flags, "2"), [{"do": "SIGKILL", "at": 2}])  # one update of two samples is saved
+    codes, printed = ranks(1, command(videos, tmp_path, *flags, "4", "--force_resume"))
+    assert codes == [0], printed
+    assert [record["epoch"] for record in records(tmp_path)] == [0, 1, 2, 3] and records(tmp_path)[-1]["step"] == 16
+
+
+def test_the_command_of_a_complete_run_changes_nothing_and_a_longer_one_adds(videos, tmp_path):
+    for steps in ("6", "6", "8"):
+        assert ranks(1, command(videos, tmp_path, "--batch_size_per_gpu", "4", "--max_steps", steps))[0] == [0]
+        assert [record["step"] for record in records(tmp_path)] == [4, 6, 8][: 2 + (steps == "8")]
+
+
+def test_given_again_a_command_with_a_path_goes_on_from_its_own_checkpoint(videos, tmp_path):
+    flags = [*BATCH, "--checkpoint_every_steps", "1", "--max_steps"]
+    assert ranks(1, command(videos, tmp_path / "first", *flags, "2"))[0] == [0]
+    start = ["12", "--resume", str(tmp_path / "first/run.pth")]
+    for at, resumed in ((3, 2), (4, 4)):
+        codes, printed = ranks(1, command(videos, tmp_path / "second", *flags, *start), [{"do": "SIGKILL", "at": at}])
+        assert f"at update {resumed}" in printed
+    codes, printed = ranks(1, command(videos, tmp_path / "second", *flags, "12", "--resume", str(tmp_path / "second/run_previous1.pth")))
+    assert codes == [2] and "would start over it" in printed
+
+
+def test_a_log_of_updates_that_were_never_saved_is_set_aside(videos, tmp_path):
+    flags = [*BATCH, "--epochs", "4", "--checkpoint_period", "4"]
+    ranks(1, command(videos, tmp_path, *flags), [{"do": "SIGKILL", "at": 18}])  # two epochs of eight are logged, none is saved
+    assert [record["epoch"] for record in records(tmp_path)] == [0, 1] and not (tmp_path / "run.pth").exists()
+    before = (tmp_path / "run_log.txt").read_text()
+    assert ranks(1, command(videos, tmp_path, *flags))[0] == [0]
+    assert [record["epoch"] for record in records(tmp_path)] == [0, 1, 2, 3] and (tmp_path / "run_log.txt.before").read_text() == before
+
+
+def test_unreadable_videos_are_remembered_over_a_stop(videos, tmp_path):
+    shutil.copytree(videos, tmp_path / "videos")
+    for path in sorted((tmp_path / "videos").glob("*/*.mp4"))[::4]:
+        path.write_text("no video")
+    flags = command(str(tmp_path / "videos"), tmp_path / "whole", *BATCH, "--epochs", "2", "--max_bad_frac", "0.5")
+    assert ranks(2, flags)[0] == DONE
+    parts = [word.replace("whole", "parts") for word in flags]
+    for stopping in ([{"do": "SIGTERM", "at": 3}], []):
+        assert ranks(2, parts, stopping)[0] == DONE
+    assert records(tmp_path / "parts") == records(tmp_path / "whole") and records(tmp_path / "whole")[-1]["unreadable_videos"] == 5
+    listed = [(tmp_path / name / "bad_videos.csv").read_text().splitlines() for name in ("whole", "parts")]
+    assert sorted(listed[0]) == sorted(listed[1])
+
+
+@pytest.mark.slow
+def test_t02_on_three_ranks_with_several_buckets(videos, tmp_path):
+    """DDP arranges its buckets anew after the first passes of a process; three ranks add up in another order then."""
+    flags = ["--model", "mae_vit_tiny_patch16", "--patch_size", "16", "--batch_size_per_gpu", "1", "--max_steps", "8"]
+    assert ranks(3, command(videos, tmp_path / "whole", *flags), timeout=300)[0] == [0] * 3
+    for stopping in ([{"do": "SIGTERM", "at": 2}], [{"do": "SIGTERM", "at": 1}], []):
+        assert ranks(3, command(videos, tmp_path / "parts", *flags), stopping, timeout=300)[0] == [0] * 3
+    assert same(state(tmp_path / "parts"), state(tmp_path / "whole")) and records(tmp_path / "parts") == records(tmp_path / "whole")
 
 
 def test_t09_changes_are_named_or_refused(videos, tmp_path):

@@ -142,6 +142,41 @@ def test_t07_a_damaged_newest_checkpoint_gives_way_to_the_one_before(how, videos
     assert codes == [2, 2] and "nor can any before it" in printed and "Traceback" not in printed  # it does not start over by itself
 
 
+def test_t07_only_damage_sets_a_checkpoint_aside(tmp_path, monkeypatch):
+    """A checkpoint that could not be read for want of memory, or by a fault of the network, stays what it is."""
+    for step in (1, 2):
+        checkpoint.save(tmp_path / "run.pth", {"step": step}, 2)
+    for error in (MemoryError("no room"), OSError(5, "Input/output error"), RuntimeError("DefaultCPUAllocator: can't allocate memory")):
+
+        def fail(*_, error=error, **__):
+            raise error
+
+        with monkeypatch.context() as patched, pytest.raises(UserError, match="run.pth cannot be read"):
+            patched.setattr(torch, "load", fail)
+            checkpoint.find_resume(Flags(tmp_path))
+    assert checkpoint.find_resume(Flags(tmp_path)) == tmp_path / "run.pth" and not list(tmp_path.glob("*.damaged*"))
+    for number in range(2):  # and a second damaged file does not take the place of the first
+        (tmp_path / "run.pth").write_bytes(b"bad")
+        assert checkpoint.find_resume(Flags(tmp_path)) == tmp_path / "run_previous1.pth"
+        assert len(list(tmp_path.glob("*.damaged*"))) == number + 1
+
+
+def test_timed_checkpoints_come_once_each(videos, tmp_path):
+    flags = ["--batch_size_per_gpu", "2", "--epochs", "4", "--checkpoint_every_minutes", "1e-9", "--checkpoint_period", "9", "--keep", "9"]
+    assert ranks(2, command(videos, tmp_path, *flags))[0] == DONE
+    steps = sorted(torch.load(path, weights_only=True)["step"] for path in tmp_path.glob("run*.pth"))
+    assert steps == [2, 4, 6, 8, 8]  # the answer to a vote is an update old; the last is that of the end
+
+
+def test_a_folder_that_cannot_be_written_is_one_line_on_all_ranks(videos, tmp_path):
+    (tmp_path / "taken").write_text("a file")
+    flags = command(videos, tmp_path / "out", "--max_steps", "1", "--batch_size_per_gpu", "2")
+    flags[flags.index("--output_dir") + 1 :] = [str(tmp_path / "taken/run"), *flags[flags.index("--output_dir") + 2 :]]
+    with pytest.raises(UserError, match="cannot write to .*taken/run") as error:
+        pretrain.main(flags)
+    assert "\n" not in str(error.value)
+
+
 def test_t07_a_missing_checkpoint_is_an_error_on_all_ranks(videos, tmp_path):
     codes, printed = ranks(2, command(videos, tmp_path, "--epochs", "1", "--batch_size_per_gpu", "2", "--resume", "missing.pth"))
     assert codes == [2, 2] and printed.count("error: --resume missing.pth: no such file") == 1 and "Traceback" not in printed

@@ -5,10 +5,14 @@ A file holds `model`, `optimizer`, `scaler`, `epoch`, `step` (optimizer updates)
 """
 
 import argparse
+import contextlib
 import fcntl
 import os
+import pickle
 import time
 import zipfile
+import zlib
+from itertools import count
 from pathlib import Path
 
 import torch
@@ -16,7 +20,12 @@ from torch import nn
 
 from util.dist import UserError, print0, run_script
 
+DAMAGE = (zipfile.BadZipFile, zlib.error, EOFError, pickle.UnpicklingError)  # what readers say of bytes that are no whole checkpoint
 _locks = {}  # the lock files that this process holds
+
+
+class Damaged(UserError):
+    """A file that is there and can be read, but is no whole checkpoint."""
 
 
 def previous(path: Path, number: int) -> Path:
@@ -51,7 +60,8 @@ def save(path: Path, checkpoint: dict, keep: int = 1) -> None:
         rotate(path, keep)
     os.replace(temporary, path)
     folder = os.open(path.parent, os.O_RDONLY)
-    os.fsync(folder)
+    with contextlib.suppress(OSError):  # not all file systems know it of folders
+        os.fsync(folder)
     os.close(folder)
 
 
@@ -88,11 +98,13 @@ def load(path: str | Path, check: bool = True) -> dict:
         if check and zipfile.is_zipfile(path):  # torch.load does not look at the checksums
             with zipfile.ZipFile(path) as archive:
                 if wrong := archive.testzip():
-                    raise ValueError(f"the checksum of {wrong} is wrong")
+                    raise zipfile.BadZipFile(f"the checksum of {wrong} is wrong")
         with torch.serialization.safe_globals([argparse.Namespace]):  # the ancestors' `args`
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # the unpickler may stumble in any way over bytes that are no checkpoint
-        raise UserError(f"checkpoint {path} cannot be read ({reason(error)}): damaged, or not a checkpoint") from error
+        damaged = isinstance(error, DAMAGE) or "PytorchStreamReader" in str(error) or not zipfile.is_zipfile(path)
+        kind = Damaged if damaged and not isinstance(error, (OSError, MemoryError)) else UserError
+        raise kind(f"checkpoint {path} cannot be read ({reason(error)}): damaged, or not a checkpoint") from error
     if not isinstance(checkpoint, dict):
         raise UserError(f"checkpoint {path} holds a {type(checkpoint).__name__}, not a dictionary: not one of ours")
     return checkpoint
@@ -122,7 +134,7 @@ def claim(args, patience: float = 60) -> None:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process; forked loaders do not inherit it
         except (BlockingIOError, PermissionError):
             if time.monotonic() > deadline:
-                raise UserError(f"another process writes {own_checkpoint(args)}: end it, or use another --save_prefix") from None
+                raise UserError(f"another process writes {own_checkpoint(args)} (it holds {path}): end it, or use another --save_prefix") from None
             time.sleep(0.2)
             continue
         except OSError:  # no locks here
@@ -131,43 +143,58 @@ def claim(args, patience: float = 60) -> None:
         return
 
 
-def find_resume(args) -> Path | None:
-    """The checkpoint that --resume asks for: a path, this run's newest that can be read (auto), or None to start afresh.
+def started_again() -> bool:
+    """Whether torchrun or SLURM has started this command before, so that it must not begin anew."""
+    return any(os.environ.get(name, "0") != "0" for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
 
-    A damaged newest one is put aside under another name and the one before taken. Raises UserError for a path that is missing or
-    damaged, if none of the run's own can be read, and for --resume '' over an existing run without --overwrite.
+
+def find_resume(args) -> Path | None:
+    """The checkpoint that a training run goes on from: --resume PATH, its own newest that can be read (auto), or None to start afresh.
+
+    Given again, a command with --resume PATH goes on from what it has saved since. Raises UserError for a PATH that is missing or
+    damaged, if none of the run's own can be read, and for what would start over an existing run without --overwrite.
     """
     own = own_checkpoint(args)
-    if args.resume == "auto":
-        return newest_readable(args, own)
-    if args.resume:
-        if not Path(args.resume).is_file():
-            raise UserError(f"--resume {args.resume}: no such file")
-        load(args.resume)
-        return Path(args.resume)
-    if own.exists() and not args.overwrite:
-        raise UserError(f"{own} exists and --resume '' would start over it: use another --save_prefix, or --overwrite")
-    return None
+    if own.parent.is_dir():
+        claim(args)
+    newest = newest_readable(own)
+    if args.resume == "auto" or newest and started_again():
+        return newest
+    path = Path(args.resume) if args.resume else None
+    if path and not path.is_file():
+        raise UserError(f"--resume {path}: no such file")
+    if newest and not args.overwrite:
+        if path and (path == own or load(newest, check=False).get("args", {}).get("resume") == args.resume):
+            return newest
+        raise UserError(f"{own} exists and --resume {args.resume or repr('')} would start over it: use another --save_prefix, or --overwrite")
+    if path:
+        load(path)
+    return path
 
 
-def newest_readable(args, own: Path) -> Path | None:
-    """The newest checkpoint of a run that can be read; damaged ones before it are put aside. None if there is none at all. Raises UserError."""
-    candidates = [path for path in (own, *(previous(own, number) for number in range(1, 100))) if path.exists()]
-    if not candidates:
-        return None
-    claim(args)
-    damaged = []
+def newest_readable(own: Path) -> Path | None:
+    """The newest checkpoint of a run that can be read; damaged ones before it are set aside. None if there is none at all. Raises UserError."""
+    candidates, damaged = [path for path in (own, *(previous(own, number) for number in range(1, 100))) if path.exists()], []
     for path in candidates:
         try:
             load(path)
-        except UserError as error:
+        except Damaged as error:
             damaged.append((path, error))
             continue
         for bad, error in damaged:
-            print0(f"warning: {error}; set aside as {bad.name}.damaged, going on from {path}")
-            os.replace(bad, bad.with_name(bad.name + ".damaged"))
+            print0(f"warning: {error}; set aside as {set_aside(bad, '.damaged').name}, going on from {path}")
         return path
-    raise UserError(f"{damaged[0][1]}; nor can any before it: start over with another --save_prefix")
+    if damaged:
+        raise UserError(f"{damaged[0][1]}; nor can any before it: start over with another --save_prefix")
+    return None
+
+
+def set_aside(path: Path, ending: str) -> Path:
+    """Give a file another name, which no other file has; returns it."""
+    names = (path.with_name(f"{path.name}{ending}{number or ''}") for number in count())
+    free = next(name for name in names if not name.exists())
+    os.replace(path, free)
+    return free
 
 
 def find_eval(args) -> Path | None:
@@ -186,9 +213,8 @@ def find_eval(args) -> Path | None:
     raise UserError(f"{flag} found no checkpoint at {' or '.join(map(str, candidates))}: give {cure}")
 
 
-def known_config(args) -> dict | None:
+def known_config(path: Path | None) -> dict | None:
     """The config of the checkpoint that a finetuning run evaluates or goes on from; None for a run from the start. Raises UserError."""
-    path = find_eval(args) if args.eval or args.extract_features else find_resume(args)
     if path is None:
         return None
     state = load(path, check=False)

@@ -6,6 +6,7 @@ one line that names the thing, the value and the cure, then exit code 2.
 
 import os
 import sys
+from collections.abc import Callable
 from datetime import timedelta
 from typing import NamedTuple
 
@@ -158,6 +159,16 @@ def wrap(model: torch.nn.Module, place: Place, static_graph: bool) -> torch.nn.M
     torch._dynamo.config.optimize_ddp = False  # it would cut the compiled blocks every 25 MB
     devices = [place.device] if place.device.type == "cuda" else None
     return torch.nn.parallel.DistributedDataParallel(model, devices, gradient_as_bucket_view=True, static_graph=static_graph)
+
+
+def warm_up(model: torch.nn.Module, backward: Callable[[], object]) -> None:
+    """Let DDP settle before the first update of a process: it arranges its buckets anew after its first passes (two with static_graph) and then sums
+    in another order. So a run that was started again adds up, from its first update on, as one that was not. backward: any pass, whose gradients are
+    thrown away."""
+    if dist.is_initialized():
+        for _ in range(2):
+            backward()
+            model.zero_grad(set_to_none=True)
 
 
 def cleanup() -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from util import checkpoint, stop
-from util.dist import Place, UserError, on_rank0, print0
+from util.dist import Place, UserError, on_rank0, print0, rank
 from util.optim import Plan
 from util.tracking import Run, Tally
 
@@ -19,6 +19,14 @@ def digest(paths: list[str], labels: list[int] | None = None) -> dict:
     """What a checkpoint remembers of its training set: how many samples, and a hash of their paths and labels in order."""
     text = "\n".join(paths) + "\n" + ",".join(map(str, labels or []))
     return {"samples": len(paths), "sha256": hashlib.sha256(text.encode()).hexdigest()}
+
+
+def load_here(path: Path) -> dict:
+    """A checkpoint that rank 0 has found good. Raises UserError, which this rank says itself: it may be on another machine."""
+    try:
+        return checkpoint.load(path, check=False)
+    except UserError as error:
+        raise UserError(f"rank {rank()}: {error}", this_rank_only=True) from error
 
 
 class Saver:
@@ -33,28 +41,47 @@ class Saver:
         """model: unwrapped; data: `digest` of the training set. A collective call."""
         self.args, self.model, self.optimizer, self.scaler, self.plan, self.run = args, model, optimizer, scaler, plan, run
         self.config, self.data, self.tally, self.best = config, data, tally, best
-        self.step = self.samples = self.saved_at = 0
+        self.step = self.samples = self.first = self.saved_at = self.tried_at = 0  # first: updates when this process began
         self.clock, self.is_rank0, self.ballot = time.monotonic(), place.rank == 0, stop.Ballot()
         self.global_batch = args.batch_size_per_gpu * args.accum_iter * place.world_size
 
     def resume(self, path: Path | None) -> None:
         """Take up the state of a checkpoint, if there is one. Raises UserError if it is not one of this model, data and batch."""
         if path is not None:
-            state = checkpoint.load(path, check=False)  # `find_resume` has
+            state = load_here(path)
             self._check(path, state)
             checkpoint.load_weights(path, self.model, state["model"])
-            settings = [{key: value for key, value in group.items() if key != "params"} for group in self.optimizer.param_groups]
-            self.optimizer.load_state_dict(state["optimizer"])
-            for group, setting in zip(self.optimizer.param_groups, settings, strict=True):
-                group.update(setting)  # weight decay and betas follow the flags
-            if self.scaler.is_enabled() and state["scaler"]:
-                self.scaler.load_state_dict(state["scaler"])
-            self.step, self.samples = self._place_of(state), state["samples_consumed"]
-            self.tally.load_state(state.get("tally"))
-            self.best = state.get("best_acc1", self.best)
-            self.saved_at = self.step
+            try:
+                self._load_optimizer(state)
+                self._load_position(state)
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise UserError(f"{path} does not fit ({checkpoint.reason(error)}): --layer_decay, --weight_decay, --bias_wd and --freeze_backbone "
+                                f"must group the parameters as in that run") from error  # fmt: skip
+            self.first = self.saved_at = self.tried_at = self.step
             print0(f"resumed from {path} at update {self.step}")
-        self.run.begin(self.step, self.position()[0])
+        self.run.begin(self.step, self.tally.updates > 0)
+
+    def _load_optimizer(self, state: dict) -> None:
+        """Moments and scale; weight decay and betas follow the flags."""
+        settings = [{key: value for key, value in group.items() if key != "params"} for group in self.optimizer.param_groups]
+        self.optimizer.load_state_dict(state["optimizer"])
+        for group, setting in zip(self.optimizer.param_groups, settings, strict=True):
+            group.update(setting)
+        if self.scaler.is_enabled() and state["scaler"]:
+            self.scaler.load_state_dict(state["scaler"])
+
+    def _load_position(self, state: dict) -> None:
+        """Where the run is, and its counts. With another batch or training set (--force_resume): as many samples of the same epoch are done, and what
+        is reported of it begins here."""
+        self.samples, self.best = state["samples_consumed"], state.get("best_acc1", self.best)
+        self.run.unreadable.update(state.get("unreadable", {}))
+        batch, per_epoch = state.get("global_batch", self.global_batch), state.get("steps_per_epoch", self.plan.steps_per_epoch)
+        if (batch, per_epoch) == (self.global_batch, self.plan.steps_per_epoch):
+            self.step = state["step"]
+            self.tally.load_state(state.get("tally"))
+        else:
+            epoch, done = divmod(state["step"], per_epoch)
+            self.step = epoch * self.plan.steps_per_epoch + min(done * batch // self.global_batch, self.plan.steps_per_epoch - 1)
 
     def _check(self, path: Path, state: dict) -> None:
         """Say which flags have changed. Raises UserError for what must not, unless --force_resume."""
@@ -78,15 +105,6 @@ class Saver:
         for change in changes:
             print0(f"changed since the checkpoint, by --force_resume: {change}")
 
-    def _place_of(self, state: dict) -> int:
-        """The update that a checkpoint stands at, in updates of this run: same epoch, same samples of it."""
-        batch, per_epoch = state.get("global_batch", self.global_batch), state.get("steps_per_epoch", self.plan.steps_per_epoch)
-        if (batch, per_epoch) == (self.global_batch, self.plan.steps_per_epoch):
-            return state["step"]
-        epoch, done = divmod(state["step"], per_epoch)
-        self.tally.forget()
-        return epoch * self.plan.steps_per_epoch + min(done * batch // self.global_batch, self.plan.steps_per_epoch - 1)
-
     def position(self) -> tuple[int, int]:
         """The epoch under way and the updates done in it: all of them if it only remains to be closed."""
         epoch = (self.step - (self.tally.updates > 0)) // self.plan.steps_per_epoch
@@ -108,6 +126,7 @@ class Saver:
         stopping, overdue = self.ballot.later(stop.asked_by() != "", overdue)
         if stopping:
             raise stop.Stopped
+        overdue = overdue and self.step > self.tried_at + 1  # else it was handed in before the last save
         if overdue or (args.checkpoint_every_steps and self.step % args.checkpoint_every_steps == 0):
             self.save()
 
@@ -123,10 +142,11 @@ class Saver:
     def save(self, epoch: int | None = None, path: Path | None = None) -> bool:
         """Write the newest checkpoint, or another one. Returns whether that worked: a full disk is no reason to lose the run."""
         self.tally.read(self.run, self.step, self.args.max_bad_steps)
+        self.run.gather_unreadable()
         epoch = self.position()[0] if epoch is None else epoch
         written = on_rank0(lambda: self._write(path, epoch))
         if path is None:
-            self.clock = time.monotonic()
+            self.clock, self.tried_at = time.monotonic(), self.step
             self.saved_at = self.step if written else self.saved_at
         return written
 
@@ -140,6 +160,7 @@ class Saver:
             "model": weights, "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(), "epoch": epoch, "step": self.step,
             "samples_consumed": self.samples, "config": self.config, "args": dict(sorted(vars(args).items())), "tally": self.tally.state(),
             "global_batch": self.global_batch, "steps_per_epoch": self.plan.steps_per_epoch, "data": self.data,
+            "unreadable": dict(self.run.unreadable),
         }  # fmt: skip
         state |= {} if self.best is None else {"best_acc1": self.best}
         try:

@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 import time
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -73,7 +74,7 @@ class Ballot:
     """Questions in which any rank's yes is everybody's. They travel between the hosts (gloo): no device is waited for."""
 
     def __init__(self):
-        self.group = dist.new_group(backend="gloo") if dist.is_initialized() else None  # a collective call
+        self.group = dist.new_group(backend="gloo", timeout=timedelta(minutes=30)) if dist.is_initialized() else None  # a collective call
         self.under_way = None
 
     def any(self, *wishes: bool) -> list[bool]:

@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from util import checkpoint
-from util.dist import UserError, gather_objects, peak_flops, print0, rank, sum_over_ranks, world_size
+from util.dist import UserError, gather_objects, on_rank0, peak_flops, print0, rank, sum_over_ranks, world_size
 from util.optim import Plan
 
 
@@ -69,7 +69,7 @@ def memory_gib(device: torch.device) -> float:
 class Tally:
     """Sums over the updates of an epoch, and over those since the last log line. They grow on the device; `read` waits for it.
 
-    All in float64, which adds up float32 values without rounding: it makes no difference where a run was interrupted.
+    All in float64, which adds up float32 values without rounding, and divided at the end only: it makes no difference where a run was interrupted.
     """
 
     def __init__(self, names: tuple[str, ...], device: torch.device):
@@ -81,7 +81,7 @@ class Tally:
 
     def forget(self) -> None:
         """Begin an epoch."""
-        self.sums = {part: dict.fromkeys((*self.names, "updates", "skipped"), 0.0) for part in ("epoch", "line")}
+        self.sums = {part: dict.fromkeys((*self.names, "updates", "skipped", "shares"), 0.0) for part in ("epoch", "line")}
 
     @property
     def updates(self) -> int:
@@ -101,13 +101,14 @@ class Tally:
         if not self.unread:
             return
         flags = torch.stack([skipped for skipped, _ in self.unread])
-        values = (sum_over_ranks(torch.cat([self.on_device, flags.double()])) / world_size()).tolist()
+        values = sum_over_ranks(torch.cat([self.on_device, flags.double()])).tolist()
         first, values, flags = step - len(self.unread) + 1, values[: len(self.names)], values[len(self.names) :]
         bad = {first + place: self.unread[place][1] for place, flag in enumerate(flags) if flag}
         self.unread = []
         self.on_device.zero_()
         for sums in self.sums.values():
-            for name, value in zip((*self.names, "updates", "skipped"), (*values, len(flags), len(bad)), strict=True):
+            new = (*values, len(flags), len(bad), (len(flags) - len(bad)) * world_size())  # shares: updates of a rank that were not skipped
+            for name, value in zip((*self.names, "updates", "skipped", "shares"), new, strict=True):
                 sums[name] += value
         if bad:
             run.nonfinite(bad)
@@ -120,7 +121,7 @@ class Tally:
     def means(self, part: str) -> dict[str, float]:
         """Means per update that was not skipped, and the number of skipped ones; part: "epoch", or "line", which then begins anew."""
         sums = self.sums[part]
-        used = max(sums["updates"] - sums["skipped"], 1)
+        used = max(sums["shares"], 1)
         if part == "line":
             self.sums[part] = dict.fromkeys(sums, 0.0)
         return {name: sums[name] / used for name in self.names} | {"skipped": int(sums["skipped"])}
@@ -148,26 +149,43 @@ class Run:
         self.marker = self.folder / f"{self.prefix}.PREEMPTED"
         self.first = None  # step and time of the first progress line, for the ETA
         self.unreadable: dict[str, str] = {}
-        self.board = None
+        self.board, self.purge = None, None
 
-    def begin(self, step: int = 0, epoch: int = 0) -> None:
-        """Start writing, at an update of an epoch: what the log has of later ones, which are now done again, goes."""
-        if rank() != 0:
-            return
+    def begin(self, step: int | None = None, unclosed: bool = False) -> None:
+        """Start writing. step: of a training run, the updates that are done; unclosed: its epoch is still to be logged. What the log has beyond
+        that goes, since it will be done again; where nothing is done, an older log is set aside. Raises UserError where nothing can be
+        written. A collective call."""
+        on_rank0(lambda: self._begin(step, unclosed))
+
+    def _begin(self, step: int | None, unclosed: bool) -> None:
+        """`begin` on rank 0."""
+        import torch.utils.tensorboard  # noqa: F401 (now, to say at once if it is not installed)
+
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            log = self.folder / f"{self.prefix}_log.txt"
+            if step is not None:
+                checkpoint.claim(self.args)
+                for path in (self.checkpoint, self.best):
+                    checkpoint.sweep(path)
+                self.marker.unlink(missing_ok=True)
+                if log.exists() and step:
+                    lines = log.read_text().splitlines(keepends=True)
+                    kept = [line for line in lines if 0 <= step_of(line) <= step - unclosed]
+                    replace_text(log, "".join(kept)) if kept != lines else None
+                elif log.exists():
+                    checkpoint.set_aside(log, ".before")
+            replace_text(self.folder / f"{self.prefix}_args.json", json.dumps(vars(self.args), indent=2, sort_keys=True) + "\n")
+        except OSError as error:
+            raise UserError(f"cannot write to {self.folder} ({error.strerror}): make room, or give another --output_dir") from error
+        self.purge = step + 1 if step else None
+
+    def tensorboard(self):
+        """The TensorBoard writer, which does not recover from a full disk: then another one takes its place."""
         from torch.utils.tensorboard import SummaryWriter
 
-        self.folder.mkdir(parents=True, exist_ok=True)
-        checkpoint.claim(self.args)
-        for path in (self.checkpoint, self.best):
-            checkpoint.sweep(path)
-        self.marker.unlink(missing_ok=True)
-        log = self.folder / f"{self.prefix}_log.txt"
-        if log.exists():
-            lines = log.read_text().splitlines(keepends=True)
-            kept = [line for line in lines if not step or line.endswith("\n") and json.loads(line)["epoch"] < epoch]
-            replace_text(log, "".join(kept)) if kept != lines else None
-        replace_text(self.folder / f"{self.prefix}_args.json", json.dumps(vars(self.args), indent=2, sort_keys=True) + "\n")
-        self.board = SummaryWriter(str(self.folder / "tb" / self.prefix), purge_step=step + 1 if step else None)
+        self.board = self.board or SummaryWriter(str(self.folder / "tb" / self.prefix), purge_step=self.purge)
+        return self.board
 
     @contextlib.contextmanager
     def writing(self, what: str):
@@ -176,6 +194,8 @@ class Run:
             yield
         except OSError as error:
             print0(f"warning: could not write {what} ({error.strerror or error}); the run goes on")
+            if what == "to TensorBoard":
+                self.board = None
 
     def mark_preempted(self, step: int) -> None:
         """Leave the marker that asks for the run to be started again; it goes when that happens."""
@@ -220,19 +240,21 @@ class Run:
             print0(line)
         with self.writing("to TensorBoard"):
             for name, value in (values | rates).items():
-                self.board.add_scalar(f"train/{name}", value, step)
+                self.tensorboard().add_scalar(f"train/{name}", value, step)
 
     def epoch(self, record: dict) -> None:
         """Append one JSON line to the log, and its numbers to TensorBoard."""
         if rank() != 0:
             return
-        with self.writing(f"{self.prefix}_log.txt"), open(self.folder / f"{self.prefix}_log.txt", "a") as file:
-            file.write(json.dumps(record) + "\n")
+        log = self.folder / f"{self.prefix}_log.txt"
+        with self.writing(log.name), open(log, "a") as file:
+            cut = log.stat().st_size and log.read_bytes()[-1:] != b"\n"  # a line that found no room
+            file.write("\n" * cut + json.dumps(record) + "\n")
         with self.writing("to TensorBoard"):
             for name, value in record.items():
                 if isinstance(value, (int, float)) and name != "epoch":
-                    self.board.add_scalar(f"epoch/{name}", value, record["epoch"])
-            self.board.flush()
+                    self.tensorboard().add_scalar(f"epoch/{name}", value, record["epoch"])
+            self.tensorboard().flush()
 
     def picture(self, name: str, image: Tensor, epoch: int, numbered: bool = True) -> None:
         """Save a picture (3, H, W) uint8 as {prefix}_{name}[_{epoch}].png and show it in TensorBoard."""
@@ -240,7 +262,8 @@ class Run:
             file = f"{self.prefix}_{name}_{epoch:05d}.png" if numbered else f"{self.prefix}_{name}.png"
             with self.writing(file):
                 Image.fromarray(image.permute(1, 2, 0).numpy()).save(self.folder / file)
-                self.board.add_image(name, image, epoch)
+            with self.writing("to TensorBoard"):
+                self.tensorboard().add_image(name, image, epoch)
 
     def table(self, name: str, columns: dict[str, list]) -> None:
         """Save a table as {prefix}_{name}.csv."""
@@ -287,6 +310,14 @@ class Run:
         if self.board is not None:
             with self.writing("to TensorBoard"):
                 self.board.close()
+
+
+def step_of(line: str) -> int:
+    """The update of a line of the log; -1 if it is cut or damaged."""
+    try:
+        return json.loads(line)["step"] if line.endswith("\n") else -1
+    except (ValueError, KeyError, TypeError):
+        return -1
 
 
 def replace_text(path: Path, text: str) -> None:
