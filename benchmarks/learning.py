@@ -1,12 +1,14 @@
 """Does pretraining help? Videos whose class is the direction of motion, pretrained without labels, finetuned with few of them.
 
-    python benchmarks/learning.py                    # three budgets, three seeds: not measured yet
-    python benchmarks/learning.py --setting small    # one budget, two seeds: 8 CPU minutes; benchmarks/results/learning_small.md
+    python benchmarks/learning.py                    # two budgets, three seeds, ten minutes on two cores: results/learning_medium.md
+    python benchmarks/learning.py --setting full     # three budgets, every arm, 70 minutes: results/learning.md
+    python benchmarks/learning.py --setting small    # one budget, two seeds, three minutes: run by tests/test_learning.py
 
 Writes H.264 files (photographs of samples/images that move alike over a still frame of samples/videos), then calls pretrain.py and
 finetune.py on them: pretrained against from scratch at several label budgets, a linear probe, scratch with the pretraining's FLOPs on top,
-and a control whose frames are shuffled before encoding, in which opposite directions must become indistinguishable. Learning rates are chosen per arm
-and budget on validation clips; test clips are read once per reported number. Goes on where it stopped: the JSON is written after each run.
+and a control, the same encoder finetuned on clips whose frames are shuffled before encoding: opposite directions must become
+indistinguishable. Learning rates are chosen per arm and budget on validation clips; test clips are read once per reported number. Goes on
+where it stopped: the JSON is written after each run.
 """
 
 import argparse
@@ -37,13 +39,14 @@ from engine_finetune import build_model
 from util import args as flags
 from util.dist import print0
 
+FASTER = {"loader": "--num_workers 2 --decoder pyav", "repeats": "--batch_size_per_gpu 16 --repeat_aug 4"}  # as many clips of fewer videos
 SETTINGS = {  # clips: train, val, test; labels: per class; lrs: what is tried on the validation clips
     "full": {"clips": (4000, 400, 800), "epochs": 24, "labels": (4, 16, 64), "compute_at": 16, "control_at": (16, 64), "steps": 200, "seeds": 3,
-             "lrs": {"pretrained": (1e-3, 3e-3), "scratch": (1e-3, 3e-3), "probe": (1e-2, 3e-2)}},
+             "loader": "", "repeats": "", "lrs": {"pretrained": (1e-3, 3e-3), "scratch": (1e-3, 3e-3), "probe": (1e-2, 3e-2)}},
     "medium": {"clips": (2400, 160, 800), "epochs": 18, "labels": (4, 16), "compute_at": None, "control_at": (16,), "steps": 150, "seeds": 3,
-               "lrs": {"pretrained": (2e-3,), "scratch": (2e-3,), "probe": (2e-2,)}},
-    "small": {"clips": (1200, 80, 400), "epochs": 11, "labels": (8,), "compute_at": None, "control_at": (8,), "steps": 80, "seeds": 2,
-              "lrs": {"pretrained": (2e-3,), "scratch": (2e-3,)}},
+               **FASTER, "lrs": {"pretrained": (2e-3,), "scratch": (2e-3,), "probe": (2e-2,)}},
+    "small": {"clips": (1200, 80, 400), "epochs": 13, "labels": (8,), "compute_at": None, "control_at": (8,), "steps": 120, "seeds": 2,
+              **FASTER, "lrs": {"pretrained": (2e-3,), "scratch": (2e-3,)}},
 }  # fmt: skip
 SIZE, FRAMES, SPRITES, SPEED, RADII = 36, 8, 3, 2.25, (6.5, 11.0)  # pixels, frames, sprites per clip, pixels per frame, pixels
 DIRECTIONS = tuple(f"{degrees:03d}" for degrees in range(0, 360, 45))
@@ -207,7 +210,8 @@ class Bench:
 
         def work() -> dict:
             places = f"--data_dirs {folder}/train --output_dir {self.work} --datafile_dir {self.work} --save_prefix mae"
-            pretrain.main([*PRETRAIN.split(), *places.split(), "--epochs", str(self.setting["epochs"])])
+            extra = f"{self.setting['loader']} {self.setting['repeats']} --epochs {self.setting['epochs']}"
+            pretrain.main([*PRETRAIN.split(), *places.split(), *extra.split()])
             return {"loss": read_log(self.work / "mae_log.txt", "train_loss")}
 
         if not (self.work / "mae.pth").exists():
@@ -222,7 +226,7 @@ class Bench:
         def work() -> dict:
             labelled_subset(folder, labels, seed, VIDEOS * steps // VALIDATIONS, folder / "lists" / f"{prefix}.csv")
             extra = f"--train_csv {folder}/lists/{prefix}.csv --val_dir {folder}/val --output_dir {folder}/runs --datafile_dir {folder}/runs " \
-                    f"--save_prefix {prefix} --max_steps {steps} --lr {lr} --seed {seed}".split()  # fmt: skip
+                    f"--save_prefix {prefix} --max_steps {steps} --lr {lr} --seed {seed} {self.setting['loader']}".split()  # fmt: skip
             extra += [] if arm.startswith("scratch") else ["--finetune", str(self.work / "mae.pth")]
             finetune.main([*FINETUNE.split(), *extra, *(["--freeze_backbone"] if arm == "probe" else [])])
             return {"val_acc": read_log(folder / "runs" / f"{prefix}_log.txt", "test_acc1")}
@@ -236,7 +240,7 @@ class Bench:
 
         def work() -> dict:
             extra = f"--eval --resume {folder}/runs/{prefix}.pth --val_dir {folder}/test --output_dir {folder}/runs --datafile_dir {folder}/runs"
-            finetune.main([*FINETUNE.split(), *extra.split(), "--save_prefix", prefix])
+            finetune.main([*FINETUNE.split(), *extra.split(), *self.setting["loader"].split(), "--save_prefix", prefix])
             accuracy, pairs = read_predictions(folder / "runs" / f"{prefix}_test_predictions.csv")
             return {"acc": accuracy, "pairs": pairs}
 
@@ -309,7 +313,7 @@ def table(result: dict) -> str:
         lines.append(f"| {labels} | " + " | ".join(cells) + " |")
     lines += ["", f"Opposite directions: percent of clips whose direction scores above its opposite (chance 50). "
               f"{wall:.0f} minutes, {cpu:.0f} CPU minutes; "
-              f"{result['cores']} cores ({result['cpu']}), {result['threads']} thread and one loader process, "
+              f"{result['cores']} cores ({result['cpu']}), {result['threads']} thread and {2 if result['loader'] else 1} loader process(es), "
               f"torch {result['torch']}, python {result['python']}."]  # fmt: skip
     return "\n".join(lines) + "\n"
 
@@ -349,10 +353,11 @@ def curves_picture(result: dict) -> Image.Image:
 def main(argv: list[str] | None = None) -> dict:
     """Make what is missing, write JSON, table and curves, print the table. Returns the content of the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--setting", choices=SETTINGS, default="full", help="(default: %(default)s)")
+    parser.add_argument("--setting", choices=SETTINGS, default="medium", help="(default: %(default)s)")
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()), help="videos and checkpoints go below it (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder of the results (default: %(default)s)")
     args = parser.parse_args(argv)
+    args.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)  # more are slower for a model of this size
     bench = Bench(args.setting, args.work, args.out)
     bench.run()
