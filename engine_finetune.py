@@ -118,7 +118,6 @@ def train_one_epoch(model: nn.Module, batches, optimizer, scaler, args, plan: Pl
             tally.add(torch.cat([window, norm[None]]), skipped, files)
             window, files = torch.zeros(2, device=device), []
             saver.count_update()
-        clock.stop()
         if closing and (saver.step % args.log_every == 0 or saver.step == last):
             tally.read(run, saver.step, args.max_bad_steps)
             values = {**tally.means("line"), "lr": plan.learning_rate(saver.step - 1, args)}
@@ -127,6 +126,7 @@ def train_one_epoch(model: nn.Module, batches, optimizer, scaler, args, plan: Pl
             logged = saver.step
         if closing:
             saver.after_update()
+        clock.stop()
         if saver.step == last:
             break
     means = tally.means("epoch")
