@@ -1,6 +1,6 @@
 """Does pretraining help? Videos whose class is the direction of motion, pretrained without labels, finetuned with few of them.
 
-    python benchmarks/learning.py                    # two budgets, three seeds, ten minutes on two cores: results/learning_medium.md
+    python benchmarks/learning.py                    # two budgets, three seeds, eight minutes on two cores: results/learning_medium.md
     python benchmarks/learning.py --setting full     # three budgets, every arm, 70 minutes: results/learning.md
     python benchmarks/learning.py --setting small    # one budget, two seeds, three minutes: run by tests/test_learning.py
 
