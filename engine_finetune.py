@@ -23,7 +23,7 @@ from util.args import effective_lr
 from util.dist import Place, UserError, print0
 from util.optim import Plan, amp_dtype, backward, finetune_groups, make_optimizer, set_learning_rate, update
 from util.saver import Saver
-from util.tracking import Run, StallClock, Tally, say_versions
+from util.tracking import Run, Tally, say_versions
 
 SUMS = ("loss", "acc1", "grad_norm")
 
@@ -98,9 +98,8 @@ def train_one_epoch(model: nn.Module, batches, optimizer, scaler, args, plan: Pl
     train_grad_norm, and the number of skipped_steps. Raises Stopped.
     """
     model.train()
-    clock, device, tally = StallClock(place.device), place.device, saver.tally
-    window, files, logged = torch.zeros(2, device=device), [], saver.step
-    last = plan.end_of_epoch(saver.position()[0])
+    tally, (clock, last) = saver.tally, saver.begin_epoch()
+    window, files = torch.zeros(2, device=place.device), []
     for micro, batch in enumerate(batches if saver.step < last else (), 1):
         clock.start()
         run.check_batch(batch, plan.bad_limit)
@@ -116,16 +115,8 @@ def train_one_epoch(model: nn.Module, batches, optimizer, scaler, args, plan: Pl
         if closing:
             norm, skipped = update(optimizer, scaler, args.clip_grad)
             tally.add(torch.cat([window, norm[None]]), skipped, files)
-            window, files = torch.zeros(2, device=device), []
-            saver.count_update()
-        if closing and (saver.step % args.log_every == 0 or saver.step == last):
-            tally.read(run, saver.step, args.max_bad_steps)
-            values = {**tally.means("line"), "lr": plan.learning_rate(saver.step - 1, args)}
-            clips = (saver.step - logged) * args.accum_iter * batch["clips"].shape[:2].numel() * place.world_size
-            run.progress(saver.step, plan, values, clips, clock, device)
-            logged = saver.step
-        if closing:
-            saver.after_update()
+            window, files = torch.zeros(2, device=place.device), []
+            saver.after_update(args.accum_iter * batch["clips"].shape[:2].numel(), clock)
         clock.stop()
         if saver.step == last:
             break

@@ -9,7 +9,7 @@ from data.transforms import VIDEO_MEAN, VIDEO_STD, normalize
 from util.dist import Place, warm_up
 from util.optim import Plan, backward, set_learning_rate, update
 from util.saver import Saver
-from util.tracking import Run, StallClock
+from util.tracking import Run
 
 SUMS = ("loss", "grad_norm")
 
@@ -32,9 +32,8 @@ def train_one_epoch(model: nn.Module, batches, optimizer, scaler, args, plan: Pl
     included: train_loss, train_lr, train_grad_norm, and the number of skipped_steps. Raises Stopped.
     """
     model.train()
-    clock, device, tally = StallClock(place.device), place.device, saver.tally
-    loss, files, logged = torch.zeros((), device=device), [], saver.step
-    last = plan.end_of_epoch(saver.position()[0])
+    tally, (clock, last) = saver.tally, saver.begin_epoch()
+    loss, files = torch.zeros((), device=place.device), []
     for micro, batch in enumerate(batches if saver.step < last else (), 1):
         clock.start()
         run.check_batch(batch, plan.bad_limit)
@@ -49,16 +48,8 @@ def train_one_epoch(model: nn.Module, batches, optimizer, scaler, args, plan: Pl
         if closing:
             norm, skipped = update(optimizer, scaler, args.clip_grad)
             tally.add(torch.stack([loss / args.accum_iter, norm]), skipped, files)
-            loss, files = torch.zeros((), device=device), []
-            saver.count_update()
-        if closing and (saver.step % args.log_every == 0 or saver.step == last):
-            tally.read(run, saver.step, args.max_bad_steps)
-            values = {**tally.means("line"), "lr": plan.learning_rate(saver.step - 1, args)}
-            clips = (saver.step - logged) * args.accum_iter * batch["noise"].shape[:2].numel() * place.world_size
-            run.progress(saver.step, plan, values, clips, clock, device)
-            logged = saver.step
-        if closing:
-            saver.after_update()
+            loss, files = torch.zeros((), device=place.device), []
+            saver.after_update(args.accum_iter * batch["noise"].shape[:2].numel(), clock)
         clock.stop()
         if saver.step == last:
             break

@@ -4,6 +4,7 @@ import importlib.util
 import statistics
 
 import pytest
+import torch
 from launch import ROOT
 
 
@@ -13,7 +14,9 @@ def test_pretraining_beats_scratch_and_frames_out_of_order_are_chance(tmp_path):
     spec = importlib.util.spec_from_file_location("learning", ROOT / "benchmarks/learning.py")
     learning = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(learning)
-    result = learning.main(["--setting", "small", "--work", str(tmp_path), "--out", str(tmp_path)])
+    threads = torch.get_num_threads()
+    result = learning.main(["--setting", "small", "--work", str(tmp_path), "--out", str(tmp_path)])  # with one
+    torch.set_num_threads(threads)
     arms = (("ordered", "pretrained"), ("ordered", "scratch"), ("shuffled", "pretrained"))
     scores = {(*arm, score): learning.test_scores(result["runs"], *arm, 8, score) for arm in arms for score in ("acc", "pairs")}
     assert all(len(values) == 2 for values in scores.values())

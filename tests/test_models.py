@@ -148,6 +148,7 @@ def test_wrong_clip_size_and_unknown_argument_are_refused():
         tiny_vit(cls_embed=False, global_pool=False)
 
 
+@pytest.mark.slow
 def test_compiled_model_is_the_same_model():
     plain, compiled = tiny_mae(), tiny_mae()
     names = list(compiled.state_dict())

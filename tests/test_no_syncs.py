@@ -6,9 +6,11 @@ import pytest
 import torch
 from tiny import tiny_mae, tiny_vit
 
+import engine_finetune
 from engine_finetune import Recipe
 from engine_pretrain import micro_step
 from util.optim import finetune_groups, make_optimizer, pretrain_groups, set_learning_rate, update
+from util.tracking import Tally
 
 READS = ("item", "tolist", "numpy", "cpu", "__float__", "__int__", "__index__")
 
@@ -42,12 +44,13 @@ def test_pretraining_step(monkeypatch):
 def test_finetuning_step(monkeypatch):
     model = tiny_vit().train()
     optimizer = make_optimizer(finetune_groups(model, 2, 0.05, 0.8), model.parameters(), (0.9, 0.999))
-    args = argparse.Namespace(mixup=0.0, cutmix=0.0, mixup_prob=1.0, rand_aug=False)
+    args = argparse.Namespace(mixup=0.0, cutmix=0.0, mixup_prob=1.0, rand_aug=False, smoothing=0.1, accum_iter=1)
     recipe = Recipe(args, model.config | {"mean": (0.45,) * 3, "std": (0.225,) * 3}, still_frames=1)
     batch = {"clips": torch.randint(0, 256, (2, 2, 3, 8, 32, 32), dtype=torch.uint8), "labels": torch.tensor([0, 3])}
+    scaler, tally = torch.amp.GradScaler("cpu", enabled=False), Tally(engine_finetune.SUMS, torch.device("cpu"))
     forbid_reads(monkeypatch)
-    clips, targets = recipe(batch)
-    torch.nn.functional.cross_entropy(model(clips), targets, label_smoothing=0.1).backward()
-    norm, skipped = update(optimizer, torch.amp.GradScaler("cpu", enabled=False), 1.0)
+    sums = engine_finetune.micro_step(model, batch, recipe, scaler, args, torch.float32)
+    norm, skipped = update(optimizer, scaler, 1.0)
+    tally.add(torch.cat([sums, norm[None]]), skipped, ["a.mp4"])
     monkeypatch.undo()
     assert norm.item() > 0 and skipped.item() == 0

@@ -98,6 +98,7 @@ def test_a_second_run_does_nothing(tmp_path, capsys):
             main([str(tmp_path / "src"), str(tmp_path / "dst"), *changed])
 
 
+@pytest.mark.slow
 def test_a_killed_run_leaves_temporaries_only(tmp_path):
     src, dst = tmp_path / "src", tmp_path / "dst"
     for number in range(2):

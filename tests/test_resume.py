@@ -47,6 +47,7 @@ def three_epochs(videos, out, *more) -> list[str]:
     return command(videos, out, *BATCH, "--epochs", "3", "--val_dirs", videos, *more)
 
 
+@pytest.mark.slow
 def test_t01_a_run_repeats_bit_by_bit_whatever_its_workers_and_validation(videos, undisturbed, tmp_path):
     flags = {"again": ["--val_dirs", videos], "workers": ["--val_dirs", videos, "--num_workers", "2"], "no validation": []}
     for name, more in flags.items():
@@ -80,6 +81,7 @@ def test_t02_three_stops_inside_an_epoch_change_nothing(videos, undisturbed, tmp
         assert len(seen) == len(set(seen)) == 16
 
 
+@pytest.mark.slow
 def test_t02_without_the_place_in_the_epoch_it_would_show(videos, undisturbed, tmp_path):
     stopped_three_times(videos, tmp_path, {"do": "no offset"})
     assert not same(state(tmp_path)["model"], state(undisturbed)["model"])
@@ -96,6 +98,7 @@ def test_t03_killed_after_a_save_anywhere_in_an_epoch(videos, undisturbed, tmp_p
     assert same(state(tmp_path), state(undisturbed)) and records(tmp_path) == records(undisturbed)
 
 
+@pytest.mark.slow
 def test_t03_a_stop_inside_an_accumulation_waits_for_its_update(videos, tmp_path):
     flags = ["--accum_iter", "2", "--batch_size_per_gpu", "2", "--epochs", "2", "--lr", "1e-4"]
     assert ranks(2, command(videos, tmp_path / "whole", *flags))[0] == DONE
@@ -113,6 +116,7 @@ def close(one: dict, other: dict) -> bool:
     return all((one[name] - other[name]).abs().max() <= 1e-6 for name in one if not name.endswith("attn.k.bias"))
 
 
+@pytest.mark.slow
 def test_t04_two_ranks_one_and_two_again_at_the_same_global_batch(videos, tmp_path):
     flags = ["--epochs", "3", "--lr", "1e-4", "--checkpoint_every_steps", "1"]
     split = {2: [*flags, "--batch_size_per_gpu", "2"], 1: [*flags, "--batch_size_per_gpu", "4"]}
@@ -162,6 +166,7 @@ def test_the_command_of_a_complete_run_changes_nothing_and_a_longer_one_adds(vid
         assert [record["step"] for record in records(tmp_path)] == [4, 6, 8][: 2 + (steps == "8")]
 
 
+@pytest.mark.slow
 def test_given_again_a_command_with_a_path_goes_on_from_its_own_checkpoint(videos, tmp_path):
     flags = [*BATCH, "--checkpoint_every_steps", "1", "--max_steps"]
     assert ranks(1, command(videos, tmp_path / "first", *flags, "2"))[0] == [0]
@@ -182,6 +187,7 @@ def test_a_log_of_updates_that_were_never_saved_is_set_aside(videos, tmp_path):
     assert [record["epoch"] for record in records(tmp_path)] == [0, 1, 2, 3] and (tmp_path / "run_log.txt.before").read_text() == before
 
 
+@pytest.mark.slow
 def test_unreadable_videos_are_remembered_over_a_stop(videos, tmp_path):
     shutil.copytree(videos, tmp_path / "videos")
     for path in sorted((tmp_path / "videos").glob("*/*.mp4"))[::4]:
@@ -206,6 +212,7 @@ def test_t02_on_three_ranks_with_several_buckets(videos, tmp_path):
     assert same(state(tmp_path / "parts"), state(tmp_path / "whole")) and records(tmp_path / "parts") == records(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_t09_changes_are_named_or_refused(videos, tmp_path):
     flags = ["--epochs", "2", *BATCH]
     assert ranks(1, command(videos, tmp_path, *flags), [{"do": "SIGTERM", "at": 3}])[0] == [0]

@@ -98,6 +98,7 @@ def test_t05_a_new_start_clears_its_own_half_written_files_only(videos, tmp_path
     assert sorted(path.name for path in tmp_path.glob("*.tmp")) == ["run_b.pth.tmp", "run_b_best.pth.tmp"]  # those are of another run
 
 
+@pytest.mark.slow
 def test_t06_a_full_disk_costs_checkpoints_but_not_the_run(videos, tmp_path):
     flags = ["--batch_size_per_gpu", "2", "--epochs", "3", "--checkpoint_every_steps", "1"]
     assert ranks(2, command(videos, tmp_path / "whole", *flags))[0] == DONE
@@ -123,6 +124,7 @@ def damage(path: Path, how: str) -> None:
     path.write_bytes(content[: len(content) // 2] if how == "truncated" else content[:place] + bytes([content[place] ^ 4]) + content[place + 1 :])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["truncated", "bit"])
 def test_t07_a_damaged_newest_checkpoint_gives_way_to_the_one_before(how, videos, tmp_path):
     flags = ["--batch_size_per_gpu", "2", "--epochs", "3", "--checkpoint_every_steps", "1"]
@@ -183,6 +185,7 @@ def test_t07_a_missing_checkpoint_is_an_error_on_all_ranks(videos, tmp_path):
     assert not (tmp_path / "run_train.csv").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("amp", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("fault", [{"do": "nan", "rank": 1}, {"do": "inf", "rank": 0}], ids=["nan loss on rank 1", "inf gradient on rank 0"])
 def test_t14_an_update_that_is_not_finite_is_skipped_by_all_ranks(amp, fault, videos, tmp_path):

@@ -124,6 +124,7 @@ def test_t18_validation_and_probe_equal_a_plain_loop_on_one_and_two_processes(vi
         assert one[f"probe_{name}_acc1"] == pytest.approx(100 * right / 11)
 
 
+@pytest.mark.slow
 def test_t18_validation_changes_no_weight_and_resumes(videos, unseen, tmp_path):
     flags, seen = ["--batch_size_per_gpu", "4"], ["--val_dirs", str(unseen / "val"), "--probe_dir", str(unseen), "--val_every", "2"]
     pretrain.main(command(videos, tmp_path / "without", "--epochs", "5", *flags))

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from util import checkpoint, stop
-from util.dist import Place, UserError, on_rank0, print0, rank
+from util.dist import Place, UserError, on_rank0, print0, rank, world_size
 from util.optim import Plan
-from util.tracking import Run, Tally
+from util.tracking import Run, StallClock, Tally
 
 
 def digest(paths: list[str], labels: list[int] | None = None) -> dict:
@@ -42,7 +42,7 @@ class Saver:
         self.args, self.model, self.optimizer, self.scaler, self.plan, self.run = args, model, optimizer, scaler, plan, run
         self.config, self.data, self.tally, self.best = config, data, tally, best
         self.step = self.samples = self.first = self.saved_at = self.tried_at = 0  # first: updates when this process began
-        self.clock, self.is_rank0, self.ballot = time.monotonic(), place.rank == 0, stop.Ballot()
+        self.logged, self.saved_time, self.is_rank0, self.ballot = 0, time.monotonic(), place.rank == 0, stop.Ballot()
         self.global_batch = args.batch_size_per_gpu * args.accum_iter * place.world_size
 
     def resume(self, path: Path | None) -> None:
@@ -114,15 +114,23 @@ class Saver:
         """Whether there is anything left to do."""
         return self.step < self.plan.total_steps or self.tally.updates > 0
 
-    def count_update(self) -> None:
-        """One more update is done."""
-        self.step, self.samples = self.step + 1, self.samples + self.global_batch
+    def begin_epoch(self) -> tuple[StallClock, int]:
+        """A clock for what remains of the epoch under way, and the updates done in the run when it ends."""
+        self.logged = self.step
+        return StallClock(self.tally.device), self.plan.end_of_epoch(self.position()[0])
 
-    def after_update(self) -> None:
-        """Save if it is time. Raises Stopped. A collective call, as all that follow."""
-        args = self.args
+    def after_update(self, clips: int, clock: StallClock) -> None:
+        """Count an update, of so many clips on this rank; print a log line and save if it is time. Raises Stopped. A collective call, as
+        all that follow."""
+        args, plan = self.args, self.plan
+        self.step, self.samples = self.step + 1, self.samples + self.global_batch
+        if self.step % args.log_every == 0 or self.step % plan.steps_per_epoch == 0 or self.step == plan.total_steps:
+            self.tally.read(self.run, self.step, args.max_bad_steps)
+            values = {**self.tally.means("line"), "lr": plan.learning_rate(self.step - 1, args)}
+            self.run.progress(self.step, plan, values, (self.step - self.logged) * clips * world_size(), clock, self.tally.device)
+            self.logged = self.step
         seconds = args.checkpoint_every_minutes * 60
-        overdue = self.is_rank0 and seconds > 0 and time.monotonic() - self.clock >= seconds
+        overdue = self.is_rank0 and seconds > 0 and time.monotonic() - self.saved_time >= seconds
         stopping, overdue = self.ballot.later(stop.asked_by() != "", overdue)
         if stopping:
             raise stop.Stopped
@@ -146,7 +154,7 @@ class Saver:
         epoch = self.position()[0] if epoch is None else epoch
         written = on_rank0(lambda: self._write(path, epoch))
         if path is None:
-            self.clock, self.tried_at = time.monotonic(), self.step
+            self.saved_time, self.tried_at = time.monotonic(), self.step
             self.saved_at = self.step if written else self.saved_at
         return written
 
