@@ -289,7 +289,7 @@ def run(args, place: Place, model: nn.Module, config: dict, task: Task, path: Pa
     optimizer = make_optimizer(finetune_groups(model, config["depth"], args.weight_decay, args.layer_decay), model.parameters(), (0.9, 0.999))
     scaler = torch.amp.GradScaler(place.device.type, enabled=amp == torch.float16)
     files, tally, scores = Run(args), Tally(SUMS, place.device), None
-    saver = Saver(args, place, model, optimizer, scaler, plan, config, task.data, tally, files, best=-1.0)
+    saver = Saver(args, model, optimizer, scaler, plan, config, task.data, tally, files, best=-1.0)
     saver.resume(path)
     if args.compile:
         model.compile_parts()

@@ -210,7 +210,7 @@ def main(argv: list[str] | None = None) -> None:
     optimizer = make_optimizer(pretrain_groups(model, args.weight_decay, args.bias_wd), model.parameters(), betas=(0.9, 0.95))
     scaler = torch.amp.GradScaler(place.device.type, enabled=plan.amp == torch.float16)
     validations, run = build_validation(args, model, place, plan.amp, resuming=resume_from is not None), Run(args)
-    saver = Saver(args, place, model, optimizer, scaler, plan, config, digest(paths), Tally(SUMS, place.device), run)
+    saver = Saver(args, model, optimizer, scaler, plan, config, digest(paths), Tally(SUMS, place.device), run)
     saver.resume(resume_from)
     if args.compile:
         model.compile_parts()

@@ -87,10 +87,10 @@ def sweep(path: Path) -> None:
         left.unlink(missing_ok=True)
 
 
-def load(path: str | Path, check: bool = True) -> dict:
+def load(path: str | Path, check: bool = True, lazily: bool = False) -> dict:
     """Read a checkpoint onto the CPU. Raises UserError if it is missing, damaged, or holds more than tensors and plain data.
 
-    check: compare the checksums of its records first.
+    check: compare the checksums of its records first. lazily: leave tensors in the file until they are used.
     """
     if not Path(path).is_file():
         raise UserError(f"checkpoint {path} not found: check the path")
@@ -100,7 +100,7 @@ def load(path: str | Path, check: bool = True) -> dict:
                 if wrong := archive.testzip():
                     raise zipfile.BadZipFile(f"the checksum of {wrong} is wrong")
         with torch.serialization.safe_globals([argparse.Namespace]):  # the ancestors' `args`
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=lazily and zipfile.is_zipfile(path))
     except Exception as error:  # the unpickler may stumble in any way over bytes that are no checkpoint
         damaged = isinstance(error, DAMAGE) or "PytorchStreamReader" in str(error) or not zipfile.is_zipfile(path)
         kind = Damaged if damaged and not isinstance(error, (OSError, MemoryError)) else UserError
@@ -164,11 +164,11 @@ def find_resume(args) -> Path | None:
     if path and not path.is_file():
         raise UserError(f"--resume {path}: no such file")
     if newest and not args.overwrite:
-        if path and (path == own or load(newest, check=False).get("args", {}).get("resume") == args.resume):
+        if path and (path == own or load(newest, check=False, lazily=True).get("args", {}).get("resume") == args.resume):
             return newest
         raise UserError(f"{own} exists and --resume {args.resume or repr('')} would start over it: use another --save_prefix, or --overwrite")
     if path:
-        load(path)
+        load(path, lazily=True)
     return path
 
 
@@ -177,7 +177,7 @@ def newest_readable(own: Path) -> Path | None:
     candidates, damaged = [path for path in (own, *(previous(own, number) for number in range(1, 100))) if path.exists()], []
     for path in candidates:
         try:
-            load(path)
+            load(path, lazily=True)
         except Damaged as error:
             damaged.append((path, error))
             continue
@@ -217,7 +217,7 @@ def known_config(path: Path | None) -> dict | None:
     """The config of the checkpoint that a finetuning run evaluates or goes on from; None for a run from the start. Raises UserError."""
     if path is None:
         return None
-    state = load(path, check=False)
+    state = load(path, check=False, lazily=True)
     config = state.get("config")
     if not isinstance(config, dict) or not isinstance(config.get("classes"), list) or not isinstance(state.get("model"), dict):
         raise UserError(f"{path} is no checkpoint of a finetuning run (it has no classes): give one with --resume, or weights with --finetune")

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from util import checkpoint, stop
-from util.dist import Place, UserError, on_rank0, print0, rank, world_size
+from util.dist import UserError, on_rank0, print0, rank, world_size
 from util.optim import Plan
 from util.tracking import Run, StallClock, Tally
 
@@ -36,14 +36,14 @@ class Saver:
     as if it had not been. best: best_acc1 so far, None in pretraining.
     """
 
-    def __init__(self, args, place: Place, model: nn.Module, optimizer, scaler, plan: Plan, config: dict, data: dict, tally: Tally, run: Run,
+    def __init__(self, args, model: nn.Module, optimizer, scaler, plan: Plan, config: dict, data: dict, tally: Tally, run: Run,
                  best: float | None = None):  # fmt: skip
         """model: unwrapped; data: `digest` of the training set. A collective call."""
         self.args, self.model, self.optimizer, self.scaler, self.plan, self.run = args, model, optimizer, scaler, plan, run
         self.config, self.data, self.tally, self.best = config, data, tally, best
         self.step = self.samples = self.first = self.saved_at = self.tried_at = 0  # first: updates when this process began
-        self.logged, self.saved_time, self.is_rank0, self.ballot = 0, time.monotonic(), place.rank == 0, stop.Ballot()
-        self.global_batch = args.batch_size_per_gpu * args.accum_iter * place.world_size
+        self.logged, self.saved_time, self.ballot = 0, time.monotonic(), stop.Ballot()
+        self.global_batch = args.batch_size_per_gpu * args.accum_iter * world_size()
 
     def resume(self, path: Path | None) -> None:
         """Take up the state of a checkpoint, if there is one. Raises UserError if it is not one of this model, data and batch."""
@@ -130,7 +130,7 @@ class Saver:
             self.run.progress(self.step, plan, values, (self.step - self.logged) * clips * world_size(), clock, self.tally.device)
             self.logged = self.step
         seconds = args.checkpoint_every_minutes * 60
-        overdue = self.is_rank0 and seconds > 0 and time.monotonic() - self.saved_time >= seconds
+        overdue = rank() == 0 and seconds > 0 and time.monotonic() - self.saved_time >= seconds
         stopping, overdue = self.ballot.later(stop.asked_by() != "", overdue)
         if stopping:
             raise stop.Stopped

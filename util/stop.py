@@ -79,25 +79,29 @@ class Ballot:
 
     def any(self, *wishes: bool) -> list[bool]:
         """Wait for all ranks' wishes; which of them any rank has."""
-        if self.group is None:
-            return list(wishes)
-        votes = torch.tensor(wishes, dtype=torch.uint8)
-        dist.all_reduce(votes, dist.ReduceOp.MAX, group=self.group)
-        return [vote == 1 for vote in votes.tolist()]
+        return list(wishes) if self.group is None else self._count(self._hand_in(wishes))
 
     def later(self, *wishes: bool) -> list[bool]:
         """Hand in wishes; the answer is that to the call before (at first: no), which has long come in: nobody waits."""
         if self.group is None:
             return list(wishes)
-        votes = torch.tensor(wishes, dtype=torch.uint8)
-        before, self.under_way = self.under_way, (dist.all_reduce(votes, dist.ReduceOp.MAX, group=self.group, async_op=True), votes)
-        if before is None:
-            return [False] * len(wishes)
-        before[0].wait()
-        return [vote == 1 for vote in before[1].tolist()]
+        before, self.under_way = self.under_way, self._hand_in(wishes)
+        return [False] * len(wishes) if before is None else self._count(before)
 
     def close(self) -> None:
         """Wait for what is under way."""
         if self.under_way is not None:
-            self.under_way[0].wait()
+            self._count(self.under_way)
             self.under_way = None
+
+    def _hand_in(self, wishes: tuple[bool, ...]) -> tuple:
+        """Votes on their way to all ranks, and where their sum will be."""
+        votes = torch.tensor(wishes, dtype=torch.uint8)
+        return dist.all_reduce(votes, dist.ReduceOp.MAX, group=self.group, async_op=True), votes
+
+    @staticmethod
+    def _count(handed_in: tuple) -> list[bool]:
+        """The answer to what was handed in, once it is there."""
+        work, votes = handed_in
+        work.wait()
+        return [vote == 1 for vote in votes.tolist()]

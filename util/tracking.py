@@ -180,13 +180,6 @@ class Run:
             raise UserError(f"cannot write to {self.folder} ({error.strerror}): make room, or give another --output_dir") from error
         self.purge = step + 1 if step else None
 
-    def tensorboard(self):
-        """The TensorBoard writer, which does not recover from a full disk: then another one takes its place."""
-        from torch.utils.tensorboard import SummaryWriter
-
-        self.board = self.board or SummaryWriter(str(self.folder / "tb" / self.prefix), purge_step=self.purge)
-        return self.board
-
     @contextlib.contextmanager
     def writing(self, what: str):
         """Around writing to a file: a failure is said and passed over."""
@@ -194,8 +187,16 @@ class Run:
             yield
         except OSError as error:
             print0(f"warning: could not write {what} ({error.strerror or error}); the run goes on")
-            if what == "to TensorBoard":
-                self.board = None
+
+    @contextlib.contextmanager
+    def showing(self):
+        """Around writing to TensorBoard. Its writer does not recover from a full disk: after a failure another one takes its place."""
+        from torch.utils.tensorboard import SummaryWriter
+
+        with self.writing("to TensorBoard"):
+            board, self.board = self.board or SummaryWriter(str(self.folder / "tb" / self.prefix), purge_step=self.purge), None
+            yield board
+            self.board = board
 
     def mark_preempted(self, step: int) -> None:
         """Leave the marker that asks for the run to be started again; it goes when that happens."""
@@ -238,23 +239,25 @@ class Run:
             print0(f"\r\033[K{line}", end="\n" if step % plan.steps_per_epoch == 0 or step == plan.total_steps else "")
         else:
             print0(line)
-        with self.writing("to TensorBoard"):
+        with self.showing() as board:
             for name, value in (values | rates).items():
-                self.tensorboard().add_scalar(f"train/{name}", value, step)
+                board.add_scalar(f"train/{name}", value, step)
 
     def epoch(self, record: dict) -> None:
         """Append one JSON line to the log, and its numbers to TensorBoard."""
         if rank() != 0:
             return
         log = self.folder / f"{self.prefix}_log.txt"
-        with self.writing(log.name), open(log, "a") as file:
-            cut = log.stat().st_size and log.read_bytes()[-1:] != b"\n"  # a line that found no room
-            file.write("\n" * cut + json.dumps(record) + "\n")
-        with self.writing("to TensorBoard"):
+        with self.writing(log.name), open(log, "a+b") as file:
+            if file.tell():
+                file.seek(-1, os.SEEK_END)
+                file.write(b"" if file.read() == b"\n" else b"\n")  # after a line that found no room
+            file.write(json.dumps(record).encode() + b"\n")
+        with self.showing() as board:
             for name, value in record.items():
                 if isinstance(value, (int, float)) and name != "epoch":
-                    self.tensorboard().add_scalar(f"epoch/{name}", value, record["epoch"])
-            self.tensorboard().flush()
+                    board.add_scalar(f"epoch/{name}", value, record["epoch"])
+            board.flush()
 
     def picture(self, name: str, image: Tensor, epoch: int, numbered: bool = True) -> None:
         """Save a picture (3, H, W) uint8 as {prefix}_{name}[_{epoch}].png and show it in TensorBoard."""
@@ -262,8 +265,8 @@ class Run:
             file = f"{self.prefix}_{name}_{epoch:05d}.png" if numbered else f"{self.prefix}_{name}.png"
             with self.writing(file):
                 Image.fromarray(image.permute(1, 2, 0).numpy()).save(self.folder / file)
-            with self.writing("to TensorBoard"):
-                self.tensorboard().add_image(name, image, epoch)
+            with self.showing() as board:
+                board.add_image(name, image, epoch)
 
     def table(self, name: str, columns: dict[str, list]) -> None:
         """Save a table as {prefix}_{name}.csv."""
