@@ -1,5 +1,6 @@
 """Checkpoints through crashes, full disks and damage (T05-T07), updates that are not finite (T14), hostile checkpoints of a run (T19)."""
 
+import argparse
 import json
 import os
 import re
@@ -10,6 +11,7 @@ import pytest
 import torch
 from launch import ranks
 from make_videos import write_folder
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_importer import Payload
 from test_pretrain import command
 from test_resume import DONE, state, used
@@ -19,6 +21,7 @@ import finetune
 import pretrain
 from util import checkpoint
 from util.dist import UserError
+from util.tracking import Run
 
 CALLS = ("fsync", "link", "replace")  # what a save asks of the system, one after the other
 
@@ -177,6 +180,32 @@ def test_a_folder_that_cannot_be_written_is_one_line_on_all_ranks(videos, tmp_pa
     with pytest.raises(UserError, match="cannot write to .*taken/run") as error:
         pretrain.main(flags)
     assert "\n" not in str(error.value)
+
+
+def test_t06_log_and_tensorboard_go_on_when_there_is_room_again(tmp_path, capsys):
+    class Full:
+        def add_scalar(self, *_):
+            raise OSError(28, "No space left on device")
+
+    args = argparse.Namespace(output_dir=str(tmp_path), save_prefix="run")
+    run = Run(args)
+    run.begin(0)
+    run.epoch({"epoch": 0, "step": 1, "train_loss": 0.5})
+    with open(tmp_path / "run_log.txt", "a") as log:
+        log.write('{"epoch": 1, "st')  # for the rest there was no room
+    run.board = Full()
+    run.epoch({"epoch": 2, "step": 3, "train_loss": 0.3})
+    assert "could not write to TensorBoard (No space left on device); the run goes on" in capsys.readouterr().out
+    run.epoch({"epoch": 3, "step": 4, "train_loss": 0.2})
+    run.close()
+    lines = (tmp_path / "run_log.txt").read_text().splitlines()
+    assert [json.loads(lines[place])["step"] for place in (0, 2, 3)] == [1, 3, 4] and len(lines) == 4
+    events = EventAccumulator(str(tmp_path / "tb/run"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("epoch/train_loss")] == [0, 3]
+    again = Run(args)
+    again.begin(4)
+    assert [json.loads(line)["step"] for line in (tmp_path / "run_log.txt").read_text().splitlines()] == [1, 3, 4]
 
 
 def test_t07_a_missing_checkpoint_is_an_error_on_all_ranks(videos, tmp_path):
