@@ -7,7 +7,6 @@ Asserts equal logits first, then times A B A B; writes benchmarks/results/static
 
 import argparse
 import json
-import os
 import platform
 import statistics
 import sys
@@ -18,7 +17,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from models_vit import VisionTransformer, named_size
-from util.dist import print0
+from util.dist import print0, usable_cores
 
 
 def timed(work, device: torch.device) -> float:
@@ -76,7 +75,7 @@ def main() -> None:
         "embedding": compare(lambda: embedding(clip), lambda: embedding(image), device, args.rounds),
         "step": compare(lambda: step(clip), lambda: step(image), device, args.rounds),
         "torch": torch.__version__, "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine(),
-        "cores": len(os.sched_getaffinity(0)), "threads": torch.get_num_threads(), "dtype": "float32",
+        "cores": usable_cores(), "threads": torch.get_num_threads(), "dtype": "float32",
     }  # fmt: skip
     (args.out / "static_clip.json").write_text(json.dumps(result, indent=2) + "\n")
     cells = [(part, *result[part].values()) for part in ("embedding", "step")]

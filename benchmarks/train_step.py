@@ -12,7 +12,6 @@ datasheet's peak, and over a matrix product measured in this run. Writes benchma
 
 import argparse
 import json
-import os
 import statistics
 import sys
 import time
@@ -30,7 +29,7 @@ from plain_model import PlainMAE, PlainViT
 from data.transforms import VIDEO_MEAN, VIDEO_STD, normalize
 from models_mae import MaskedAutoencoderViT
 from models_vit import ATTENTION, VisionTransformer, flash_attn_qkvpacked_func, named_size
-from util.dist import peak_flops, print0
+from util.dist import peak_flops, print0, usable_cores
 from util.optim import make_optimizer, pretrain_groups, update
 
 PRESETS = {  # model, patch, img_size, decoder (width, depth, heads), batch
@@ -202,7 +201,7 @@ def measure(args, device: torch.device, dtype: torch.dtype) -> dict:
         "preset": args.preset, "task": args.task, "batch": batch, "rounds": args.rounds, "gflop_per_step": flops / 1e9, "rows": rows,
         "impossible": impossible,
         "ceiling_tflops": measured / 1e12, "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu", "dtype": str(dtype),
-        "cores": len(os.sched_getaffinity(0)), "threads": torch.get_num_threads(), "torch": torch.__version__,
+        "cores": usable_cores(), "threads": torch.get_num_threads(), "torch": torch.__version__,
     }  # fmt: skip
 
 
@@ -308,7 +307,7 @@ def main() -> None:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     if args.curves:
         stem, points = args.out / f"curves_{args.preset}_{device.type}", curves(args, device, dtype)
-        about = {"device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu", "cores": len(os.sched_getaffinity(0)),
+        about = {"device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu", "cores": usable_cores(),
                  "threads": torch.get_num_threads(), "torch": torch.__version__, "dtype": str(dtype), "rounds": args.rounds}  # fmt: skip
         stem.with_suffix(".json").write_text(json.dumps(about | {"points": points}, indent=2) + "\n")
         curves_picture(points).save(stem.with_suffix(".png"))

@@ -15,6 +15,8 @@ import tempfile
 import time
 from pathlib import Path
 
+import psutil
+
 SRUN = """#!/bin/bash
 "$@" &
 echo $! > "$FAKE_SLURM/step"
@@ -30,17 +32,11 @@ esac
 
 def descendants(root: int) -> list[int]:
     """The processes of a step: `root` and all below it."""
-    parents = {}
-    for entry in Path("/proc").iterdir():
-        try:
-            parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-        except (ValueError, OSError):
-            continue
-    found, grown = {root}, True
-    while grown:
-        more = {child for child, parent in parents.items() if parent in found} - found
-        found, grown = found | more, bool(more)
-    return sorted(found & parents.keys())
+    try:
+        step = psutil.Process(root)
+        return sorted([root, *(process.pid for process in step.children(recursive=True))])
+    except psutil.NoSuchProcess:
+        return []
 
 
 def one_start(number: int, folder: Path, script: list[str], log: Path, text: str | None) -> int:

@@ -11,6 +11,8 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
+
 ROOT = Path(__file__).parent.parent
 GRACE = 30  # seconds that torchrun leaves its processes after a signal
 LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS")
@@ -55,14 +57,10 @@ class Job:
 
     def processes(self) -> list[int]:
         """The processes that were given this output folder since this start: launcher, ranks, loaders."""
-        found = []
-        for entry in Path("/proc").iterdir():
-            try:
-                if entry.name.isdigit() and int(entry.name) not in self.others and str(self.out).encode() in (entry / "cmdline").read_bytes():
-                    found.append(int(entry.name))
-            except OSError:
-                continue
-        return found
+        every = psutil.process_iter(["cmdline", "status"])
+        alive = [process for process in every if process.info["status"] != psutil.STATUS_ZOMBIE]
+        ours = [process.pid for process in alive if str(self.out) in " ".join(process.info["cmdline"] or [])]
+        return [number for number in ours if number not in self.others]
 
     def gone(self, seconds: float = GRACE) -> int:
         """Wait for the end of all processes, orphans too; returns the launcher's exit code."""

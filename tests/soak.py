@@ -20,6 +20,7 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 
+import psutil
 import torch
 from launch import Job, faulty, ranks
 from make_videos import write_folder
@@ -35,8 +36,8 @@ FLAGS = ["--batch_size_per_gpu", "2", "--epochs", "100", "--checkpoint_every_ste
 
 def rank_processes(job: Job) -> list[int]:
     """The ranks' own processes, in order: the children of torchrun."""
-    children = Path(f"/proc/{job.process.pid}/task/{job.process.pid}/children").read_text().split()
-    return [int(child) for child in children if int(child) in job.processes()]
+    children = [process.pid for process in psutil.Process(job.process.pid).children()]
+    return [child for child in children if child in job.processes()]
 
 
 def strike(job: Job, kind: str, delay: float) -> str:

@@ -13,7 +13,11 @@ from engine_pretrain import micro_step
 from models_vit import ATTENTION
 from util.optim import make_optimizer, pretrain_groups, set_learning_rate, update
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+    pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype"),
+]
 CUDA = torch.device("cuda")
 
 
@@ -40,6 +44,7 @@ def test_the_flash_attn_package_agrees_with_sdpa():
     torch.testing.assert_close(models_vit.attend(qkv, "flash_attn"), models_vit.attend(qkv, "math"), atol=2e-2, rtol=2e-2)
 
 
+@pytest.mark.filterwarnings("ignore")  # torch.compile's own, from inside
 def test_compiled_in_bf16_is_close_to_eager_in_fp32():
     clips, noise = (tensor.to(CUDA) for tensor in clips_and_noise())
     plain, compiled = tiny_mae().to(CUDA), tiny_mae().to(CUDA)
