@@ -35,7 +35,7 @@ from data.loaders import ClipDataset, EpochSampler, Feed, on_device
 from data.transforms import VIDEO_MEAN, VIDEO_STD, normalize, seeded, train_transform
 from models_mae import MaskedAutoencoderViT
 from models_vit import named_size
-from util.dist import print0
+from util.dist import print0, usable_cores
 from util.optim import make_optimizer, pretrain_groups, update
 
 RESULTS = ROOT / "benchmarks" / "results"
@@ -149,11 +149,11 @@ def part_clips(files: dict[str, str], args) -> dict:
     return found
 
 
-def clip_dataset(paths: list[str], repeats: int, decoder: str, rows: np.ndarray | None, tokens: int = 1568, size: int = 224) -> ClipDataset:
+def clip_dataset(paths: list[str], repeats: int, decoder: str, known: probe.VideoIndex | None, tokens: int = 1568, size: int = 224) -> ClipDataset:
     """The pretraining clips of some files."""
     return ClipDataset(paths=paths, labels=None, **CLIP, target_fps=30, repeat_aug=repeats, repeat_windows=1, transform=CROP if size == 224 else
                        train_transform(size, (0.5, 1.0), (0.75, 1.3333), True, 0.0), decoder=decoder, short_side=256, seed=0, noise_tokens=tokens,
-                       rows=rows)  # fmt: skip
+                       known=known)  # fmt: skip
 
 
 def feed_of(dataset: ClipDataset, batch: int, workers: int) -> Feed:
@@ -162,12 +162,12 @@ def feed_of(dataset: ClipDataset, batch: int, workers: int) -> Feed:
                 quarantine=Path(os.devnull))  # fmt: skip
 
 
-def index_of(paths: list[str]) -> np.ndarray:
+def index_of(paths: list[str]) -> probe.VideoIndex:
     """An index of a few files that repeat."""
-    rows, known = probe.start(paths, None), {path: describe(path) for path in set(paths)}
+    index, known = probe.start(paths, None), {path: describe(path) for path in set(paths)}
     for place, path in enumerate(paths):
-        probe.fill(rows[place], known[path], "")
-    return rows
+        index.fill(place, known[path])
+    return index
 
 
 def part_loader(files: dict[str, str], args) -> dict:
@@ -175,12 +175,12 @@ def part_loader(files: dict[str, str], args) -> dict:
     found, torch_threads = {}, torch.get_num_threads()
     for name in ("340x256 GOP 250", "340x256 GOP 16"):
         paths = [files[name]] * 160
-        rows = index_of(paths)
+        known = index_of(paths)
         for repeats in (1, 4):
             for decoder in ("decord", "pyav"):
-                for workers in range(len(os.sched_getaffinity(0)) + 1):
+                for workers in range(usable_cores() + 1):
                     torch.set_num_threads(1)
-                    feed = feed_of(clip_dataset(paths, repeats, decoder, rows), 4, workers)
+                    feed = feed_of(clip_dataset(paths, repeats, decoder, known), 4, workers)
                     batches = iter(feed)
                     for _ in range(4 if not workers else 4 * workers):  # what the workers had prepared while we did not look
                         next(batches)
@@ -209,9 +209,9 @@ def part_end_to_end(files: dict[str, str], args) -> dict:
         update(optimizer, scaler, 1.0)
 
     paths = [files["340x256 GOP 16"]] * 120
-    rows = index_of(paths)
+    known = index_of(paths)
     for decoder in ("decord", "pyav"):
-        feeds = [feed_of(clip_dataset(paths, 4, decoder, rows, model.num_tokens, 112), 2, 1) for _ in range(2)]
+        feeds = [feed_of(clip_dataset(paths, 4, decoder, known, model.num_tokens, 112), 2, 1) for _ in range(2)]
         loader = on_device(feeds[0], device)
         first = next(loader)
         alone, _ = rate_of(iter([first] * 50), step)
@@ -256,19 +256,19 @@ def part_rows(files: dict[str, str], args) -> dict:
     del spelled
     info = describe(str(folder / "small.mp4"))
     paths = read_manifest(manifest)[0]
-    rows = probe.start(paths, None)
-    row = rows[:1].copy()
-    probe.fill(row[0], info, "")
-    for field in ("state", "frames", "fps", "width", "height", "rotation", "key_distance", "codec"):
-        rows[field] = row[field][0]
-    probe.save(probe.index_path(manifest), rows)
-    del rows, paths
+    index = probe.start(paths, None)
+    index.fill(0, info)
+    for field in index.rows.dtype.names:
+        if field != "file":
+            index.rows[field] = index.rows[field][0]
+    probe.save(probe.index_path(manifest), index)
+    del index, paths
     begun, before = time.perf_counter(), memory_mib()
     paths = read_manifest(manifest)[0]
     read = time.perf_counter()
-    rows = probe.load(manifest, paths)
+    index = probe.load(manifest, paths)
     mapped = time.perf_counter()
-    dataset = clip_dataset(paths, 1, args.decoder, rows, 16, 32)
+    dataset = clip_dataset(paths, 1, args.decoder, index, 16, 32)
     del paths
     feed = feed_of(dataset, 32, 2)
     ready = time.perf_counter()
@@ -292,8 +292,9 @@ PARTS = {"clips": part_clips, "loader": part_loader, "end_to_end": part_end_to_e
 
 def machine() -> dict:
     """What this was measured on."""
-    model = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), "")
-    return {"cpu": model or platform.machine(), "cores": len(os.sched_getaffinity(0)), "python": platform.python_version()} | {
+    described = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    model = next((line.split(":")[1].strip() for line in described.splitlines() if line.startswith("model name")), "")
+    return {"cpu": model or platform.machine(), "cores": usable_cores(), "python": platform.python_version()} | {
         name: version(name) for name in ("torch", "torchvision", "av", "decord")
     }
 

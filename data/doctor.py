@@ -4,7 +4,6 @@
     python -m data.index train.csv                a manifest; its index (data.probe) is written beside it, and used by training
 """
 
-import argparse
 import contextlib
 import os
 import time
@@ -15,11 +14,12 @@ import pandas as pd
 import torch
 
 from data import probe
-from data.decode import ReadError, VideoInfo, decord_installed, describe, frame_indices, open_video
+from data.decode import ReadError, VideoInfo, clip_indices, decord_installed, describe, open_video
 from data.index import find_videos, read_manifest, write_manifest
-from data.loaders import Feed, Samples, ShareSampler
+from data.loaders import Feed, Reading, Samples, ShareSampler
 from data.transforms import seeded, train_transform
-from util.dist import UserError, print0
+from util.cli import Parser
+from util.dist import UserError, end_progress, print0, show_progress, usable_cores
 
 STAGES = ("open", "seek", "decode", "crop")
 
@@ -27,13 +27,13 @@ STAGES = ("open", "seek", "decode", "crop")
 class Look(Samples):
     """Looks at each video once: a sample's `clips` is what `describe` says of the file, or None; `bad` has the reason."""
 
-    def read_clips(self, epoch: int, index: int, path: str, info: VideoInfo | None) -> VideoInfo:
+    def read_clips(self, epoch: int, index: int, path: str, info: VideoInfo | None) -> Reading:
         """What the file holds. Raises ReadError."""
-        return describe(path)
+        return Reading(describe(path))
 
 
 class Progress:
-    """A line that counts up: overwritten on a terminal, every 10 s in a file."""
+    """A progress line: several times a second on a terminal, every 10 s in a file."""
 
     def __init__(self, what: str, total: int):
         self.what, self.total, self.begun, self.said, self.terminal = what, total, time.time(), 0.0, os.isatty(1)
@@ -46,33 +46,34 @@ class Progress:
         self.said, left = now, (now - self.begun) / max(done, 1) * (self.total - done)
         width = 30 * done // max(self.total, 1)
         line = f"{self.what} [{'#' * width}{'.' * (30 - width)}] {done}/{self.total}{note}, {left:.0f} s left"
-        print0(f"\r\033[K{line}" if self.terminal else line, end="\n" if done == self.total or not self.terminal else "")
+        show_progress(line)
+        if done == self.total:
+            end_progress()
 
 
-def build_index(paths: list[str], target: Path | None, workers: int, seconds: float) -> np.ndarray:
-    """The index (n,) data.probe.ROW of videos, on `workers` processes; a file that takes longer than `seconds` is unreadable.
+def build_index(paths: list[str], target: Path | None, workers: int, seconds: float) -> probe.VideoIndex:
+    """The index of videos, on `workers` processes; a file that takes longer than `seconds` is unreadable.
 
     Kept in `target` (if given) every few seconds, from where an interrupted call goes on; files that it knows and that have
     not changed since are not looked at again.
     """
-    known = np.load(target) if target and target.exists() else None
-    rows = probe.start(paths, known)
-    todo = np.flatnonzero(rows["state"] == probe.UNKNOWN)
+    index = probe.start(paths, probe.open_index(target) if target else None)
+    todo = np.flatnonzero(index.rows["state"] != probe.READABLE)  # what was unreadable may have been a disk's fault
     look = Look([paths[place] for place in todo], None, seed=0, substitutes=0)
     feed = Feed(look, ShareSampler(len(todo), 0, 1), batch_size=16, num_workers=workers, pin_memory=False, seconds=seconds,
                 quarantine=Path(os.devnull), collate_fn=list)  # fmt: skip
     progress, done, kept = Progress("looking at videos", len(todo)), 0, time.time()
     for batch in feed if len(todo) else ():
         for sample in batch:
-            probe.fill(rows[todo[sample["index"]]], sample["clips"], sample["bad"][0][1] if sample["bad"] else "")
+            index.fill(int(todo[sample["index"]]), sample["clips"], sample["bad"][0][1] if sample["bad"] else "")
         done += len(batch)
         progress.show(done)
         if target and time.time() - kept > 10:
-            probe.save(target, rows)
+            probe.save(target, index)
             kept = time.time()
     if target:
-        probe.save(target, rows)
-    return rows
+        probe.save(target, index)
+    return index
 
 
 def clip_cost(path: str, decoder: str, short_side: int, *, num_frames: int = 16, sampling_rate: int = 4, img_size: int = 224,
@@ -82,7 +83,7 @@ def clip_cost(path: str, decoder: str, short_side: int, *, num_frames: int = 16,
     clock = [time.process_time()]
     with open_video(path, decoder, short_side, info) as video:
         clock.append(time.process_time())
-        wanted = frame_indices(video.num_frames, video.fps, num_frames=num_frames, sampling_rate=sampling_rate, start=start)
+        wanted = clip_indices(video, num_frames=num_frames, sampling_rate=sampling_rate, start=start)
         video.seek(int(wanted[0]))
         clock.append(time.process_time())
         window = torch.from_numpy(video.read(wanted)).permute(0, 3, 1, 2)
@@ -93,16 +94,16 @@ def clip_cost(path: str, decoder: str, short_side: int, *, num_frames: int = 16,
     return dict(zip(STAGES, np.diff(clock).tolist(), strict=True))
 
 
-def measure(paths: list[str], rows: np.ndarray, args) -> dict[str, dict[str, float]]:
+def measure(paths: list[str], index: probe.VideoIndex, args) -> dict[str, dict[str, float]]:
     """Mean CPU seconds per clip of each stage for each backend, over up to args.files readable videos, one torch thread."""
-    readable = np.flatnonzero(rows["state"] == probe.READABLE)
+    readable = np.flatnonzero(index.rows["state"] == probe.READABLE)
     chosen = readable[np.linspace(0, len(readable) - 1, min(args.files, len(readable))).astype(int)]
     costs = {decoder: [] for decoder in (["decord"] if decord_installed() else []) + ["pyav"]}
     shape = {"num_frames": args.num_frames, "sampling_rate": args.sampling_rate, "img_size": args.img_size}
     threads, progress = torch.get_num_threads(), Progress("reading clips", len(chosen))
     torch.set_num_threads(1)
     for number, place in enumerate(chosen):
-        path, info = paths[place], probe.info_of(rows[place], paths[place])
+        path, info = paths[place], index.info(int(place), paths[place])
         for start in (0.5, 0.2, 0.8):  # the backends take turns; the first reading fetches the file
             for decoder, found in costs.items():
                 with contextlib.suppress(ReadError):
@@ -137,8 +138,9 @@ def summary(paths: list[str], rows: np.ndarray, args) -> list[str]:
             "short side  " + (", ".join(f"{side} px: {count}" for side, count in few.items()) if few
                               else _spread(np.minimum(good["width"], good["height"]), " px")),
             f"rates       {_spread(good['fps'], ' frames/s', 1)}",
+            f"unsteady    {int((good['times_at'] >= 0).sum())} of changing rate; clips are chosen by time",
             f"key frames  every {_spread(good['key_distance'], ' frames')}",
-            f"rotated     {int((good['rotation'] != 0).sum())} (turned upright by both backends)",
+            f"rotated     {int((good['rotation'] != 0).sum())}; they are turned upright",
             f"short       {short} shorter than {args.num_frames} frames at stride {args.sampling_rate} ({span:.1f} s); their last frame repeats",
         ]  # fmt: skip
     lines.append(f"unreadable  {len(bad)}" + ("; they are replaced by others in training" if len(bad) else ""))
@@ -184,10 +186,11 @@ def advice(rows: np.ndarray, costs: dict[str, dict[str, float]], args) -> list[s
 
 def main(argv: list[str] | None = None) -> None:
     """The command line. Raises UserError for bad input."""
-    parser = argparse.ArgumentParser(
-        prog="python -m data.index", allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, description=__doc__,
+    parser = Parser(
+        __doc__,
+        prog="python -m data.index",
         epilog="python -m data.index --from {kinetics,ssv2} ... turns official annotations into a manifest; add --help for that",
-    )  # fmt: skip
+    )
     parser.add_argument("source", nargs="+", help="folders of videos, or one manifest (path[,label] per line)")
     parser.add_argument("--write", metavar="CSV", help="for folders: write a manifest and its index, for --data_csv")
     parser.add_argument("--num_frames", type=int, default=16, help="frames per clip (default: %(default)s)")
@@ -196,7 +199,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--files", type=int, default=32, help="how many videos to time (default: %(default)s)")
     parser.add_argument("--gpu_rate", type=float, default=419,
                         help="clips/s that one GPU trains (default: %(default)s, ViT-H/14 pretraining at 45 %% of an H100, computed)")  # fmt: skip
-    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes (default: the cores, %(default)s)")
+    parser.add_argument("--workers", type=int, default=usable_cores(), help="processes (default: the cores, %(default)s)")
     parser.add_argument("--read_timeout", type=float, default=60, help="seconds that a file may take (default: %(default)s)")
     args = parser.parse_args(argv)
     from_manifest = len(args.source) == 1 and os.path.isfile(args.source[0])
@@ -204,12 +207,12 @@ def main(argv: list[str] | None = None) -> None:
     manifest = args.source[0] if from_manifest else args.write
     if args.write and (from_manifest or os.path.exists(args.write)):
         raise UserError(f"--write {args.write}: " + ("the source is a manifest already" if from_manifest else "exists: choose another name"))
-    rows = build_index(paths, probe.index_path(manifest) if manifest else None, max(1, args.workers), args.read_timeout)
+    index = build_index(paths, probe.index_path(manifest) if manifest else None, max(1, args.workers), args.read_timeout)
     if args.write:
         write_manifest(args.write, paths)
-    print0(*summary(paths, rows, args), sep="\n")
-    costs = measure(paths, rows, args)
+    print0(*summary(paths, index.rows, args), sep="\n")
+    costs = measure(paths, index, args)
     if costs:
-        print0("", *costs_and_cores(costs, args), "", *advice(rows, costs, args), sep="\n")
+        print0("", *costs_and_cores(costs, args), "", *advice(index.rows, costs, args), sep="\n")
     if manifest:
         print0(f"\nindex written to {probe.index_path(manifest)}; --data_csv {manifest} uses it")

@@ -3,7 +3,6 @@
 pandas is imported where it is used: it takes longer than most of what --help needs.
 """
 
-import argparse
 import csv
 import io
 import json
@@ -14,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from util.cli import Parser
 from util.dist import UserError, print0, run_script
 
 VIDEO_EXTENSIONS = (".mp4", ".mkv", ".webm", ".avi", ".mov")
@@ -212,7 +212,7 @@ def from_ssv2(annotations: str, files: dict[str, str]):
     """
     import pandas as pd
 
-    table = _annotations(annotations, lambda file: pd.read_json(file, dtype=str, convert_dates=False), {"id", "template"})
+    table = _annotations(annotations, lambda file: pd.DataFrame(json.loads(Path(file).read_text("utf-8"))), {"id", "template"}).astype(str)
     label = table["template"].str.replace(r"[\[\]]", "", regex=True)
     return pd.DataFrame({"id": table["id"], "path": table["id"].map(files).fillna(""), "label": label})
 
@@ -233,9 +233,7 @@ OFFICIAL = {"kinetics": from_kinetics, "ssv2": from_ssv2}
 
 def official(argv: list[str]) -> None:
     """The command line with --from: an official annotation file to a manifest, and a list of what is missing."""
-    parser = argparse.ArgumentParser(
-        prog="python -m data.index", allow_abbrev=False, description="Turn an official annotation file into a manifest (path,label)."
-    )
+    parser = Parser("Turn an official annotation file into a manifest (path,label).", prog="python -m data.index")
     parser.add_argument("--from", dest="source", choices=OFFICIAL, required=True, help="the dataset")
     parser.add_argument("annotations", help="the official file of one split (Kinetics: .csv, Something-Something v2: .json)")
     parser.add_argument("videos", help="folder of the videos, searched recursively")

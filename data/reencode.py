@@ -23,11 +23,14 @@ from pathlib import Path
 
 import av
 import numpy as np
+from av.video.reformatter import ColorRange, VideoReformatter
 
-from data.decode import ReadError, checked_path, open_video, scaled_size
+from data.decode import DECODERS, UPRIGHT, ReadError, checked_path, open_video, orientation, scaled_size, square_size, upright
 from data.doctor import clip_cost
 from data.index import find_videos, read_manifest, write_manifest
-from util.dist import UserError, print0, run_script
+from data.pyav import ON_ONE_THREAD, open_container, to_rgb
+from util.cli import Parser
+from util.dist import UserError, print0, run_script, usable_cores
 
 GOP, B_FRAMES = 16, 2
 X264 = "b-pyramid=none:cabac=0"  # no B frame is needed by others, so all can be skipped; 9 % more bytes, a fifth less to decode
@@ -46,8 +49,7 @@ def target_names(names: list[str]) -> list[str]:
 
 def output_size(width: int, height: int, pixel_aspect: Fraction | None, short_side: int) -> tuple[int, int]:
     """Even width and height with square pixels: short side reduced to `short_side`, nothing enlarged (but 1 becomes 2)."""
-    aspect = pixel_aspect if pixel_aspect and 0.25 <= pixel_aspect <= 4 else Fraction(1)  # others are mistakes
-    width, height = round(width * min(aspect, 1)), round(height / max(aspect, 1))
+    width, height = square_size(width, height, pixel_aspect)
     width, height = scaled_size(width, height, short_side) or (width, height)
     return max(width // 2 * 2, 2), max(height // 2 * 2, 2)
 
@@ -83,7 +85,7 @@ def _encode(source: str, temporary: str, short_side: int, crf: int) -> tuple[int
     with open_video(source, "pyav") as video:  # raises ReadError with its reason
         fps = Fraction(video.fps).limit_denominator(100000)
     written, lost, kept, previous, first = 0, [], {}, 0, 0
-    with av.open(checked_path(source), metadata_errors="ignore") as container, \
+    with open_container(checked_path(source)) as container, \
             av.open(temporary, "w", format="mp4", options={"movflags": "+faststart"}) as output:  # fmt: skip
         stream = container.streams.video[0]
         stream.codec_context.thread_count = 1
@@ -93,7 +95,7 @@ def _encode(source: str, temporary: str, short_side: int, crf: int) -> tuple[int
                 step = max(round(1 / (fps * stream.time_base)), 1)
             picture = _picture(frame, size)
             if written == 0:
-                encoder = _add_encoder(output, picture, fps, stream.time_base, crf)
+                encoder = _add_encoder(output, picture, stream, fps, crf)
             stamp = frame.dts if container.format.name == "avi" else frame.pts  # what AVI calls pts is not in display order
             if written and (stamp is None or stamp <= previous):  # no time stamps, or broken ones: goes on as before
                 stamp = previous + step
@@ -127,38 +129,39 @@ def _frames(container, stream, lost: list) -> Iterator:
         lost.append(None)
 
 
-def _add_encoder(output, picture, fps: Fraction, time_base: Fraction, crf: int):
-    """The video stream of an output, for pictures like this one."""
+def _add_encoder(output, picture, source, fps: Fraction, crf: int):
+    """The video stream of an output, for pictures like this one of the stream `source`."""
     encoder = output.add_stream("libx264", rate=fps, options={"crf": str(crf), "x264-params": X264})
-    encoder.width, encoder.height, encoder.pix_fmt = picture.width, picture.height, "yuv420p"
+    encoder.width, encoder.height, encoder.pix_fmt = picture.width, picture.height, picture.format.name
     context = encoder.codec_context
-    context.time_base, context.gop_size, context.max_b_frames, context.thread_count = time_base, GOP, B_FRAMES, 1
+    context.time_base, context.gop_size, context.max_b_frames, context.thread_count = source.time_base, GOP, B_FRAMES, 1
     context.colorspace, context.color_range = picture.colorspace, picture.color_range
-    context.color_primaries, context.color_trc = picture.color_primaries, picture.color_trc
+    context.color_primaries, context.color_trc = source.codec_context.color_primaries, source.codec_context.color_trc
     return encoder
 
 
 def _picture(frame, size: tuple[int, int]):
     """A decoded frame as a picture to encode: scaled to `size` (width, height), 8 bit 4:2:0, then upright."""
-    rgb = frame.format.is_rgb
-    picture = frame.reformat(*size, format="yuv420p", interpolation="BICUBIC", threads=1,
-                             dst_colorspace="ITU601" if rgb else None, dst_color_range="MPEG" if rgb else None)  # fmt: skip
-    if not frame.rotation:
+    full_range = frame.color_range == ColorRange.JPEG
+    rgb = {"dst_colorspace": "ITU601", "dst_color_range": "MPEG"} if frame.format.is_rgb else {}
+    layout = "yuvj420p" if full_range and not rgb else "yuv420p"  # the j: PyAV 16 goes by the name alone
+    picture = frame.reformat(*size, format=layout, interpolation="BICUBIC", **ON_ONE_THREAD, **rgb)
+    signs = orientation(frame)
+    if signs == UPRIGHT:
         return picture
-    (width, height), turns = size, frame.rotation // 90
+    width, height = size
     planes = np.split(picture.to_ndarray().reshape(-1), [width * height, width * height * 5 // 4])  # Y, and U and V of half the size
     shapes = [(height, width), (height // 2, width // 2), (height // 2, width // 2)]
-    turned = [np.rot90(plane.reshape(shape), turns) for plane, shape in zip(planes, shapes, strict=True)]
+    turned = [upright(plane.reshape(*shape, 1), signs) for plane, shape in zip(planes, shapes, strict=True)]
     flat = np.concatenate([plane.reshape(-1) for plane in turned])
-    upright = av.VideoFrame.from_ndarray(flat.reshape(-1, turned[0].shape[1]), format="yuv420p")
-    for name in ("colorspace", "color_range", "color_primaries", "color_trc"):
-        setattr(upright, name, getattr(picture, name))
-    return upright
+    shown = av.VideoFrame.from_ndarray(flat.reshape(-1, turned[0].shape[1]), format=picture.format.name)
+    shown.colorspace, shown.color_range = picture.colorspace, picture.color_range
+    return shown
 
 
 def _shown(frame, size: tuple[int, int]) -> np.ndarray:
     """What a reader should see of a frame: (H, W, 3) uint8 RGB, by a way of its own."""
-    return np.rot90(frame.reformat(*size, format="rgb24", interpolation="BICUBIC", threads=1).to_ndarray(), frame.rotation // 90)
+    return upright(to_rgb(VideoReformatter(), frame, *size), orientation(frame))
 
 
 def _verify(path: str, decoder: str, written: int, kept: dict[int, np.ndarray]) -> None:
@@ -180,7 +183,9 @@ def run_each(function: Callable, jobs: list[tuple], workers: int, seconds: float
     Yields (job's number, result, "") or (number, None, reason), as they come.
     """
     context, waiting, running = multiprocessing.get_context("forkserver"), iter(enumerate(jobs)), {}
-    context.set_forkserver_preload(["data.reencode"])  # imports once; a plain fork could inherit the locks of libraries' threads
+    # What takes long to import is imported once; a plain fork could inherit the locks of libraries' threads. Not this module itself:
+    # a process runs it again where it is the program (python -m), and warns if it is imported already.
+    context.set_forkserver_preload(["data.doctor", "data.pyav"])
     while True:
         for number, job in itertools.islice(waiting, workers - len(running)):
             here, there = context.Pipe(duplex=False)
@@ -287,13 +292,12 @@ def _report_gain(done: dict[str, str], decoder: str, short_side: int) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m data.reencode", allow_abbrev=False,
-                                     description="Convert videos once for training: small, a key frame every 16, no sound.")  # fmt: skip
+    parser = Parser("Convert videos once for training: small, a key frame every 16, no sound.", prog="python -m data.reencode")
     parser.add_argument("src", metavar="SRC", help="folder of videos, searched recursively, or a manifest (path[,label])")
     parser.add_argument("dst", metavar="DST", help="folder for the results, which keep SRC's structure")
     parser.add_argument("--short_side", type=int, default=256, help="reduce to this short side, never enlarge (default: %(default)s)")
     parser.add_argument("--crf", type=int, default=23, help="x264's quality, lower is better and larger (default: %(default)s)")
-    parser.add_argument("--decoder", choices=("decord", "pyav"), default="decord", help="reads back and measures (default: %(default)s)")
+    parser.add_argument("--decoder", choices=DECODERS, default="auto", help="reads back and measures (default: %(default)s)")
     parser.add_argument("--workers", type=int, default=0, help="files at a time (default: the cores this process may use)")
     args = parser.parse_args(argv)
     if args.short_side < 16 or args.short_side % 2:
@@ -302,7 +306,7 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"--crf {args.crf} must be 0 to 51, --workers {args.workers} at least 0")
     if "libx264" not in av.codecs_available:
         raise UserError(f"PyAV {av.__version__} has no libx264 encoder here: pip install --force-reinstall av (its wheels have it)")
-    args.workers = args.workers or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
+    args.workers = args.workers or usable_cores()
     paths, labels, root = _inputs(args.src, args.dst)
     _check_settings(args.dst, {"source": os.path.realpath(args.src), "short_side": args.short_side, "crf": args.crf})
     sources = list(dict.fromkeys(paths))

@@ -42,7 +42,7 @@ def sample_seed(*numbers: int) -> int:
 def seeded(seed: int):
     """Draw from torch's global CPU generator as if seeded with `seed`, and leave it as it was."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         yield
 
 

@@ -70,9 +70,11 @@ def inject(faults: list[dict], out: Path) -> None:
         return normalize(clips, *more) * torch.nan
 
     engine_pretrain.micro_step = micro_step
-    set_position = EpochSampler.set_position
+    set_updates = EpochSampler.set_updates
     if any(fault["do"] == "no offset" for fault in faults):
-        EpochSampler.set_position = lambda self, epoch, done: set_position(self, epoch, 0)
+        EpochSampler.set_updates = lambda self, first, last: set_updates(
+            self, first - first % self.updates_per_epoch, last
+        )
     for fault in faults:
         if fault["do"] == "in validation":
             validation_loss = pretrain.validation_loss

@@ -17,6 +17,7 @@ from make_videos import frame_number, numbered_frame, write_folder, write_video
 from data import reencode
 from data.decode import ReadError, open_video
 from data.index import read_manifest
+from data.pyav import VERSION
 from data.reencode import main, output_size, run_each, target_names
 from util.dist import UserError
 
@@ -139,6 +140,7 @@ def test_b_frames_in_avi_and_no_time_stamps_at_all_become_even(tmp_path):
         assert numbers(tmp_path / "dst" / name) == list(range(30))
 
 
+@pytest.mark.skipif(VERSION < 17, reason="PyAV 16 cannot write a rotation")
 @pytest.mark.parametrize("rotation", [90, 180, 270])
 def test_rotation_goes_into_the_pixels(tmp_path, rotation):
     (tmp_path / "src").mkdir()
@@ -276,3 +278,11 @@ def test_bad_input_is_one_line(tmp_path):
     for manifest, said in ((src / "manifest.csv", "overwritten"), (tmp_path / "list.csv", "is a source")):
         with pytest.raises(UserError, match=said):
             main([str(manifest), str(src)])
+
+
+def test_the_program_prints_no_warnings(tmp_path):
+    write_folder(tmp_path / "src", videos=2)
+    command = [sys.executable, "-W", "always", "-m", "data.reencode", str(tmp_path / "src"), str(tmp_path / "dst"), "--workers", "2"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    warnings = [line for line in done.stderr.splitlines() if "Warning" in line]
+    assert done.returncode == 0 and warnings == []
