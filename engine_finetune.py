@@ -95,11 +95,11 @@ def train_one_epoch(model: nn.Module, batches, optimizer, scaler, args, plan: Pl
     """Train from the update that `saver` is at to the end of its epoch, or of the run; as engine_pretrain.train_one_epoch, for classes.
 
     Returns the epoch's means over all ranks: train_loss, train_acc1 (percent; of mixed clips, the heavier class), train_lr,
-    train_grad_norm, and the number of skipped_steps. Raises Stopped.
+    train_grad_norm, and the numbers of skipped_steps and replaced_frames. Raises Stopped.
     """
     model.train()
     tally, (clock, last) = saver.tally, saver.begin_epoch()
-    window, files = torch.zeros(2, device=place.device), []
+    window, replaced, files = torch.zeros(2, device=place.device), torch.zeros((), device=place.device), []
     for micro, batch in enumerate(batches if saver.step < last else (), 1):
         clock.start()
         run.check_batch(batch, plan.bad_limit)
@@ -111,18 +111,19 @@ def train_one_epoch(model: nn.Module, batches, optimizer, scaler, args, plan: Pl
         torch.manual_seed(sample_seed(args.seed, saver.step * args.accum_iter + (micro - 1) % args.accum_iter, place.rank, 4))
         with contextlib.nullcontext() if closing or place.world_size == 1 else model.no_sync():
             window = window + micro_step(model, batch, recipe, scaler, args, plan.amp) / args.accum_iter
-        files = files + batch["paths"]
+        replaced, files = replaced + batch["replaced"].sum(), files + batch["paths"]
         if closing:
             norm, skipped = update(optimizer, scaler, args.clip_grad)
-            tally.add(torch.cat([window, norm[None]]), skipped, files)
-            window, files = torch.zeros(2, device=place.device), []
-            saver.after_update(args.accum_iter * batch["clips"].shape[:2].numel(), clock)
+            tally.add(torch.cat([window, norm[None]]), skipped, replaced, files)
+            window, replaced, files = torch.zeros_like(window), torch.zeros_like(replaced), []
+            saver.after_update(args.accum_iter * batch["clips"].shape[:2].numel())
         clock.stop()
         if saver.step == last:
             break
     means = tally.means("epoch")
     return {"train_loss": means["loss"], "train_acc1": means["acc1"], "train_lr": plan.learning_rate(saver.step - 1, args),
-            "train_grad_norm": means["grad_norm"], "skipped_steps": means["skipped"]}  # fmt: skip
+            "train_grad_norm": means["grad_norm"], "skipped_steps": means["skipped"],
+            "replaced_frames": means["replaced"]}  # fmt: skip
 
 
 @torch.no_grad()
@@ -301,8 +302,11 @@ def run(args, place: Place, model: nn.Module, config: dict, task: Task, path: Pa
             batches = saver.interruptible(task.val_batches())
             scores = evaluate(model, batches, args.batch_size_per_gpu, config, amp, task.still_frames)
             best, saver.best = saver.best, max(saver.best, scores.acc1)
-            print0(f"epoch {epoch}: train top-1 {record['train_acc1']:.2f} %, validation top-1 {scores.acc1:.2f} % (best {saver.best:.2f} %), "
-                   f"top-5 {scores.acc5:.2f} %, loss {scores.loss:.4f}, {len(scores.labels)} samples")  # fmt: skip
+            files.epoch_line(
+                f"epoch {epoch}: train top-1 {record['train_acc1']:.2f} %, validation top-1 {scores.acc1:.2f} % (best {saver.best:.2f} %), "
+                f"top-5 {scores.acc5:.2f} %, loss {scores.loss:.4f}, {len(scores.labels)} samples",
+                last=saver.step >= plan.total_steps,
+            )
             if scores.acc1 > best:
                 report(scores, task, config["num_classes"], files, epoch)
                 saver.best = saver.best if saver.save(epoch, files.best) else best  # not written: the next best one is

@@ -29,11 +29,11 @@ def train_one_epoch(model: nn.Module, batches, optimizer, scaler, args, plan: Pl
 
     batches: the rest of the epoch's loader batches, on the device; model: plain or wrapped in DDP. The host waits for the
     device at logging updates (every --log_every) and when saving only. Returns the epoch's means over all ranks, interruptions
-    included: train_loss, train_lr, train_grad_norm, and the number of skipped_steps. Raises Stopped.
+    included: train_loss, train_lr, train_grad_norm, and the numbers of skipped_steps and replaced_frames. Raises Stopped.
     """
     model.train()
     tally, (clock, last) = saver.tally, saver.begin_epoch()
-    loss, files = torch.zeros((), device=place.device), []
+    loss, replaced, files = torch.zeros((), device=place.device), torch.zeros((), device=place.device), []
     for micro, batch in enumerate(batches if saver.step < last else (), 1):
         clock.start()
         run.check_batch(batch, plan.bad_limit)
@@ -44,15 +44,15 @@ def train_one_epoch(model: nn.Module, batches, optimizer, scaler, args, plan: Pl
             set_learning_rate(optimizer, plan.learning_rate(saver.step, args))
         with contextlib.nullcontext() if closing or place.world_size == 1 else model.no_sync():
             loss = loss + micro_step(model, batch, scaler, args, plan.amp)
-        files = files + batch["paths"]
+        replaced, files = replaced + batch["replaced"].sum(), files + batch["paths"]
         if closing:
             norm, skipped = update(optimizer, scaler, args.clip_grad)
-            tally.add(torch.stack([loss / args.accum_iter, norm]), skipped, files)
-            loss, files = torch.zeros((), device=place.device), []
-            saver.after_update(args.accum_iter * batch["noise"].shape[:2].numel(), clock)
+            tally.add(torch.stack([loss / args.accum_iter, norm]), skipped, replaced, files)
+            loss, replaced, files = torch.zeros_like(loss), torch.zeros_like(replaced), []
+            saver.after_update(args.accum_iter * batch["noise"].shape[:2].numel())
         clock.stop()
         if saver.step == last:
             break
     means = tally.means("epoch")
     return {"train_loss": means["loss"], "train_lr": plan.learning_rate(saver.step - 1, args), "train_grad_norm": means["grad_norm"],
-            "skipped_steps": means["skipped"]}  # fmt: skip
+            "skipped_steps": means["skipped"], "replaced_frames": means["replaced"]}  # fmt: skip

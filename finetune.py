@@ -20,13 +20,14 @@ from data.transforms import VIDEO_MEAN, VIDEO_STD, train_transform, view_transfo
 from engine_finetune import Task
 from util import args as flags
 from util import dist
+from util.cli import positive
 from util.dist import UserError, print0
 from util.saver import digest
 
 
-def get_parser() -> flags.Parser:
+def get_parser() -> flags.ScriptParser:
     """The flags of this script."""
-    parser = flags.Parser(__doc__, retired=("--bias_wd",))
+    parser = flags.ScriptParser(__doc__, retired=("--bias_wd",))
     model = flags.add_model(parser, model="vit_large_patch16", num_frames=32)
     optimisation = flags.add_optimisation(parser, epochs=50, batch_size=64, effective=f"{flags.EFFECTIVE} * repeat_aug")
     flags.add_classifier(model, optimisation, smoothing=0.1)
@@ -35,7 +36,7 @@ def get_parser() -> flags.Parser:
     group.add_argument("--val_dir", default="", help="validation videos, the same subfolders")
     group.add_argument("--train_csv", default="", help="a manifest (path,label per line) instead of --train_dir")
     group.add_argument("--val_csv", default="", help="a manifest instead of --val_dir")
-    group.add_argument("--test_num_clips", type=flags.positive, default=1, help="with --eval: time windows per video (default: %(default)s)")
+    group.add_argument("--test_num_clips", type=positive, default=1, help="with --eval: time windows per video (default: %(default)s)")
     group.add_argument("--test_num_crops", type=int, choices=(1, 3), default=1, help="with --eval: crops per window (default: %(default)s)")
     flags.add_eval(flags.add_run(parser))
     flags.add_system(parser)
@@ -89,7 +90,7 @@ def build_task(args, place: dist.Place, train, val, classes: list[str]) -> Task:
     known = {kind: args.val_csv if only_reads else Path(args.datafile_dir, f"{args.save_prefix}_{kind}.csv") for kind in ("train", "val")}
     clips, crops = (args.test_num_clips, args.test_num_crops) if args.eval else (1, 1)
     views = ViewDataset(paths=val[0], labels=val[1], num_views=clips, transform=view_transform(args.img_size, crops),
-                        rows=probe.load(known["val"], val[0]), **shared)  # fmt: skip
+                        known=probe.load(known["val"], val[0]), **shared)  # fmt: skip
     val_batches = eval_feed(views, max(1, args.batch_size_per_gpu // (clips * crops)), args, place)
     task = Task(classes, val[0], val_batches, clips * crops, val[1])
     if only_reads:
@@ -98,7 +99,7 @@ def build_task(args, place: dist.Place, train, val, classes: list[str]) -> Task:
                                 flags.augmentation(args))  # fmt: skip
     dataset = ClipDataset(paths=train[0], labels=train[1], repeat_aug=args.repeat_aug, repeat_windows=args.repeat_windows,
                           transform=transform, seed=args.seed, noise_tokens=0,
-                          rows=probe.load(known["train"], train[0]), **shared)  # fmt: skip
+                          known=probe.load(known["train"], train[0]), **shared)  # fmt: skip
     updates_per_epoch, train_batches = train_feed(dataset, args, place)
     return task._replace(data=digest(*train), updates_per_epoch=updates_per_epoch, train_batches=train_batches, repeats=args.repeat_aug)
 

@@ -17,13 +17,14 @@ from data.transforms import IMAGE_MEAN, IMAGE_STD, image_transform
 from engine_finetune import Task
 from util import args as flags
 from util import dist
+from util.cli import fraction
 from util.dist import UserError, print0
 from util.saver import digest
 
 
-def get_parser() -> flags.Parser:
+def get_parser() -> flags.ScriptParser:
     """The flags of this script."""
-    parser = flags.Parser(__doc__, retired=("--bias_wd",))
+    parser = flags.ScriptParser(__doc__, retired=("--bias_wd",))
     model = flags.add_model(parser, model="vit_large_patch16", num_frames=32)
     model.add_argument("--static_clip", choices=("exact", "folded"), default="exact",
                        help="repeat the image, or embed it once by weights summed over time: same result, less work (default: exact)")  # fmt: skip
@@ -31,7 +32,7 @@ def get_parser() -> flags.Parser:
     group = parser.add_argument_group("data (changes results)")
     group.add_argument("--train_data_path", default="", help="training images, one subfolder per class")
     group.add_argument("--val_data_path", default="", help="validation images, the same subfolders")
-    group.add_argument("--frac_retained", type=flags.fraction, default=1.0, help="train on this part of each class (default: %(default)s)")
+    group.add_argument("--frac_retained", type=fraction, default=1.0, help="train on this part of each class (default: %(default)s)")
     flags.add_shared_data(group)
     flags.add_eval(flags.add_run(parser))
     flags.add_system(parser)

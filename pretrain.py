@@ -25,20 +25,21 @@ from models_mae import MASK_TYPES, MaskedAutoencoderViT
 from models_vit import choose_attention, named_size
 from util import args as flags
 from util import checkpoint, dist, stop
+from util.cli import fraction, natural, positive
 from util.dist import UserError, print0
 from util.optim import Plan, amp_dtype, make_optimizer, pretrain_groups
 from util.saver import Saver, digest
 from util.tracking import Run, Tally, say_versions
 
 
-def get_parser() -> flags.Parser:
+def get_parser() -> flags.ScriptParser:
     """The flags of this script."""
-    parser = flags.Parser(__doc__)
+    parser = flags.ScriptParser(__doc__)
     group = flags.add_model(parser, model="mae_vit_large_patch16", num_frames=16)
-    group.add_argument("--decoder_embed_dim", type=flags.positive, default=512, help="(default: %(default)s)")
-    group.add_argument("--decoder_depth", type=flags.positive, default=8, help="(default: %(default)s)")
-    group.add_argument("--decoder_num_heads", type=flags.positive, default=16, help="(default: %(default)s)")
-    group.add_argument("--pred_t_dim", type=flags.positive, default=16, help="frames to predict per clip (default: %(default)s)")
+    group.add_argument("--decoder_embed_dim", type=positive, default=512, help="(default: %(default)s)")
+    group.add_argument("--decoder_depth", type=positive, default=8, help="(default: %(default)s)")
+    group.add_argument("--decoder_num_heads", type=positive, default=16, help="(default: %(default)s)")
+    group.add_argument("--pred_t_dim", type=positive, default=16, help="frames to predict per clip (default: %(default)s)")
     group.add_argument("--mask_ratio", type=float, default=0.9, help="share of tokens hidden (default: %(default)s)")
     group.add_argument("--mask_type", choices=MASK_TYPES, default="random", help="(default: %(default)s)")
     group.add_argument("--norm_pix_loss", action=flags.SWITCH, default=False, help="normalise each patch's target pixels (default: off)")
@@ -48,18 +49,18 @@ def get_parser() -> flags.Parser:
     group = flags.add_video(parser, sampling_rate=4, repeat_aug=4, scales=(0.5, 1.0))
     group.add_argument("--data_dirs", nargs="+", default=[], help="folders of videos, searched recursively")
     group.add_argument("--data_csv", default="", help="a manifest (path[,label] per line) instead of --data_dirs")
-    group.add_argument("--data_frac", type=flags.fraction, default=1.0, help="use the first part of the sorted videos (default: %(default)s)")
+    group.add_argument("--data_frac", type=fraction, default=1.0, help="use the first part of the sorted videos (default: %(default)s)")
     group = flags.add_run(parser)
     group.add_argument("--val_dirs", nargs="+", default=[], help="folders of videos for a validation loss: centre clip and crop, fixed masks")
     group.add_argument("--val_csv", default="", help="a manifest instead of --val_dirs")
     group.add_argument("--probe_dir", default="", metavar="DIR",
                        help="labelled videos, DIR/train/CLASS and DIR/val/CLASS: frozen features of train classify val (k-NN, linear)")  # fmt: skip
-    group.add_argument("--val_every", type=flags.positive, default=1, help="epochs between validations and probes (default: %(default)s)")
-    group.add_argument("--recon_every", type=flags.natural, default=5, help="epochs between reconstruction pictures, 0 = none (default: %(default)s)")
+    group.add_argument("--val_every", type=positive, default=1, help="epochs between validations and probes (default: %(default)s)")
+    group.add_argument("--recon_every", type=natural, default=5, help="epochs between reconstruction pictures, 0 = none (default: %(default)s)")
     group.add_argument("--visualize", default="", metavar="CKPT",
                        help="no training: pictures of what this checkpoint predicts on --data_dirs; model, spacing, mask are its run's")  # fmt: skip
     group.add_argument("--visualize_masks", nargs="+", default=[], metavar="TYPE:RATIO", help="masks to show (default: --mask_type:--mask_ratio)")
-    group.add_argument("--visualize_clips", type=flags.positive, default=4, help="videos to show, evenly spread (default: %(default)s)")
+    group.add_argument("--visualize_clips", type=positive, default=4, help="videos to show, evenly spread (default: %(default)s)")
     flags.add_system(parser)
     return parser
 
@@ -118,7 +119,7 @@ def build_data(args, paths: list[str], num_tokens: int) -> ClipDataset:
         paths=paths, labels=None, num_frames=args.num_frames, sampling_rate=args.sampling_rate, target_fps=args.target_fps,
         repeat_aug=args.repeat_aug, repeat_windows=args.repeat_windows, decoder=args.decoder, seed=args.seed, noise_tokens=num_tokens,
         transform=train_transform(args.img_size, args.jitter_scales_relative, args.jitter_aspect_relative, args.flip, args.color_jitter),
-        short_side=decoded_side(args), rows=load_index(Path(args.datafile_dir, f"{args.save_prefix}_train.csv"), paths),
+        short_side=decoded_side(args), known=load_index(Path(args.datafile_dir, f"{args.save_prefix}_train.csv"), paths),
     )  # fmt: skip
 
 
@@ -158,8 +159,6 @@ def validate(measures: list[tuple[Callable, Callable]], saver: Saver) -> dict:
     results = {}
     for batches, measure in measures:
         results |= measure(saver.interruptible(batches()))
-    if results:
-        print0("  ".join(f"{name} {value:.4g}" for name, value in results.items()))
     return results
 
 
@@ -222,7 +221,10 @@ def main(argv: list[str] | None = None) -> None:
             record = train_one_epoch(wrapped, batches(epoch, done), optimizer, scaler, args, plan, run, place, saver)
             record["unreadable_videos"] = run.gather_unreadable()
             last = saver.step >= plan.total_steps
-            record |= validate(validations, saver) if last or (epoch + 1) % args.val_every == 0 else {}
+            if validations and (last or (epoch + 1) % args.val_every == 0):
+                results = validate(validations, saver)
+                record |= results
+                run.epoch_line(f"epoch {epoch}: " + "  ".join(f"{name} {value:.4g}" for name, value in results.items()), last)
             if args.recon_every and (last or (epoch + 1) % args.recon_every == 0):
                 gallery.save_picture(model, dataset, args, plan.amp, run, epoch, place.device)
             saver.close_epoch(record)

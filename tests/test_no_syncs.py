@@ -51,6 +51,6 @@ def test_finetuning_step(monkeypatch):
     forbid_reads(monkeypatch)
     sums = engine_finetune.micro_step(model, batch, recipe, scaler, args, torch.float32)
     norm, skipped = update(optimizer, scaler, 1.0)
-    tally.add(torch.cat([sums, norm[None]]), skipped, ["a.mp4"])
+    tally.add(torch.cat([sums, norm[None]]), skipped, torch.zeros(()), ["a.mp4"])
     monkeypatch.undo()
     assert norm.item() > 0 and skipped.item() == 0

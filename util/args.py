@@ -6,7 +6,8 @@ Flags that may change results stand in the groups "model", "optimisation" and "d
 import argparse
 import os
 
-from util.dist import UserError, local_world_size, print0
+from util.cli import Parser, at_least_two, natural, positive
+from util.dist import UserError, local_world_size, print0, usable_cores
 
 RETIRED = (
     "--local_rank", "--dist_url", "--world_size", "--dist_on_itp", "--no_env", "--cpu_mix", "--beta", "--resplit",
@@ -16,52 +17,18 @@ EFFECTIVE = "batch_size_per_gpu * accum_iter * processes"
 SWITCH = argparse.BooleanOptionalAction  # --x / --no-x
 
 
-class Parser(argparse.ArgumentParser):
-    """An argument parser without abbreviations that reports a bad command as a UserError. retired: more flags without effect."""
+class ScriptParser(Parser):
+    """The parser of one of the three scripts, which accepts flags of the ancestors that have no effect any more."""
 
     def __init__(self, description: str, retired: tuple[str, ...] = ()):
-        super().__init__(
-            usage="%(prog)s [--flag value ...]", description=description, allow_abbrev=False,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
+        """retired: flags without effect beside RETIRED."""
+        super().__init__(description)
         self.retired = RETIRED + retired
         for flag in self.retired:
             self.add_argument(flag, nargs="*", help=argparse.SUPPRESS)
 
-    def error(self, message: str):
-        """Called by argparse for a bad command line."""
-        raise UserError(f"{message} ({self.prog} --help lists the flags)")
 
-
-def positive(text: str) -> int:
-    """An integer of at least 1."""
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive whole number")
-    return int(text)
-
-
-def natural(text: str) -> int:
-    """An integer of at least 0."""
-    if int(text) < 0:
-        raise argparse.ArgumentTypeError(f"{text} is negative")
-    return int(text)
-
-
-def at_least_two(text: str) -> int:
-    """An integer of at least 2."""
-    if int(text) < 2:
-        raise argparse.ArgumentTypeError(f"{text} is less than 2: the newest may be damaged")
-    return int(text)
-
-
-def fraction(text: str) -> float:
-    """A number in (0, 1]."""
-    if not 0 < float(text) <= 1:
-        raise argparse.ArgumentTypeError(f"{text} does not lie in (0, 1]")
-    return float(text)
-
-
-def add_model(parser: Parser, *, model: str, num_frames: int) -> argparse._ArgumentGroup:
+def add_model(parser: ScriptParser, *, model: str, num_frames: int) -> argparse._ArgumentGroup:
     """Architecture flags that all scripts have. Returns the group, for the script's own."""
     group = parser.add_argument_group("model (changes results)")
     group.add_argument("--model", default=model, help="named size, see SIZES in models_vit.py (default: %(default)s)")
@@ -75,7 +42,7 @@ def add_model(parser: Parser, *, model: str, num_frames: int) -> argparse._Argum
     return group
 
 
-def add_optimisation(parser: Parser, *, epochs: int, batch_size: int, effective: str = EFFECTIVE) -> argparse._ArgumentGroup:
+def add_optimisation(parser: ScriptParser, *, epochs: int, batch_size: int, effective: str = EFFECTIVE) -> argparse._ArgumentGroup:
     """Schedule and optimizer flags. `effective` names the factors of the effective batch, for the help text."""
     group = parser.add_argument_group("optimisation (changes results)")
     group.add_argument("--epochs", type=positive, default=epochs, help="passes over the data (default: %(default)s)")
@@ -127,7 +94,7 @@ def add_shared_data(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--max_bad_frac", type=float, default=0.1, help="stop when more of the files cannot be read (default: %(default)s)")
 
 
-def add_video(parser: Parser, *, sampling_rate: int, repeat_aug: int, scales: tuple[float, float]) -> argparse._ArgumentGroup:
+def add_video(parser: ScriptParser, *, sampling_rate: int, repeat_aug: int, scales: tuple[float, float]) -> argparse._ArgumentGroup:
     """Flags of the video pipeline."""
     group = parser.add_argument_group("data (changes results)")
     group.add_argument("--sampling_rate", type=positive, default=sampling_rate, help="distance of frames at --target_fps (default: %(default)s)")
@@ -139,13 +106,13 @@ def add_video(parser: Parser, *, sampling_rate: int, repeat_aug: int, scales: tu
     group.add_argument("--jitter_scales_relative", **span, default=scales, help="area of the crop (default: %(default)s)")
     group.add_argument("--jitter_aspect_relative", **span, default=(0.75, 1.3333), help="aspect of the crop (default: %(default)s)")
     group.add_argument("--color_jitter", type=float, default=0.0, help="strength of colour jitter, 0 = off (default: %(default)s)")
-    group.add_argument("--decoder", choices=("decord", "pyav"), default="decord", help="(default: %(default)s)")
+    group.add_argument("--decoder", choices=("auto", "pyav", "decord"), default="auto", help="auto is pyav, which is faster (default: %(default)s)")
     add_shared_data(group)
-    group.add_argument("--datafile_dir", default="./datafiles", help="where the manifests go (default: %(default)s)")
+    group.add_argument("--datafile_dir", help="where the manifests go (default: --output_dir)")
     return group
 
 
-def add_run(parser: Parser) -> argparse._ArgumentGroup:
+def add_run(parser: ScriptParser) -> argparse._ArgumentGroup:
     """Flags about the files of a run."""
     group = parser.add_argument_group("run (should not change results)")
     group.add_argument("--output_dir", default="./output_dir", help="checkpoints, log, TensorBoard, pictures (default: %(default)s)")
@@ -162,7 +129,7 @@ def add_run(parser: Parser) -> argparse._ArgumentGroup:
     return group
 
 
-def add_system(parser: Parser) -> argparse._ArgumentGroup:
+def add_system(parser: ScriptParser) -> argparse._ArgumentGroup:
     """Flags about the machine."""
     group = parser.add_argument_group("system (should not change results, up to rounding)")
     group.add_argument("--device", help="cuda or cpu (default: cuda if there is one)")
@@ -178,7 +145,7 @@ def add_system(parser: Parser) -> argparse._ArgumentGroup:
     return group
 
 
-def parse(parser: Parser, argv: list[str] | None) -> argparse.Namespace:
+def parse(parser: ScriptParser, argv: list[str] | None) -> argparse.Namespace:
     """Parse a command line and fill in the defaults that depend on the machine. Raises UserError."""
     args = parser.parse_args(argv)
     for flag in parser.retired:
@@ -187,9 +154,10 @@ def parse(parser: Parser, argv: list[str] | None) -> argparse.Namespace:
     args.save_prefix = args.save_prefix or args.model
     if os.path.basename(args.save_prefix) != args.save_prefix:
         raise UserError(f"--save_prefix {args.save_prefix!r} must be a file name, not a path: the folder is --output_dir")
+    if vars(args).get("datafile_dir", "") is None:  # the image script has no manifests
+        args.datafile_dir = args.output_dir
     if args.num_workers is None:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        args.num_workers = max(1, min(16, cores // local_world_size()))
+        args.num_workers = max(1, min(16, usable_cores() // local_world_size()))
     return args
 
 

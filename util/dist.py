@@ -16,6 +16,7 @@ import torch.distributed as dist
 from util import stop
 
 OWN_PACKAGES = ("util", "data")
+_terminal = {"progress": False}  # whether its last line is a progress line
 PEAK_TFLOPS = {"H200": 989, "H100": 989, "A100": 312}  # dense bf16 or fp16, from the datasheets of the SXM boards
 
 
@@ -69,15 +70,40 @@ def local_world_size() -> int:
     return _environment("LOCAL_WORLD_SIZE", 1)
 
 
-def print0(*values: object, end: str = "\n", sep: str = " ") -> None:
+def usable_cores() -> int:
+    """How many cores this process may use; macOS cannot say, and has them all."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def print0(*values: object, sep: str = " ") -> None:
     """Print on rank 0 only, at once."""
     if rank() == 0:
-        print(*values, end=end, sep=sep, flush=True)
+        end_progress()
+        print(*values, sep=sep, flush=True)
 
 
 def print_here(*values: object) -> None:
     """Print on whichever rank this is: for what concerns only one of them."""
+    end_progress()
     print(*values, file=sys.stderr, flush=True)
+
+
+def show_progress(line: str) -> None:
+    """Show how far the work is, on rank 0: a terminal's line replaces the one before, a file gets each."""
+    if rank() != 0:
+        return
+    if sys.stdout.isatty():
+        print(f"\r\033[K{line}", end="", flush=True)
+        _terminal["progress"] = True
+    else:
+        print(line, flush=True)
+
+
+def end_progress() -> None:
+    """End a terminal's progress line, if there is one, so that what follows begins a line of its own."""
+    if _terminal["progress"]:
+        print(flush=True)
+        _terminal["progress"] = False
 
 
 def _first_host(nodelist: str) -> str:
@@ -222,6 +248,7 @@ def run_script(main) -> None:
         main()
     except UserError as error:
         if rank() == 0 or error.this_rank_only:
+            end_progress()
             print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
     except ModuleNotFoundError as error:
@@ -232,4 +259,5 @@ def run_script(main) -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     finally:
+        end_progress()
         cleanup()

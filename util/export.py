@@ -16,6 +16,7 @@ from torch import Tensor
 
 from util import importer
 from util.checkpoint import save, short
+from util.cli import Parser
 from util.dist import UserError, print0
 
 RUN_STATE = ("optimizer", "scaler")  # what a converted file leaves behind
@@ -95,7 +96,7 @@ def count(tensors: dict[str, Tensor]) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     """The command line. Raises UserError for bad input."""
-    parser = argparse.ArgumentParser(prog="python -m util.checkpoint", allow_abbrev=False, description="Convert or inspect a checkpoint file.")
+    parser = Parser("Convert or inspect a checkpoint file.", prog="python -m util.checkpoint")
     parser.add_argument("command", choices=("convert", "inspect"), help="write it in our layout, without the optimizer; or say what is in it")
     parser.add_argument("source", metavar="IN", help="a checkpoint of any family: a file, or a folder with model.safetensors")
     parser.add_argument("target", metavar="OUT", nargs="?", help="convert: the .pth to write, or for safetensors the folder; it must not exist")

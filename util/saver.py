@@ -42,7 +42,8 @@ class Saver:
         self.args, self.model, self.optimizer, self.scaler, self.plan, self.run = args, model, optimizer, scaler, plan, run
         self.config, self.data, self.tally, self.best = config, data, tally, best
         self.step = self.samples = self.first = self.saved_at = self.tried_at = 0  # first: updates when this process began
-        self.logged, self.saved_time, self.ballot = 0, time.monotonic(), stop.Ballot()
+        self.logged, self.clock = 0, StallClock(tally.device)  # logged: updates at the last progress line
+        self.saved_time, self.ballot = time.monotonic(), stop.Ballot()
         self.global_batch = args.batch_size_per_gpu * args.accum_iter * world_size()
 
     def resume(self, path: Path | None) -> None:
@@ -57,7 +58,7 @@ class Saver:
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise UserError(f"{path} does not fit ({checkpoint.reason(error)}): --layer_decay, --weight_decay, --bias_wd and --freeze_backbone "
                                 f"must group the parameters as in that run") from error  # fmt: skip
-            self.first = self.saved_at = self.tried_at = self.step
+            self.first = self.saved_at = self.tried_at = self.logged = self.step
             print0(f"resumed from {path} at update {self.step}")
         self.run.begin(self.step, self.tally.updates > 0)
 
@@ -115,20 +116,25 @@ class Saver:
         return self.step < self.plan.total_steps or self.tally.updates > 0
 
     def begin_epoch(self) -> tuple[StallClock, int]:
-        """A clock for what remains of the epoch under way, and the updates done in the run when it ends."""
-        self.logged = self.step
-        return StallClock(self.tally.device), self.plan.end_of_epoch(self.position()[0])
+        """The clock of the run, and the updates done in the run when the epoch under way ends."""
+        self.clock.resume()
+        return self.clock, self.plan.end_of_epoch(self.position()[0])
 
-    def after_update(self, clips: int, clock: StallClock) -> None:
+    def after_update(self, clips: int) -> None:
         """Count an update, of so many clips on this rank; print a log line and save if it is time. Raises Stopped. A collective call, as
         all that follow."""
         args, plan = self.args, self.plan
         self.step, self.samples = self.step + 1, self.samples + self.global_batch
-        if self.step % args.log_every == 0 or self.step % plan.steps_per_epoch == 0 or self.step == plan.total_steps:
+        ends_epoch = self.step % plan.steps_per_epoch == 0
+        due = self.step % args.log_every == 0 or self.step == plan.total_steps
+        if due or ends_epoch:
             self.tally.read(self.run, self.step, args.max_bad_steps)
+        if due or (ends_epoch and self.run.line_is_due()):
             values = {**self.tally.means("line"), "lr": plan.learning_rate(self.step - 1, args)}
-            self.run.progress(self.step, plan, values, (self.step - self.logged) * clips * world_size(), clock, self.tally.device)
+            self.run.progress(self.step, plan, values, (self.step - self.logged) * clips * world_size(), self.clock, self.tally.device)
             self.logged = self.step
+        if ends_epoch:
+            self.clock.pause()
         seconds = args.checkpoint_every_minutes * 60
         overdue = rank() == 0 and seconds > 0 and time.monotonic() - self.saved_time >= seconds
         stopping, overdue = self.ballot.later(stop.asked_by() != "", overdue)

@@ -4,6 +4,7 @@ import contextlib
 import csv
 import json
 import os
+import platform
 import resource
 import subprocess
 import sys
@@ -16,9 +17,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from util import checkpoint
-from util.dist import UserError, gather_objects, on_rank0, peak_flops, print0, rank, sum_over_ranks, world_size
+from util import __version__, checkpoint
+from util.dist import UserError, gather_objects, on_rank0, peak_flops, print0, rank, show_progress, sum_over_ranks, world_size
 from util.optim import Plan
+
+COUNTS = ("updates", "skipped", "shares", "replaced")  # shares: updates of a rank that were not skipped; replaced: frames
+LONG_SECONDS = 10  # an epoch that takes less gets no line of its own
 
 
 class StallClock:
@@ -30,7 +34,7 @@ class StallClock:
 
     def __init__(self, device: torch.device):
         self.cuda = device.type == "cuda"
-        self.marks = [[self._mark(), None]]  # [work handed over, next batch here]
+        self.marks, self.counted = [], 0.0  # marks: [work handed over, next batch here]; counted: seconds before the last pause
         self.since = time.perf_counter()
 
     def _mark(self):
@@ -48,12 +52,22 @@ class StallClock:
         """The next batch is here."""
         self.marks[-1][1] = self._mark()
 
+    def pause(self) -> None:
+        """Stop counting: what follows is no training (the end of an epoch, a validation)."""
+        self.counted += time.perf_counter() - self.since
+        self.marks = [mark for mark in self.marks if mark[1] is not None]
+
+    def resume(self) -> None:
+        """Begin to count, or go on; what follows is waiting for data."""
+        self.since = time.perf_counter()
+        self.stop()
+
     def read(self) -> tuple[float, float]:
         """Seconds since the last reading, and the share of them spent waiting. On CUDA after a synchronisation only."""
         closed = [mark for mark in self.marks if mark[1] is not None]
         idle = sum(begin.elapsed_time(end) / 1000 if self.cuda else end - begin for begin, end in closed)
         now = time.perf_counter()
-        seconds, self.since = now - self.since, now
+        seconds, self.since, self.counted = self.counted + now - self.since, now, 0.0
         self.marks = [mark for mark in self.marks if mark[1] is None]
         return seconds, min(idle / max(seconds, 1e-9), 1.0)
 
@@ -75,22 +89,24 @@ class Tally:
     def __init__(self, names: tuple[str, ...], device: torch.device):
         """names: of what is summed; what an update adds has as many values."""
         self.names, self.device, self.streak = names, device, 0  # streak: skipped updates in a row
-        self.on_device = torch.zeros(len(names), dtype=torch.float64, device=device)
+        self.on_device = torch.zeros(len(names) + 1, dtype=torch.float64, device=device)  # the last: replaced frames
         self.unread: list[tuple[Tensor, list[str]]] = []  # of each update since the last reading: skipped (0. or 1.), this rank's files
         self.forget()
 
     def forget(self) -> None:
         """Begin an epoch."""
-        self.sums = {part: dict.fromkeys((*self.names, "updates", "skipped", "shares"), 0.0) for part in ("epoch", "line")}
+        self.sums = {part: dict.fromkeys((*self.names, *COUNTS), 0.0) for part in ("epoch", "line")}
 
     @property
     def updates(self) -> int:
         """Updates of this epoch so far."""
         return int(self.sums["epoch"]["updates"]) + len(self.unread)
 
-    def add(self, values: Tensor, skipped: Tensor, files: list[str]) -> None:
-        """An update: values (len(names),), and whether it was skipped (0. or 1.), both on the device; the files that this rank fed it."""
-        self.on_device += values.double().where(skipped == 0, values.new_zeros((), dtype=torch.float64))
+    def add(self, values: Tensor, skipped: Tensor, replaced: Tensor, files: list[str]) -> None:
+        """An update: values (len(names),), whether it was skipped (0. or 1.), and how many frames of its clips could not be
+        decoded, all on the device; the files that this rank fed it."""
+        used = values.double().where(skipped == 0, values.new_zeros((), dtype=torch.float64))
+        self.on_device += torch.cat([used, replaced.double()[None]])
         self.unread.append((skipped, files))
 
     def read(self, run: "Run", step: int, max_bad_steps: int) -> None:
@@ -102,13 +118,14 @@ class Tally:
             return
         flags = torch.stack([skipped for skipped, _ in self.unread])
         values = sum_over_ranks(torch.cat([self.on_device, flags.double()])).tolist()
-        first, values, flags = step - len(self.unread) + 1, values[: len(self.names)], values[len(self.names) :]
+        count = len(self.names)
+        first, values, replaced, flags = step - len(self.unread) + 1, values[:count], values[count], values[count + 1 :]
         bad = {first + place: self.unread[place][1] for place, flag in enumerate(flags) if flag}
         self.unread = []
         self.on_device.zero_()
         for sums in self.sums.values():
-            new = (*values, len(flags), len(bad), (len(flags) - len(bad)) * world_size())  # shares: updates of a rank that were not skipped
-            for name, value in zip((*self.names, "updates", "skipped", "shares"), new, strict=True):
+            new = (*values, len(flags), len(bad), (len(flags) - len(bad)) * world_size(), replaced)
+            for name, value in zip((*self.names, *COUNTS), new, strict=True):
                 sums[name] += value
         if bad:
             run.nonfinite(bad)
@@ -119,12 +136,13 @@ class Tally:
                                 f"or try --amp bf16; their files are in {run.folder / 'nonfinite.jsonl'}")  # fmt: skip
 
     def means(self, part: str) -> dict[str, float]:
-        """Means per update that was not skipped, and the number of skipped ones; part: "epoch", or "line", which then begins anew."""
+        """Means per update that was not skipped, the number of skipped ones and of replaced frames; part: "epoch", or "line", which
+        then begins anew."""
         sums = self.sums[part]
         used = max(sums["shares"], 1)
         if part == "line":
             self.sums[part] = dict.fromkeys(sums, 0.0)
-        return {name: sums[name] / used for name in self.names} | {"skipped": int(sums["skipped"])}
+        return {name: sums[name] / used for name in self.names} | {name: int(sums[name]) for name in ("skipped", "replaced")}
 
     def state(self) -> dict:
         """What a checkpoint keeps of it, after `read`."""
@@ -133,7 +151,9 @@ class Tally:
     def load_state(self, state: dict | None) -> None:
         """Go on from `state()`; None: from a file that has none."""
         if state:
-            self.sums, self.streak = {part: dict(sums) for part, sums in state["sums"].items()}, state["streak"]
+            for part, sums in self.sums.items():
+                sums.update(state["sums"][part])
+            self.streak = state["streak"]
 
 
 class Run:
@@ -148,7 +168,9 @@ class Run:
         self.checkpoint, self.best = self.folder / f"{self.prefix}.pth", self.folder / f"{self.prefix}_best.pth"
         self.marker = self.folder / f"{self.prefix}.PREEMPTED"
         self.first = None  # step and time of the first progress line, for the ETA
+        self.said = self.epoch_said = time.monotonic()  # when progress, and the results of an epoch, were last printed
         self.unreadable: dict[str, str] = {}
+        self.damaged: dict[str, str] = {}  # files that are read, but with many frames replaced
         self.board, self.purge = None, None
 
     def begin(self, step: int | None = None, unclosed: bool = False) -> None:
@@ -219,12 +241,13 @@ class Run:
         clips: how many went through all processes since the last call.
         """
         seconds, waited = clock.read()
+        self.said = time.monotonic()
         if rank() != 0:
             return
         self.first = self.first or (step, time.time())
         done, elapsed = step - self.first[0], time.time() - self.first[1]
         left = timedelta(seconds=int(elapsed / done * (plan.total_steps - step))) if done else "?"
-        values = {name: value for name, value in values.items() if name != "skipped" or value}
+        values = {name: value for name, value in values.items() if name not in ("skipped", "replaced") or value}
         speed, memory = clips / max(seconds, 1e-9), memory_gib(device)
         each, peak = speed / world_size(), peak_flops(device)
         rates = {"clips_per_second": speed, "tflops": each * plan.flops / 1e12, "data_wait": waited, "memory_gib": memory}
@@ -235,13 +258,20 @@ class Run:
             + f"  {speed:.1f} clips/s ({each:.1f} per device, {rates['tflops']:.3g} TFLOP/s" + (f", mfu {rates['mfu']:.1%})" if peak else ")")
             + f"  data wait {waited:.0%}  mem {memory:.2f} GiB  eta {left}"
         )
-        if sys.stdout.isatty():
-            print0(f"\r\033[K{line}", end="\n" if step % plan.steps_per_epoch == 0 or step == plan.total_steps else "")
-        else:
-            print0(line)
+        show_progress(line)
         with self.showing() as board:
             for name, value in (values | rates).items():
                 board.add_scalar(f"train/{name}", value, step)
+
+    def line_is_due(self) -> bool:
+        """Whether the last line about progress is LONG_SECONDS old: the end of a long epoch is worth a line, that of a short one is not."""
+        return time.monotonic() - self.said >= LONG_SECONDS
+
+    def epoch_line(self, text: str, last: bool) -> None:
+        """Print the results of an epoch that was long, or the last."""
+        if last or time.monotonic() - self.epoch_said >= LONG_SECONDS:
+            self.epoch_said = time.monotonic()
+            print0(text)
 
     def epoch(self, record: dict) -> None:
         """Append one JSON line to the log, and its numbers to TensorBoard."""
@@ -279,6 +309,7 @@ class Run:
     def check_batch(self, batch: dict, limit: float) -> None:
         """Remember the videos of a batch that this rank could not read. Raises UserError when they are more than `limit`."""
         self.unreadable.update(batch["bad"])
+        self.damaged.update(batch["damaged"])
         if batch["clips"] is not None and len(self.unreadable) <= limit:
             return
         self.write_unreadable(self.unreadable)
@@ -289,11 +320,13 @@ class Run:
         raise UserError(f"{len(self.unreadable)} files cannot be read, more than --max_bad_frac allows, {tail}", this_rank_only=True)
 
     def gather_unreadable(self) -> int:
-        """Put all ranks' unreadable videos together (a collective call), list the new ones, return how many there are."""
-        for bad in gather_objects(self.unreadable):
-            self.unreadable.update(bad)
+        """Put all ranks' unreadable videos together (a collective call), list the new ones, return how many there are. Damaged ones
+        are listed too."""
+        for unreadable, damaged in gather_objects((self.unreadable, self.damaged)):
+            self.unreadable.update(unreadable)
+            self.damaged.update(damaged)
         if rank() == 0:
-            self.write_unreadable(self.unreadable)
+            self.write_unreadable(self.damaged | self.unreadable)
         return len(self.unreadable)
 
     def write_unreadable(self, bad: dict[str, str]) -> None:
@@ -331,10 +364,23 @@ def replace_text(path: Path, text: str) -> None:
 
 
 def say_versions() -> None:
-    """One line with the versions and the git revision that this run used."""
-    git = subprocess.run(
-        ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"], capture_output=True, text=True
-    )
-    revision = git.stdout.strip() or "unknown"
-    python = ".".join(map(str, sys.version_info[:3]))
-    print0(f"revision {revision}, python {python}, torch {torch.__version__}, torchvision {metadata.version('torchvision')}")
+    """Print one line with the versions and the git revision that this run uses."""
+    packages = ", ".join(f"{name} {installed(name)}" for name in ("torch", "torchvision", "av", "decord"))
+    print0(f"st-mae {__version__} (revision {revision()}), python {platform.python_version()}, {packages}")
+
+
+def revision() -> str:
+    """Return the git revision of this source, "unknown" where there is no repository or no git."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip() or "unknown"
+    except OSError:
+        return "unknown"
+
+
+def installed(package: str) -> str:
+    """Return the version of an installed package, "none" if it is absent."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "none"
