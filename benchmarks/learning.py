@@ -23,6 +23,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import av
 import numpy as np
@@ -37,7 +38,7 @@ import pretrain
 from data.decode import read_image
 from engine_finetune import build_model
 from util import args as flags
-from util.dist import print0
+from util.dist import print0, usable_cores
 
 FASTER = {"loader": "--num_workers 2 --decoder pyav", "repeats": "--batch_size_per_gpu 16 --repeat_aug 4"}  # as many clips of fewer videos
 SETTINGS = {  # clips: train, val, test; labels: per class; lrs: what is tried on the validation clips
@@ -49,6 +50,7 @@ SETTINGS = {  # clips: train, val, test; labels: per class; lrs: what is tried o
               **FASTER, "lrs": {"pretrained": (2e-3,), "scratch": (2e-3,)}},
 }  # fmt: skip
 SIZE, FRAMES, SPRITES, SPEED, RADII = 36, 8, 3, 2.25, (6.5, 11.0)  # pixels, frames, sprites per clip, pixels per frame, pixels
+TINT = 0.15  # largest change of a sprite's colors
 DIRECTIONS = tuple(f"{degrees:03d}" for degrees in range(0, 360, 45))
 SHARED = f"--patch_size 8 --img_size 32 --num_frames {FRAMES} --sampling_rate 1 --no-flip --jitter_scales_relative 0.75 1 " \
          "--jitter_aspect_relative 0.9 1.1 --clip_grad 1 --num_workers 1 --checkpoint_period 1000"  # fmt: skip
@@ -80,7 +82,19 @@ def pictures(split: str) -> tuple[torch.Tensor, list[Image.Image]]:
     return torch.from_numpy(np.stack(small)).permute(0, 3, 1, 2) / 255, grounds
 
 
-def moving_clip(rng: np.random.Generator, photographs: torch.Tensor, grounds: list[Image.Image], degrees: int) -> np.ndarray:
+class Sprites(NamedTuple):
+    """How the discs of a clip look."""
+
+    count: int = SPRITES
+    radii: tuple[float, float] = RADII  # smallest and largest, pixels
+    tint: float = TINT
+
+
+LEARNING_SPRITES = Sprites()
+
+
+def moving_clip(rng: np.random.Generator, photographs: torch.Tensor, grounds: list[Image.Image], degrees: int,
+                sprites: Sprites = LEARNING_SPRITES) -> np.ndarray:  # fmt: skip
     """A clip (T, H, W, 3) uint8: discs of photographs that all move by SPEED in one direction over a still background of half contrast.
 
     Places, sizes, rotations, colours and the background are random. Each path is symmetric in time about its middle and the frame is a torus for
@@ -94,11 +108,12 @@ def moving_clip(rng: np.random.Generator, photographs: torch.Tensor, grounds: li
     velocity = SPEED * torch.tensor([np.cos(np.deg2rad(degrees)), np.sin(np.deg2rad(degrees))], dtype=torch.float32)
     moved = velocity * (torch.arange(FRAMES) - (FRAMES - 1) / 2)[:, None]  # (T, 2), x and y
     grid = torch.stack(torch.meshgrid(torch.arange(SIZE), torch.arange(SIZE), indexing="xy"), dim=-1)  # (H, W, 2)
-    for _ in range(SPRITES):
-        photograph, radius, turn = photographs[rng.integers(len(photographs))], rng.uniform(*RADII), rng.uniform(0, 2 * np.pi)
-        photograph = (photograph - 0.5) * rng.uniform(0.7, 1.3) + 0.5 + torch.from_numpy(rng.uniform(-0.15, 0.15, (3, 1, 1))).float()
-        centre = torch.from_numpy(rng.uniform(0, SIZE + 2 * RADII[1], 2)).float()
-        places = (centre + moved) % (SIZE + 2 * RADII[1]) - RADII[1]  # (T, 2)
+    largest = sprites.radii[1]
+    for _ in range(sprites.count):
+        photograph, radius, turn = photographs[rng.integers(len(photographs))], rng.uniform(*sprites.radii), rng.uniform(0, 2 * np.pi)
+        photograph = (photograph - 0.5) * rng.uniform(0.7, 1.3) + 0.5 + torch.from_numpy(rng.uniform(-sprites.tint, sprites.tint, (3, 1, 1))).float()
+        centre = torch.from_numpy(rng.uniform(0, SIZE + 2 * largest, 2)).float()
+        places = (centre + moved) % (SIZE + 2 * largest) - largest  # (T, 2)
         away = grid - places[:, None, None]  # (T, H, W, 2)
         rotation = torch.tensor([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]], dtype=torch.float32)
         disc = F.grid_sample(photograph.clamp(0, 1).expand(FRAMES, -1, -1, -1), away @ rotation * (0.75 / radius), padding_mode="border",
@@ -108,11 +123,13 @@ def moving_clip(rng: np.random.Generator, photographs: torch.Tensor, grounds: li
     return (clip * 255).round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
 
 
-def encode(path: Path, frames: np.ndarray) -> None:
-    """Write frames (T, H, W, 3) uint8 as H.264 at 30 frames/s."""
+def encode(path: Path, frames: np.ndarray, codec: str = "libx264") -> None:
+    """Write frames (T, H, W, 3) uint8 at 30 frames/s, by "libx264" or, which is quicker to read, "mpeg4"."""
     with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=30, options={"crf": "14", "preset": "veryfast"})
+        stream = container.add_stream(codec, rate=30, options={"crf": "14", "preset": "veryfast"} if codec == "libx264" else {})
         stream.width, stream.height, stream.pix_fmt, stream.codec_context.thread_count = SIZE, SIZE, "yuv420p", 1
+        if codec == "mpeg4":
+            stream.bit_rate, stream.codec_context.qmin, stream.codec_context.qmax = 4_000_000, 1, 3
         for frame in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
         container.mux(stream.encode())
@@ -186,7 +203,7 @@ class Bench:
                 record = work()
             wall, cpu = (seconds() - start).round(1).tolist()
             self.runs[name] = record | {"wall_s": wall, "cpu_s": cpu}
-            machine = {"cores": len(os.sched_getaffinity(0)), "threads": torch.get_num_threads(), "torch": torch.__version__, "av": av.__version__,
+            machine = {"cores": usable_cores(), "threads": torch.get_num_threads(), "torch": torch.__version__, "av": av.__version__,
                        "cpu": cpu_name(), "python": platform.python_version()}  # fmt: skip
             self.json.write_text(json.dumps(self.about | machine | {"runs": self.runs}, indent=1) + "\n")
             print0(f"{name}: " + ", ".join(f"{key} {value}" for key, value in self.runs[name].items() if isinstance(value, (int, float))))
