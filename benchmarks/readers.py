@@ -3,9 +3,10 @@
     pip install torchcodec            # needs FFmpeg's libraries; without it the rows of torchcodec are left out
     python benchmarks/readers.py --before 50ad205
 
-A clip has 16 frames at stride 4 of ten seconds of H.264 at 30 frames/s, read at short side 256, and 1, 4 or 16 random crops of 224
-pixels are made of it by the same transform. The readers take turns in one process with one thread; medians. --before REVISION
-loads data/decode.py of an earlier revision, to see what a change has cost. Writes results/readers.json and .md.
+A clip has 16 frames at stride 4 of ten seconds of H.264 at 30 frames/s, read at short side 256, and 1, 4 or 16
+random crops of 224 pixels are made of it by the same transform. The readers take turns in one process with one
+thread; medians, and the median of the ratios pair by pair. --before REVISION loads data/decode.py of an earlier
+revision, to see what a change has cost. Writes results/readers.json and .md.
 """
 
 import argparse
@@ -135,13 +136,21 @@ def measure(path: str, named: dict[str, Callable], rounds: int) -> dict[str, dic
         for name in list(named)[:: 1 if number % 2 else -1]:
             with seeded(number):
                 times[name].append(time_reader(named[name], path, info, start))
-    return {
+    counted = {name: found[1:] for name, found in times.items()}  # the first is a warm-up
+    result = {
         name: {
-            repeats: 1000 * statistics.median(each[repeats] for each in found[1:])
+            repeats: 1000 * statistics.median(each[repeats] for each in found)
             for repeats in REPEATS
         }
-        for name, found in times.items()
+        for name, found in counted.items()
     }
+    for name in [name for name in named if " at " in name]:
+        pairs = list(zip(counted["auto"], counted[name], strict=True))
+        result[f"auto / {name}"] = {
+            repeats: statistics.median(now[repeats] / old[repeats] for now, old in pairs)
+            for repeats in REPEATS
+        }
+    return result
 
 
 def table(result: dict) -> str:
@@ -158,7 +167,7 @@ def table(result: dict) -> str:
     ]
     for file, found in result["files"].items():
         for repeats in found[names[0]]:
-            cells = [f"{found[name][repeats]:.1f}" for name in names]
+            cells = [f"{found[name][repeats]:.{2 if '/' in name else 1}f}" for name in names]
             lines.append(f"| {file} | {repeats} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
