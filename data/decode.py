@@ -316,14 +316,15 @@ class PyAVVideo:
         if self.by_count and self.stream.duration:
             mean = self.num_frames / (self.stream.duration * tick)
             claimed = claimed if abs(claimed / mean - 1) < 0.01 else mean  # AVI may claim the rate of empty packets
+        likely = claimed if 0 < claimed <= HIGHEST_FPS else 30.0
         if self.by_count or self.num_frames < 3:
-            return (claimed if 0 < claimed <= HIGHEST_FPS else 30.0), None
+            return likely, None
         times = None
         if packets.all is not None or not is_steady(packets.stamps * tick, tick):
             times = packets.times()
         stamps = packets.stamps * tick if times is None else times
         if not stamps[-1] > stamps[0]:
-            return (claimed if 0 < claimed <= HIGHEST_FPS else 30.0), None
+            return likely, None
         fps = float((len(stamps) - 1) / (stamps[-1] - stamps[0]))
         if abs(claimed / fps - 1) < 0.01:  # says the same, without the rounding of the stamps
             fps = claimed
@@ -331,7 +332,7 @@ class PyAVVideo:
 
     def _unseen_frames(self) -> int:
         """How many of the first frames do not come out of the decoder, since they refer to what was cut off."""
-        fed, before = 0, 0
+        fed = 0
         for group in range(len(self.packets)):
             number = self.packets.numbers(group)
             if number is None or fed > MOST_PACKETS:
@@ -346,7 +347,6 @@ class PyAVVideo:
             self.stream.codec_context.flush_buffers()
             if out:
                 return min(out)
-            before += len(number)
         return 0
 
     def frames_in_file(self) -> int:
