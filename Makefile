@@ -43,6 +43,7 @@ in-new-environment:
 
 lint: $(ENVIRONMENT)  ## check the style
 	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
 
 bench: $(ENVIRONMENT)  ## measure; tables go to benchmarks/results/
 	$(PY) benchmarks/train_step.py

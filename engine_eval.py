@@ -18,7 +18,9 @@ SIZE = 8  # clips at a time in pretraining's validation, whatever the training b
 NEIGHBOURS, TEMPERATURE, RIDGE = 20, 0.07, 0.1
 
 
-def in_full_batches(batches, size: int, compute: Callable[[Tensor, Tensor], Tensor]) -> Iterator[tuple[dict, Tensor]]:
+def in_full_batches(
+    batches, size: int, compute: Callable[[Tensor, Tensor], Tensor]
+) -> Iterator[tuple[dict, Tensor]]:
     """Each batch with what `compute` makes of its clips, (B, R, ...).
 
     compute: clips (size, C, T, H, W) uint8 and the numbers of their samples (size,) -> (size, ...); the last clips of a batch
@@ -27,27 +29,41 @@ def in_full_batches(batches, size: int, compute: Callable[[Tensor, Tensor], Tens
     for batch in batches:
         if batch["clips"] is None:
             path, reason = batch["bad"][0]
-            raise UserError(f"validation file {path} cannot be read ({reason}): repair it or take it out of the set", this_rank_only=True)
+            raise UserError(
+                f"validation file {path} cannot be read ({reason}): repair it or take it out of the set",
+                this_rank_only=True,
+            )
         views, outputs = batch["clips"].shape[1], []
         numbers = batch["index"].repeat_interleave(views)
-        for clips, index in zip(batch["clips"].flatten(0, 1).split(size), numbers.split(size), strict=True):
+        for clips, index in zip(
+            batch["clips"].flatten(0, 1).split(size), numbers.split(size), strict=True
+        ):
             missing = size - len(clips)
-            clips, index = (torch.cat([part, part[-1:].expand(missing, *part.shape[1:])]) for part in (clips, index))
+            clips, index = (
+                torch.cat([part, part[-1:].expand(missing, *part.shape[1:])])
+                for part in (clips, index)
+            )
             outputs.append(compute(clips, index)[: size - missing])
         yield batch, torch.cat(outputs).unflatten(0, (-1, views))
 
 
 def in_order(rows: list[Tensor]) -> Tensor:
     """Rows (B, 1 + columns) of all ranks, the sample's number first -> (n, columns) in the order of the numbers, on every rank."""
-    shares = [share for share in gather_objects(torch.cat(rows) if rows else None) if share is not None]
+    shares = [
+        share for share in gather_objects(torch.cat(rows) if rows else None) if share is not None
+    ]
     table = torch.cat(shares)
     return table[table[:, 0].argsort(), 1:]
 
 
 def fixed_noise(index: Tensor, tokens: int) -> Tensor:
     """Mask noise (B, L) of the samples with these numbers, the same in every run."""
-    generators = (torch.Generator().manual_seed(sample_seed(number, 5)) for number in index.tolist())
-    return torch.stack([torch.rand(tokens, generator=generator) for generator in generators]).to(index.device)
+    generators = (
+        torch.Generator().manual_seed(sample_seed(number, 5)) for number in index.tolist()
+    )
+    return torch.stack([torch.rand(tokens, generator=generator) for generator in generators]).to(
+        index.device
+    )
 
 
 @torch.no_grad()
@@ -58,13 +74,18 @@ def validation_loss(model: nn.Module, batches, args, amp: torch.dtype) -> float:
     def loss(clips: Tensor, index: Tensor) -> Tensor:
         clips = normalize(clips, VIDEO_MEAN, VIDEO_STD)
         with torch.autocast(clips.device.type, amp, enabled=amp != torch.float32):
-            _, pred, mask = model(clips, args.mask_ratio, args.mask_type, fixed_noise(index, model.num_tokens))
+            _, pred, mask = model(
+                clips, args.mask_ratio, args.mask_type, fixed_noise(index, model.num_tokens)
+            )
         hidden = mask.nonzero()[:, 1].view(len(clips), -1)  # (B, K)
         target, _, _ = model.targets(clips, hidden)
         return (pred.to(target.dtype) - target).square().mean(dim=(1, 2))
 
     with torch.compiler.set_stance("force_eager"):
-        rows = [torch.cat([batch["index"][:, None].double(), losses], dim=1).cpu() for batch, losses in in_full_batches(batches, SIZE, loss)]
+        rows = [
+            torch.cat([batch["index"][:, None].double(), losses], dim=1).cpu()
+            for batch, losses in in_full_batches(batches, SIZE, loss)
+        ]
     return in_order(rows).mean().item()
 
 
@@ -77,8 +98,10 @@ def features(pooled: Callable[[Tensor], Tensor], batches, size: int, amp: torch.
             return pooled(clips).float()
 
     with torch.compiler.set_stance("force_eager"):
-        rows = [torch.cat([batch["index"][:, None].double(), values.mean(1)], dim=1).cpu()
-                for batch, values in in_full_batches(batches, size, compute)]  # fmt: skip
+        rows = [
+            torch.cat([batch["index"][:, None].double(), values.mean(1)], dim=1).cpu()
+            for batch, values in in_full_batches(batches, size, compute)
+        ]
     return in_order(rows).float()
 
 
@@ -86,7 +109,14 @@ def mean_features(model: nn.Module, batches, amp: torch.dtype) -> Tensor:
     """Features (n, D) of an encoder: mean of the patch tokens after the blocks, then the norm, as the classifier reads it."""
     model.eval()
     first = int(model.cls_embed)
-    return features(lambda clips: model.norm(model.encode(normalize(clips, VIDEO_MEAN, VIDEO_STD))[:, first:].mean(dim=1)), batches, SIZE, amp)
+    return features(
+        lambda clips: model.norm(
+            model.encode(normalize(clips, VIDEO_MEAN, VIDEO_STD))[:, first:].mean(dim=1)
+        ),
+        batches,
+        SIZE,
+        amp,
+    )
 
 
 def standardised(train: Tensor, val: Tensor) -> tuple[Tensor, Tensor]:
@@ -112,7 +142,10 @@ def linear_classes(train: Tensor, labels: Tensor, val: Tensor) -> Tensor:
     train has mean 0, so the bias is the share of each class.
     """
     targets = one_hot(labels).to(train.dtype)
-    bias, gram = targets.mean(0), train.T @ train + RIDGE * len(train) * torch.eye(train.shape[1], dtype=train.dtype)
+    bias, gram = (
+        targets.mean(0),
+        train.T @ train + RIDGE * len(train) * torch.eye(train.shape[1], dtype=train.dtype),
+    )
     return (val @ torch.linalg.solve(gram, train.T @ (targets - bias)) + bias).argmax(1)
 
 

@@ -16,7 +16,10 @@ SUMS = ("loss", "grad_norm")
 
 def micro_step(model: nn.Module, batch: dict, scaler, args, amp: torch.dtype) -> Tensor:
     """Forward and backward of one batch of clips (B, R, C, T, H, W) uint8: the detached loss; gradients add up."""
-    clips, noise = batch["clips"].flatten(0, 1), batch["noise"].flatten(0, 1)  # (B R, C, T, H, W), (B R, L)
+    clips, noise = (
+        batch["clips"].flatten(0, 1),
+        batch["noise"].flatten(0, 1),
+    )  # (B R, C, T, H, W), (B R, L)
     clips = normalize(clips, VIDEO_MEAN, VIDEO_STD)
     with torch.autocast(clips.device.type, amp, enabled=amp != torch.float32):
         loss, _, _ = model(clips, args.mask_ratio, args.mask_type, noise)
@@ -24,7 +27,17 @@ def micro_step(model: nn.Module, batch: dict, scaler, args, amp: torch.dtype) ->
     return loss.detach()
 
 
-def train_one_epoch(model: nn.Module, batches, optimizer, scaler, args, plan: Plan, run: Run, place: Place, saver: Saver) -> dict:
+def train_one_epoch(
+    model: nn.Module,
+    batches,
+    optimizer,
+    scaler,
+    args,
+    plan: Plan,
+    run: Run,
+    place: Place,
+    saver: Saver,
+) -> dict:
     """Train from the update that `saver` is at to the end of its epoch, or of the run.
 
     batches: the rest of the epoch's loader batches, on the device; model: plain or wrapped in DDP. The host waits for the
@@ -33,7 +46,11 @@ def train_one_epoch(model: nn.Module, batches, optimizer, scaler, args, plan: Pl
     """
     model.train()
     tally, (clock, last) = saver.tally, saver.begin_epoch()
-    loss, replaced, files = torch.zeros((), device=place.device), torch.zeros((), device=place.device), []
+    loss, replaced, files = (
+        torch.zeros((), device=place.device),
+        torch.zeros((), device=place.device),
+        [],
+    )
     for micro, batch in enumerate(batches if saver.step < last else (), 1):
         clock.start()
         run.check_batch(batch, plan.bad_limit)
@@ -54,5 +71,10 @@ def train_one_epoch(model: nn.Module, batches, optimizer, scaler, args, plan: Pl
         if saver.step == last:
             break
     means = tally.means("epoch")
-    return {"train_loss": means["loss"], "train_lr": plan.learning_rate(saver.step - 1, args), "train_grad_norm": means["grad_norm"],
-            "skipped_steps": means["skipped"], "replaced_frames": means["replaced"]}  # fmt: skip
+    return {
+        "train_loss": means["loss"],
+        "train_lr": plan.learning_rate(saver.step - 1, args),
+        "train_grad_norm": means["grad_norm"],
+        "skipped_steps": means["skipped"],
+        "replaced_frames": means["replaced"],
+    }

@@ -46,9 +46,16 @@ def named_size(name: str, patch_size: int | None = None) -> dict[str, int]:
     match = re.fullmatch(rf"(?:mae_)?vit_({'|'.join(SIZES)})_patch(14|16)", name)
     if not match or (match[2] == "14" and match[1] != "huge"):
         known = [f"vit_{size}_patch16" for size in SIZES] + ["vit_huge_patch14"]
-        raise ValueError(f"unknown model {name!r}: choose one of {', '.join(known)} (with mae_ in front for pretraining)")
+        raise ValueError(
+            f"unknown model {name!r}: choose one of {', '.join(known)} (with mae_ in front for pretraining)"
+        )
     embed_dim, depth, num_heads = SIZES[match[1]]
-    return {"patch_size": patch_size or int(match[2]), "embed_dim": embed_dim, "depth": depth, "num_heads": num_heads}
+    return {
+        "patch_size": patch_size or int(match[2]),
+        "embed_dim": embed_dim,
+        "depth": depth,
+        "num_heads": num_heads,
+    }
 
 
 def choose_attention(attn: str, device: str, dtype: torch.dtype, head_dim: int) -> tuple[str, str]:
@@ -57,21 +64,33 @@ def choose_attention(attn: str, device: str, dtype: torch.dtype, head_dim: int) 
     Raises ValueError for an unknown name, or for "flash_attn" where the package or the tensors do not allow it.
     """
     if attn not in ("auto", "flash_attn", *ATTENTION):
-        raise ValueError(f"unknown attention {attn!r}: choose one of auto, flash_attn, {', '.join(ATTENTION)}")
+        raise ValueError(
+            f"unknown attention {attn!r}: choose one of auto, flash_attn, {', '.join(ATTENTION)}"
+        )
     if attn in ATTENTION:
         return attn, "as asked"
     obstacle = (
-        "the flash-attn package is not installed" if flash_attn_qkvpacked_func is None
-        else f"the flash-attn package needs CUDA, not {device}" if device != "cuda"
-        else f"the flash-attn package needs float16 or bfloat16, not {dtype}" if dtype not in (torch.float16, torch.bfloat16)
-        else f"the flash-attn package takes head widths up to 256 in steps of 8, not {head_dim}" if head_dim > 256 or head_dim % 8
+        "the flash-attn package is not installed"
+        if flash_attn_qkvpacked_func is None
+        else f"the flash-attn package needs CUDA, not {device}"
+        if device != "cuda"
+        else f"the flash-attn package needs float16 or bfloat16, not {dtype}"
+        if dtype not in (torch.float16, torch.bfloat16)
+        else f"the flash-attn package takes head widths up to 256 in steps of 8, not {head_dim}"
+        if head_dim > 256 or head_dim % 8
         else None
-    )  # fmt: skip
+    )
     if obstacle is None:
         return "flash_attn", "the flash-attn package is installed and takes these tensors"
     if attn == "flash_attn":
-        cure = "pip install --no-build-isolation -r requirements-flash.txt, or " if flash_attn_qkvpacked_func is None else ""
-        raise ValueError(f"attention 'flash_attn' cannot run: {obstacle}; {cure}use --attn auto or sdpa")
+        cure = (
+            "pip install --no-build-isolation -r requirements-flash.txt, or "
+            if flash_attn_qkvpacked_func is None
+            else ""
+        )
+        raise ValueError(
+            f"attention 'flash_attn' cannot run: {obstacle}; {cure}use --attn auto or sdpa"
+        )
     return "sdpa", f"PyTorch's own FlashAttention-2: {obstacle}"
 
 
@@ -79,7 +98,9 @@ def attend(qkv: Tensor, attn: str) -> Tensor:
     """softmax(q k^T / sqrt(K)) v. qkv (B, N, 3, A, K) -> (B, N, A, K)."""
     kernel, _ = choose_attention(attn, qkv.device.type, qkv.dtype, qkv.shape[-1])
     if kernel == "flash_attn":
-        return flash_attn_qkvpacked_func(qkv, deterministic=torch.are_deterministic_algorithms_enabled())
+        return flash_attn_qkvpacked_func(
+            qkv, deterministic=torch.are_deterministic_algorithms_enabled()
+        )
     q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, A, N, K)
     with sdpa_kernel(ATTENTION[kernel], set_priority=True):
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
@@ -121,14 +142,24 @@ class Mlp(nn.Module):
 class Block(nn.Module):
     """Pre-norm transformer block; in training each branch of a clip is dropped with probability `drop_path`."""
 
-    def __init__(self, width: int, num_heads: int, mlp_ratio: float, qkv_bias: bool, attn: str, drop_path: float = 0.0):
+    def __init__(
+        self,
+        width: int,
+        num_heads: int,
+        mlp_ratio: float,
+        qkv_bias: bool,
+        attn: str,
+        drop_path: float = 0.0,
+    ):
         super().__init__()
         self.norm1 = nn.LayerNorm(width, eps=1e-6)
         self.attn = Attention(width, num_heads, qkv_bias, attn)
         self.norm2 = nn.LayerNorm(width, eps=1e-6)
         self.mlp = Mlp(width, int(width * mlp_ratio))
         # a tensor and not a number, so that blocks with different rates share one compiled graph; never saved
-        self.register_buffer("keep_prob", torch.tensor(1.0 - drop_path) if drop_path else None, persistent=False)
+        self.register_buffer(
+            "keep_prob", torch.tensor(1.0 - drop_path) if drop_path else None, persistent=False
+        )
 
     def drop_path(self, branch: Tensor) -> Tensor:
         """Zero the branch for some clips and divide the others by the probability to keep (Huang et al. 2016)."""
@@ -149,7 +180,9 @@ class TubeletEmbed(nn.Module):
     def __init__(self, width: int, t_patch_size: int, patch_size: int):
         super().__init__()
         kernel = (t_patch_size, patch_size, patch_size)
-        self.proj = nn.Conv3d(3, width, kernel_size=kernel, stride=kernel)  # holds the parameters, is never called
+        self.proj = nn.Conv3d(
+            3, width, kernel_size=kernel, stride=kernel
+        )  # holds the parameters, is never called
 
     def forward(self, tubelets: Tensor) -> Tensor:
         """(B, N, C, t, p, p) -> (B, N, D)."""
@@ -168,7 +201,9 @@ def tubelets(frames: Tensor, t: int, p: int, ids: Tensor | None = None) -> Tenso
     if ids is None:
         return grid.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(1, 3)
     clip = torch.arange(b, device=frames.device)[:, None]
-    return grid[clip, :, ids // (h * w), :, ids // w % h, :, ids % w]  # reads the wanted pixels only
+    return grid[
+        clip, :, ids // (h * w), :, ids // w % h, :, ids % w
+    ]  # reads the wanted pixels only
 
 
 def block_flops(tokens: int, width: int, depth: int, mlp_ratio: float) -> float:
@@ -182,22 +217,50 @@ class VideoEncoder(nn.Module):
     Raises ValueError for sizes that do not fit each other. `config` holds the constructor's arguments.
     """
 
-    def __init__(self, *, img_size: int, patch_size: int, embed_dim: int, depth: int, num_heads: int, num_frames: int,
-                 t_patch_size: int, mlp_ratio: float = 4.0, drop_path_rate: float = 0.0, sep_pos_embed: bool = True,
-                 cls_embed: bool = True, no_qkv_bias: bool = False, attn: str = "auto"):  # fmt: skip
+    def __init__(
+        self,
+        *,
+        img_size: int,
+        patch_size: int,
+        embed_dim: int,
+        depth: int,
+        num_heads: int,
+        num_frames: int,
+        t_patch_size: int,
+        mlp_ratio: float = 4.0,
+        drop_path_rate: float = 0.0,
+        sep_pos_embed: bool = True,
+        cls_embed: bool = True,
+        no_qkv_bias: bool = False,
+        attn: str = "auto",
+    ):
         super().__init__()
         if img_size % patch_size:
             raise ValueError(f"img_size {img_size} is not divisible by patch_size {patch_size}")
         if num_frames % t_patch_size:
-            raise ValueError(f"num_frames {num_frames} is not divisible by t_patch_size {t_patch_size}")
+            raise ValueError(
+                f"num_frames {num_frames} is not divisible by t_patch_size {t_patch_size}"
+            )
         self.config = {
-            "img_size": img_size, "patch_size": patch_size, "embed_dim": embed_dim, "depth": depth, "num_heads": num_heads,
-            "num_frames": num_frames, "t_patch_size": t_patch_size, "mlp_ratio": mlp_ratio, "sep_pos_embed": sep_pos_embed,
-            "cls_embed": cls_embed, "no_qkv_bias": no_qkv_bias,
-        }  # fmt: skip
+            "img_size": img_size,
+            "patch_size": patch_size,
+            "embed_dim": embed_dim,
+            "depth": depth,
+            "num_heads": num_heads,
+            "num_frames": num_frames,
+            "t_patch_size": t_patch_size,
+            "mlp_ratio": mlp_ratio,
+            "sep_pos_embed": sep_pos_embed,
+            "cls_embed": cls_embed,
+            "no_qkv_bias": no_qkv_bias,
+        }
         self.t_patch_size, self.patch_size = t_patch_size, patch_size
         self.activation_checkpointing = False  # set it to save memory
-        self.grid = (num_frames // t_patch_size, img_size // patch_size, img_size // patch_size)  # t', h, w
+        self.grid = (
+            num_frames // t_patch_size,
+            img_size // patch_size,
+            img_size // patch_size,
+        )  # t', h, w
         self.num_tokens = self.grid[0] * self.grid[1] * self.grid[2]
         self.sep_pos_embed, self.cls_embed = sep_pos_embed, cls_embed
 
@@ -205,15 +268,22 @@ class VideoEncoder(nn.Module):
             self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.add_positions("", embed_dim)
         self.patch_embed = TubeletEmbed(embed_dim, t_patch_size, patch_size)
-        rates = [drop_path_rate * i / max(depth - 1, 1) for i in range(depth)]  # growing linearly from 0
-        self.blocks = nn.ModuleList(Block(embed_dim, num_heads, mlp_ratio, not no_qkv_bias, attn, rate) for rate in rates)
+        rates = [
+            drop_path_rate * i / max(depth - 1, 1) for i in range(depth)
+        ]  # growing linearly from 0
+        self.blocks = nn.ModuleList(
+            Block(embed_dim, num_heads, mlp_ratio, not no_qkv_bias, attn, rate) for rate in rates
+        )
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
 
     def add_positions(self, prefix: str, width: int) -> None:
         """Register a set of position embeddings; `positions` reads it."""
         shapes = {"pos_embed": (int(self.cls_embed) + self.num_tokens, width)}
         if self.sep_pos_embed:
-            shapes = {"pos_embed_spatial": (self.grid[1] * self.grid[2], width), "pos_embed_temporal": (self.grid[0], width)}
+            shapes = {
+                "pos_embed_spatial": (self.grid[1] * self.grid[2], width),
+                "pos_embed_temporal": (self.grid[0], width),
+            }
             if self.cls_embed:
                 shapes["pos_embed_class"] = (1, width)
         for name, shape in shapes.items():
@@ -237,15 +307,21 @@ class VideoEncoder(nn.Module):
         frames, side = self.config["num_frames"], self.config["img_size"]
         static = clips.shape[2] == 1 < frames and ids is None
         if clips.shape[1:] != (3, 1 if static else frames, side, side):
-            raise ValueError(f"clips of shape {tuple(clips.shape)}: this model takes (B, 3, {frames}, {side}, {side})")
+            raise ValueError(
+                f"clips of shape {tuple(clips.shape)}: this model takes (B, 3, {frames}, {side}, {side})"
+            )
         positions, class_position = self.positions()
         if static:
-            x = self.patch_embed.static(tubelets(clips, 1, self.patch_size)).repeat(1, self.grid[0], 1)  # (B, hw, D) -> (B, L, D)
+            x = self.patch_embed.static(tubelets(clips, 1, self.patch_size)).repeat(
+                1, self.grid[0], 1
+            )  # (B, hw, D) -> (B, L, D)
         else:
             x = self.patch_embed(tubelets(clips, self.t_patch_size, self.patch_size, ids))
         x = x + (positions if ids is None else positions[ids])
         if self.cls_embed:
-            x = torch.cat([(self.cls_token + class_position).expand(len(x), -1, -1).to(x.dtype), x], dim=1)
+            x = torch.cat(
+                [(self.cls_token + class_position).expand(len(x), -1, -1).to(x.dtype), x], dim=1
+            )
         return x
 
     def encode(self, clips: Tensor, ids: Tensor | None = None) -> Tensor:
@@ -256,7 +332,11 @@ class VideoEncoder(nn.Module):
     def through(self, blocks: nn.ModuleList, x: Tensor) -> Tensor:
         """(B, N, D) through the blocks; with activation_checkpointing each is computed again in the backward pass."""
         for block in blocks:
-            x = checkpoint(block, x, use_reentrant=False) if self.activation_checkpointing and self.training else block(x)
+            x = (
+                checkpoint(block, x, use_reentrant=False)
+                if self.activation_checkpointing and self.training
+                else block(x)
+            )
         return x
 
     def forward(self, clips: Tensor) -> Tensor:
@@ -271,7 +351,9 @@ class VideoEncoder(nn.Module):
         """
         c = self.config
         embedding = 4 * tokens * 3 * self.t_patch_size * self.patch_size**2 * c["embed_dim"]
-        return embedding + block_flops(tokens + int(self.cls_embed), c["embed_dim"], c["depth"], c["mlp_ratio"])
+        return embedding + block_flops(
+            tokens + int(self.cls_embed), c["embed_dim"], c["depth"], c["mlp_ratio"]
+        )
 
     def compile_parts(self) -> None:
         """torch.compile in place: one graph for all blocks of a width. State dict names do not change."""
@@ -304,7 +386,9 @@ class VideoEncoder(nn.Module):
             elif parameter.ndim == 1:  # LayerNorm
                 nn.init.ones_(parameter)
             elif name == "patch_embed.proj.weight":
-                nn.init.trunc_normal_(parameter, std=1.0) if trunc_init else nn.init.xavier_uniform_(parameter.flatten(1))
+                nn.init.trunc_normal_(
+                    parameter, std=1.0
+                ) if trunc_init else nn.init.xavier_uniform_(parameter.flatten(1))
             elif parameter.ndim == 2 and not trunc_init:
                 nn.init.xavier_uniform_(parameter)
             else:
@@ -314,17 +398,45 @@ class VideoEncoder(nn.Module):
 class VisionTransformer(VideoEncoder):
     """The encoder as a classifier: mean of the patch tokens (`global_pool`) or class token -> norm -> dropout -> head."""
 
-    def __init__(self, *, img_size: int, patch_size: int, embed_dim: int, depth: int, num_heads: int, num_frames: int,
-                 t_patch_size: int, num_classes: int, mlp_ratio: float = 4.0, drop_path_rate: float = 0.1, dropout: float = 0.3,
-                 global_pool: bool = True, sep_pos_embed: bool = True, cls_embed: bool = True, no_qkv_bias: bool = False,
-                 attn: str = "auto"):  # fmt: skip
+    def __init__(
+        self,
+        *,
+        img_size: int,
+        patch_size: int,
+        embed_dim: int,
+        depth: int,
+        num_heads: int,
+        num_frames: int,
+        t_patch_size: int,
+        num_classes: int,
+        mlp_ratio: float = 4.0,
+        drop_path_rate: float = 0.1,
+        dropout: float = 0.3,
+        global_pool: bool = True,
+        sep_pos_embed: bool = True,
+        cls_embed: bool = True,
+        no_qkv_bias: bool = False,
+        attn: str = "auto",
+    ):
         super().__init__(
-            img_size=img_size, patch_size=patch_size, embed_dim=embed_dim, depth=depth, num_heads=num_heads,
-            num_frames=num_frames, t_patch_size=t_patch_size, mlp_ratio=mlp_ratio, drop_path_rate=drop_path_rate,
-            sep_pos_embed=sep_pos_embed, cls_embed=cls_embed, no_qkv_bias=no_qkv_bias, attn=attn,
-        )  # fmt: skip
+            img_size=img_size,
+            patch_size=patch_size,
+            embed_dim=embed_dim,
+            depth=depth,
+            num_heads=num_heads,
+            num_frames=num_frames,
+            t_patch_size=t_patch_size,
+            mlp_ratio=mlp_ratio,
+            drop_path_rate=drop_path_rate,
+            sep_pos_embed=sep_pos_embed,
+            cls_embed=cls_embed,
+            no_qkv_bias=no_qkv_bias,
+            attn=attn,
+        )
         if not (global_pool or cls_embed):
-            raise ValueError("the class-token read-out needs a class token: use global_pool, or cls_embed")
+            raise ValueError(
+                "the class-token read-out needs a class token: use global_pool, or cls_embed"
+            )
         self.config |= {"num_classes": num_classes, "global_pool": global_pool}
         self.global_pool = global_pool
         self.dropout = nn.Dropout(dropout)

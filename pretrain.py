@@ -14,7 +14,16 @@ from pathlib import Path
 import torch
 
 import gallery
-from data.index import VIDEO_EXTENSIONS, class_names, class_numbers, find_labelled, find_videos, keep_fraction, read_manifest, write_manifest
+from data.index import (
+    VIDEO_EXTENSIONS,
+    class_names,
+    class_numbers,
+    find_labelled,
+    find_videos,
+    keep_fraction,
+    read_manifest,
+    write_manifest,
+)
 from data.loaders import ClipDataset, ViewDataset, eval_feed, train_feed
 from data.probe import carry_over
 from data.probe import load as load_index
@@ -36,36 +45,104 @@ def get_parser() -> flags.ScriptParser:
     """The flags of this script."""
     parser = flags.ScriptParser(__doc__)
     group = flags.add_model(parser, model="mae_vit_large_patch16", num_frames=16)
-    group.add_argument("--decoder_embed_dim", type=positive, default=512, help="(default: %(default)s)")
+    group.add_argument(
+        "--decoder_embed_dim", type=positive, default=512, help="(default: %(default)s)"
+    )
     group.add_argument("--decoder_depth", type=positive, default=8, help="(default: %(default)s)")
-    group.add_argument("--decoder_num_heads", type=positive, default=16, help="(default: %(default)s)")
-    group.add_argument("--pred_t_dim", type=positive, default=16, help="frames to predict per clip (default: %(default)s)")
-    group.add_argument("--mask_ratio", type=float, default=0.9, help="share of tokens hidden (default: %(default)s)")
-    group.add_argument("--mask_type", choices=MASK_TYPES, default="random", help="(default: %(default)s)")
-    group.add_argument("--norm_pix_loss", action=flags.SWITCH, default=False, help="normalise each patch's target pixels (default: off)")
+    group.add_argument(
+        "--decoder_num_heads", type=positive, default=16, help="(default: %(default)s)"
+    )
+    group.add_argument(
+        "--pred_t_dim",
+        type=positive,
+        default=16,
+        help="frames to predict per clip (default: %(default)s)",
+    )
+    group.add_argument(
+        "--mask_ratio",
+        type=float,
+        default=0.9,
+        help="share of tokens hidden (default: %(default)s)",
+    )
+    group.add_argument(
+        "--mask_type", choices=MASK_TYPES, default="random", help="(default: %(default)s)"
+    )
+    group.add_argument(
+        "--norm_pix_loss",
+        action=flags.SWITCH,
+        default=False,
+        help="normalise each patch's target pixels (default: off)",
+    )
     group.add_argument("--trunc_init", action="store_true", help="truncated normal initialisation")
     group = flags.add_optimisation(parser, epochs=100, batch_size=4)
-    group.add_argument("--bias_wd", action="store_true", help="let 1-d parameters other than biases decay")
+    group.add_argument(
+        "--bias_wd", action="store_true", help="let 1-d parameters other than biases decay"
+    )
     group = flags.add_video(parser, sampling_rate=4, repeat_aug=4, scales=(0.5, 1.0))
-    group.add_argument("--data_dirs", nargs="+", default=[], help="folders of videos, searched recursively")
-    group.add_argument("--data_csv", default="", help="a manifest (path[,label] per line) instead of --data_dirs")
-    group.add_argument("--data_frac", type=fraction, default=1.0, help="use the first part of the sorted videos (default: %(default)s)")
+    group.add_argument(
+        "--data_dirs", nargs="+", default=[], help="folders of videos, searched recursively"
+    )
+    group.add_argument(
+        "--data_csv", default="", help="a manifest (path[,label] per line) instead of --data_dirs"
+    )
+    group.add_argument(
+        "--data_frac",
+        type=fraction,
+        default=1.0,
+        help="use the first part of the sorted videos (default: %(default)s)",
+    )
     group = flags.add_run(parser)
-    group.add_argument("--val_dirs", nargs="+", default=[], help="folders of videos for a validation loss: centre clip and crop, fixed masks")
+    group.add_argument(
+        "--val_dirs",
+        nargs="+",
+        default=[],
+        help="folders of videos for a validation loss: centre clip and crop, fixed masks",
+    )
     group.add_argument("--val_csv", default="", help="a manifest instead of --val_dirs")
-    group.add_argument("--probe_dir", default="", metavar="DIR",
-                       help="labelled videos, DIR/train/CLASS and DIR/val/CLASS: frozen features of train classify val (k-NN, linear)")  # fmt: skip
-    group.add_argument("--val_every", type=positive, default=1, help="epochs between validations and probes (default: %(default)s)")
-    group.add_argument("--recon_every", type=natural, default=5, help="epochs between reconstruction pictures, 0 = none (default: %(default)s)")
-    group.add_argument("--visualize", default="", metavar="CKPT",
-                       help="no training: pictures of what this checkpoint predicts on --data_dirs; model, spacing, mask are its run's")  # fmt: skip
-    group.add_argument("--visualize_masks", nargs="+", default=[], metavar="TYPE:RATIO", help="masks to show (default: --mask_type:--mask_ratio)")
-    group.add_argument("--visualize_clips", type=positive, default=4, help="videos to show, evenly spread (default: %(default)s)")
+    group.add_argument(
+        "--probe_dir",
+        default="",
+        metavar="DIR",
+        help="labelled videos, DIR/train/CLASS and DIR/val/CLASS: frozen features of train classify val (k-NN, linear)",
+    )
+    group.add_argument(
+        "--val_every",
+        type=positive,
+        default=1,
+        help="epochs between validations and probes (default: %(default)s)",
+    )
+    group.add_argument(
+        "--recon_every",
+        type=natural,
+        default=5,
+        help="epochs between reconstruction pictures, 0 = none (default: %(default)s)",
+    )
+    group.add_argument(
+        "--visualize",
+        default="",
+        metavar="CKPT",
+        help="no training: pictures of what this checkpoint predicts on --data_dirs; model, spacing, mask are its run's",
+    )
+    group.add_argument(
+        "--visualize_masks",
+        nargs="+",
+        default=[],
+        metavar="TYPE:RATIO",
+        help="masks to show (default: --mask_type:--mask_ratio)",
+    )
+    group.add_argument(
+        "--visualize_clips",
+        type=positive,
+        default=4,
+        help="videos to show, evenly spread (default: %(default)s)",
+    )
     flags.add_system(parser)
     return parser
 
 
-def list_videos(args, kind: str, folders: list[str], csv: str, share: float, resuming: bool) -> list[str]:
+def list_videos(
+    args, kind: str, folders: list[str], csv: str, share: float, resuming: bool
+) -> list[str]:
     """Paths of the training or validation videos, by way of the run's own manifest: rank 0 writes it, a resumed run reuses it."""
     manifest = Path(args.datafile_dir, f"{args.save_prefix}_{kind}.csv")
 
@@ -94,12 +171,21 @@ def build_model(args, device: torch.device) -> MaskedAutoencoderViT:
     torch.manual_seed(sample_seed(args.seed))
     try:
         model = MaskedAutoencoderViT(
-            **named_size(args.model, args.patch_size), img_size=args.img_size, num_frames=args.num_frames,
-            t_patch_size=args.t_patch_size, decoder_embed_dim=args.decoder_embed_dim, decoder_depth=args.decoder_depth,
-            decoder_num_heads=args.decoder_num_heads, pred_t_dim=args.pred_t_dim, norm_pix_loss=args.norm_pix_loss,
-            sep_pos_embed=args.sep_pos_embed, cls_embed=args.cls_embed, no_qkv_bias=args.no_qkv_bias,
-            trunc_init=args.trunc_init, attn=args.attn,
-        )  # fmt: skip
+            **named_size(args.model, args.patch_size),
+            img_size=args.img_size,
+            num_frames=args.num_frames,
+            t_patch_size=args.t_patch_size,
+            decoder_embed_dim=args.decoder_embed_dim,
+            decoder_depth=args.decoder_depth,
+            decoder_num_heads=args.decoder_num_heads,
+            pred_t_dim=args.pred_t_dim,
+            norm_pix_loss=args.norm_pix_loss,
+            sep_pos_embed=args.sep_pos_embed,
+            cls_embed=args.cls_embed,
+            no_qkv_bias=args.no_qkv_bias,
+            trunc_init=args.trunc_init,
+            attn=args.attn,
+        )
         model.check_mask(args.mask_ratio, args.mask_type)
         amp = amp_dtype(args.amp, device)
         for part, blocks in (("encoder", model.blocks), ("decoder", model.decoder_blocks)):
@@ -109,18 +195,35 @@ def build_model(args, device: torch.device) -> MaskedAutoencoderViT:
     except ValueError as error:
         raise UserError(str(error)) from error
     model.activation_checkpointing = args.activation_checkpointing
-    print0(f"model {args.model}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {model.num_tokens} tokens per clip")
+    print0(
+        f"model {args.model}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {model.num_tokens} tokens per clip"
+    )
     return model.to(device)
 
 
 def build_data(args, paths: list[str], num_tokens: int) -> ClipDataset:
     """The training clips."""
     return ClipDataset(
-        paths=paths, labels=None, num_frames=args.num_frames, sampling_rate=args.sampling_rate, target_fps=args.target_fps,
-        repeat_aug=args.repeat_aug, repeat_windows=args.repeat_windows, decoder=args.decoder, seed=args.seed, noise_tokens=num_tokens,
-        transform=train_transform(args.img_size, args.jitter_scales_relative, args.jitter_aspect_relative, args.flip, args.color_jitter),
-        short_side=decoded_side(args), known=load_index(Path(args.datafile_dir, f"{args.save_prefix}_train.csv"), paths),
-    )  # fmt: skip
+        paths=paths,
+        labels=None,
+        num_frames=args.num_frames,
+        sampling_rate=args.sampling_rate,
+        target_fps=args.target_fps,
+        repeat_aug=args.repeat_aug,
+        repeat_windows=args.repeat_windows,
+        decoder=args.decoder,
+        seed=args.seed,
+        noise_tokens=num_tokens,
+        transform=train_transform(
+            args.img_size,
+            args.jitter_scales_relative,
+            args.jitter_aspect_relative,
+            args.flip,
+            args.color_jitter,
+        ),
+        short_side=decoded_side(args),
+        known=load_index(Path(args.datafile_dir, f"{args.save_prefix}_train.csv"), paths),
+    )
 
 
 def decoded_side(args) -> int:
@@ -131,12 +234,21 @@ def decoded_side(args) -> int:
 def fixed_clips(args, paths: list[str], labels: list[int]) -> ViewDataset:
     """The centre clip and centre crop of each video."""
     return ViewDataset(
-        paths=paths, labels=labels, num_views=1, transform=view_transform(args.img_size, 1), num_frames=args.num_frames,
-        sampling_rate=args.sampling_rate, target_fps=args.target_fps, decoder=args.decoder, short_side=decoded_side(args),
-    )  # fmt: skip
+        paths=paths,
+        labels=labels,
+        num_views=1,
+        transform=view_transform(args.img_size, 1),
+        num_frames=args.num_frames,
+        sampling_rate=args.sampling_rate,
+        target_fps=args.target_fps,
+        decoder=args.decoder,
+        short_side=decoded_side(args),
+    )
 
 
-def build_validation(args, model: MaskedAutoencoderViT, place: dist.Place, amp: torch.dtype, resuming: bool) -> list[tuple[Callable, Callable]]:
+def build_validation(
+    args, model: MaskedAutoencoderViT, place: dist.Place, amp: torch.dtype, resuming: bool
+) -> list[tuple[Callable, Callable]]:
     """What the flags ask for of val_loss, probe_knn_acc1 and probe_linear_acc1 (percent): pairs of () -> batches and batches -> results.
 
     They draw nothing and keep nothing: training is the same with and without them.
@@ -145,12 +257,21 @@ def build_validation(args, model: MaskedAutoencoderViT, place: dist.Place, amp: 
     if args.val_dirs or args.val_csv:
         paths = list_videos(args, "val", args.val_dirs, args.val_csv, 1.0, resuming)
         feed = eval_feed(fixed_clips(args, paths, [-1] * len(paths)), SIZE, args, place)
-        measures.append((feed, lambda batches: {"val_loss": validation_loss(model, batches, args, amp)}))
+        measures.append(
+            (feed, lambda batches: {"val_loss": validation_loss(model, batches, args, amp)})
+        )
     if args.probe_dir:
-        train, val = (find_labelled(str(Path(args.probe_dir, part)), VIDEO_EXTENSIONS, "--probe_dir") for part in ("train", "val"))
-        labels = class_numbers(train[1] + val[1], class_names(train[1]), f"--probe_dir {args.probe_dir}/val")
+        train, val = (
+            find_labelled(str(Path(args.probe_dir, part)), VIDEO_EXTENSIONS, "--probe_dir")
+            for part in ("train", "val")
+        )
+        labels = class_numbers(
+            train[1] + val[1], class_names(train[1]), f"--probe_dir {args.probe_dir}/val"
+        )
         feed = eval_feed(fixed_clips(args, train[0] + val[0], labels), SIZE, args, place)
-        measures.append((feed, lambda batches: probe(mean_features(model, batches, amp), labels, len(train[0]))))
+        measures.append(
+            (feed, lambda batches: probe(mean_features(model, batches, amp), labels, len(train[0])))
+        )
     return measures
 
 
@@ -169,7 +290,9 @@ def visualize(argv: list[str] | None) -> None:
     parser.set_defaults(**of_run)
     args = flags.parse(parser, argv)
     args.img_size, args.num_frames = model.config["img_size"], model.config["num_frames"]
-    masks = [gallery.parse_mask(mask) for mask in args.visualize_masks] or [(args.mask_type, args.mask_ratio)]
+    masks = [gallery.parse_mask(mask) for mask in args.visualize_masks] or [
+        (args.mask_type, args.mask_ratio)
+    ]
     place = dist.setup(args.device, args.deterministic)
     paths = find_paths(args.data_dirs, args.data_csv)
     chosen = torch.linspace(0, len(paths) - 1, min(args.visualize_clips, len(paths))).long()
@@ -182,7 +305,9 @@ def visualize(argv: list[str] | None) -> None:
     clips = torch.cat([sample["clips"] for sample in samples]).to(place.device)
     noise = fixed_noise(chosen.to(place.device), model.num_tokens)
     if place.rank == 0:
-        gallery.write(model.to(place.device), clips, noise, masks, args, amp_dtype(args.amp, place.device))
+        gallery.write(
+            model.to(place.device), clips, noise, masks, args, amp_dtype(args.amp, place.device)
+        )
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -197,19 +322,41 @@ def main(argv: list[str] | None = None) -> None:
     args.compile = place.device.type == "cuda" if args.compile is None else args.compile
     resume_from = dist.on_rank0(lambda: checkpoint.find_resume(args))
     model = build_model(args, place.device)
-    paths = list_videos(args, "train", args.data_dirs, args.data_csv, args.data_frac, resuming=resume_from is not None)
+    paths = list_videos(
+        args,
+        "train",
+        args.data_dirs,
+        args.data_csv,
+        args.data_frac,
+        resuming=resume_from is not None,
+    )
     dataset = build_data(args, paths, model.num_tokens)
     updates_per_epoch, batches = train_feed(dataset, args, place)
     config = model.config | {"model": args.model, "mean": VIDEO_MEAN, "std": VIDEO_STD}
     total_steps = args.max_steps or args.epochs * updates_per_epoch
     lr = flags.effective_lr(args, place.world_size, {})
-    plan = Plan(lr, updates_per_epoch, total_steps, amp_dtype(args.amp, place.device), args.max_bad_frac * len(paths),
-                model.flops_per_clip(args.mask_ratio, args.mask_type))  # fmt: skip
+    plan = Plan(
+        lr,
+        updates_per_epoch,
+        total_steps,
+        amp_dtype(args.amp, place.device),
+        args.max_bad_frac * len(paths),
+        model.flops_per_clip(args.mask_ratio, args.mask_type),
+    )
 
-    optimizer = make_optimizer(pretrain_groups(model, args.weight_decay, args.bias_wd), model.parameters(), betas=(0.9, 0.95))
+    optimizer = make_optimizer(
+        pretrain_groups(model, args.weight_decay, args.bias_wd),
+        model.parameters(),
+        betas=(0.9, 0.95),
+    )
     scaler = torch.amp.GradScaler(place.device.type, enabled=plan.amp == torch.float16)
-    validations, run = build_validation(args, model, place, plan.amp, resuming=resume_from is not None), Run(args)
-    saver = Saver(args, model, optimizer, scaler, plan, config, digest(paths), Tally(SUMS, place.device), run)
+    validations, run = (
+        build_validation(args, model, place, plan.amp, resuming=resume_from is not None),
+        Run(args),
+    )
+    saver = Saver(
+        args, model, optimizer, scaler, plan, config, digest(paths), Tally(SUMS, place.device), run
+    )
     saver.resume(resume_from)
     if args.compile:
         model.compile_parts()
@@ -218,13 +365,19 @@ def main(argv: list[str] | None = None) -> None:
     with saver.until_stopped():
         while saver.unfinished():
             epoch, done = saver.position()
-            record = train_one_epoch(wrapped, batches(epoch, done), optimizer, scaler, args, plan, run, place, saver)
+            record = train_one_epoch(
+                wrapped, batches(epoch, done), optimizer, scaler, args, plan, run, place, saver
+            )
             record["unreadable_videos"] = run.gather_unreadable()
             last = saver.step >= plan.total_steps
             if validations and (last or (epoch + 1) % args.val_every == 0):
                 results = validate(validations, saver)
                 record |= results
-                run.epoch_line(f"epoch {epoch}: " + "  ".join(f"{name} {value:.4g}" for name, value in results.items()), last)
+                run.epoch_line(
+                    f"epoch {epoch}: "
+                    + "  ".join(f"{name} {value:.4g}" for name, value in results.items()),
+                    last,
+                )
             if args.recon_every and (last or (epoch + 1) % args.recon_every == 0):
                 gallery.save_picture(model, dataset, args, plan.amp, run, epoch, place.device)
             saver.close_epoch(record)

@@ -58,7 +58,9 @@ def main() -> None:
     """Print the path. Exit with one line and code 1 if there is none."""
     wanted, found = sys.argv[1], usable()
     if wanted == "newest-other":
-        found = {version: path for version, path in found.items() if version != sys.version_info[:2]}
+        found = {
+            version: path for version, path in found.items() if version != sys.version_info[:2]
+        }
     if not wanted.startswith("newest"):
         version = tuple(map(int, wanted.split(".")))
         found = {version: found[version]} if version in found else {}

@@ -192,7 +192,9 @@ def main() -> None:
             path = Path(folder, f"{width}x{height}_{gop}.mp4")
             write_file(path, width, height, gop, b_frames)
             found = measure(str(path), named, args.rounds)
-            result["files"][name] = {reader: {str(k): v for k, v in times.items()} for reader, times in found.items()}
+            result["files"][name] = {
+                reader: {str(k): v for k, v in times.items()} for reader, times in found.items()
+            }
             print0(name, json.dumps(result["files"][name]))
     (args.out / "readers.json").write_text(json.dumps(result, indent=1) + "\n")
     (args.out / "readers.md").write_text(table(result))

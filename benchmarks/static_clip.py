@@ -45,18 +45,32 @@ def compare(exact, folded, device: torch.device, rounds: int) -> dict[str, float
 
 def main() -> None:
     """Measure and write the results."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", default="vit_tiny_patch16")
     parser.add_argument("--img_size", type=int, default=224)
     parser.add_argument("--num_frames", type=int, default=16)
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=30)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder of the results (default: %(default)s)")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path(__file__).parent / "results",
+        help="folder of the results (default: %(default)s)",
+    )
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
-    model = VisionTransformer(**named_size(args.model), img_size=args.img_size, num_frames=args.num_frames, t_patch_size=2,
-                              num_classes=1000, drop_path_rate=0.0, dropout=0.0).to(device)  # fmt: skip
+    model = VisionTransformer(
+        **named_size(args.model),
+        img_size=args.img_size,
+        num_frames=args.num_frames,
+        t_patch_size=2,
+        num_classes=1000,
+        drop_path_rate=0.0,
+        dropout=0.0,
+    ).to(device)
     image = torch.randn(args.batch, 3, 1, args.img_size, args.img_size, device=device)
     clip = image.expand(-1, -1, args.num_frames, -1, -1)
     with torch.no_grad():
@@ -70,13 +84,24 @@ def main() -> None:
         model(clips).square().sum().backward()
 
     result = {
-        "model": args.model, "img_size": args.img_size, "num_frames": args.num_frames, "batch": args.batch, "rounds": args.rounds,
+        "model": args.model,
+        "img_size": args.img_size,
+        "num_frames": args.num_frames,
+        "batch": args.batch,
+        "rounds": args.rounds,
         "largest_logit_difference": difference,
-        "embedding": compare(lambda: embedding(clip), lambda: embedding(image), device, args.rounds),
+        "embedding": compare(
+            lambda: embedding(clip), lambda: embedding(image), device, args.rounds
+        ),
         "step": compare(lambda: step(clip), lambda: step(image), device, args.rounds),
-        "torch": torch.__version__, "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine(),
-        "cores": usable_cores(), "threads": torch.get_num_threads(), "dtype": "float32",
-    }  # fmt: skip
+        "torch": torch.__version__,
+        "device": torch.cuda.get_device_name()
+        if device.type == "cuda"
+        else platform.processor() or platform.machine(),
+        "cores": usable_cores(),
+        "threads": torch.get_num_threads(),
+        "dtype": "float32",
+    }
     (args.out / "static_clip.json").write_text(json.dumps(result, indent=2) + "\n")
     cells = [(part, *result[part].values()) for part in ("embedding", "step")]
     rows = "".join("| " + " | ".join(map(str, row)) + " |\n" for row in cells)

@@ -20,7 +20,9 @@ from PIL import Image
 
 from util.dist import print0
 
-os.environ.setdefault("DECORD_EOF_RETRY_MAX", "2048")  # read when decord is imported; its own 10240 tries long on broken files
+os.environ.setdefault(
+    "DECORD_EOF_RETRY_MAX", "2048"
+)  # read when decord is imported; its own 10240 tries long on broken files
 
 DECODERS = ("auto", "pyav", "decord")
 HIGHEST_FPS = 240  # a container without time stamps may claim 1000; a rate above this, or none, is taken for 30
@@ -30,7 +32,12 @@ SKIPS_EXACTLY = frozenset(  # decoders that leave out just the frames that nothi
 )
 YCGCO = 8  # a color space that FFmpeg does not convert (ITU-T H.273, table 4)
 UPRIGHT = (1, 0, 0, 1)  # see `orientation`
-UPRIGHT_BY_DECORD = (UPRIGHT, (0, 1, -1, 0), (-1, 0, 0, -1), (0, -1, 1, 0))  # it turns, but does not mirror
+UPRIGHT_BY_DECORD = (
+    UPRIGHT,
+    (0, 1, -1, 0),
+    (-1, 0, 0, -1),
+    (0, -1, 1, 0),
+)  # it turns, but does not mirror
 
 
 class ReadError(Exception):
@@ -49,10 +56,20 @@ class VideoInfo(NamedTuple):
     codec: str
     unseen: int = 0  # frames at the start that cannot be decoded and are not counted
     decord_reads: bool = False  # whether decord gives the right frames
-    times: np.ndarray | None = None  # of an unsteady rate: when each frame is shown, seconds (frames,)
+    times: np.ndarray | None = (
+        None  # of an unsteady rate: when each frame is shown, seconds (frames,)
+    )
 
 
-def frame_indices(available: int, fps: float, *, num_frames: int, sampling_rate: int, start: float, target_fps: float = 30) -> np.ndarray:
+def frame_indices(
+    available: int,
+    fps: float,
+    *,
+    num_frames: int,
+    sampling_rate: int,
+    start: float,
+    target_fps: float = 30,
+) -> np.ndarray:
     """Frame numbers (T,) of a clip of num_frames frames, of a video of constant rate.
 
     The clip spans s = sampling_rate * num_frames * fps / target_fps source frames and begins at start * max(available - s, 0),
@@ -63,7 +80,9 @@ def frame_indices(available: int, fps: float, *, num_frames: int, sampling_rate:
     return np.linspace(first, first + span - 1, num_frames).clip(0, available - 1).astype(np.int64)
 
 
-def frames_at(times: np.ndarray, *, num_frames: int, sampling_rate: int, start: float, target_fps: float = 30) -> np.ndarray:
+def frames_at(
+    times: np.ndarray, *, num_frames: int, sampling_rate: int, start: float, target_fps: float = 30
+) -> np.ndarray:
     """Frame numbers (T,) of a clip of num_frames instants, of a video whose frames are shown at `times` (seconds).
 
     The formula of `frame_indices` in seconds: the clip lasts S = sampling_rate * num_frames / target_fps, of which the last
@@ -77,15 +96,36 @@ def frames_at(times: np.ndarray, *, num_frames: int, sampling_rate: int, start: 
     return (np.searchsorted(times, instants + 1e-9, side="right") - 1).clip(0, len(times) - 1)
 
 
-def clip_indices(video: "DecordVideo | PyAVVideo", *, num_frames: int, sampling_rate: int, start: float, target_fps: float = 30) -> np.ndarray:
+def clip_indices(
+    video: "DecordVideo | PyAVVideo",
+    *,
+    num_frames: int,
+    sampling_rate: int,
+    start: float,
+    target_fps: float = 30,
+) -> np.ndarray:
     """Frame numbers (T,) of a clip of an open video: `frame_indices`, or `frames_at` where the rate is not constant."""
-    clip = {"num_frames": num_frames, "sampling_rate": sampling_rate, "start": start, "target_fps": target_fps}
+    clip = {
+        "num_frames": num_frames,
+        "sampling_rate": sampling_rate,
+        "start": start,
+        "target_fps": target_fps,
+    }
     if video.times is None:
         return frame_indices(video.num_frames, video.fps, **clip)
     return frames_at(video.times, **clip)
 
 
-def view_start(available: int, fps: float, *, num_frames: int, sampling_rate: int, view: int, views: int, target_fps: float = 30) -> float:
+def view_start(
+    available: int,
+    fps: float,
+    *,
+    num_frames: int,
+    sampling_rate: int,
+    view: int,
+    views: int,
+    target_fps: float = 30,
+) -> float:
     """Where in the slack (0 to 1) view `view` of `views` begins: evenly from the first to the last, one alone in the middle."""
     slack = max(available - sampling_rate * num_frames * fps / target_fps, 0)
     first = slack // 2 if views == 1 else view * (slack // (views - 1))
@@ -123,7 +163,9 @@ def checked_path(path: str) -> str:
     return path
 
 
-def open_video(path: str, decoder: str = "auto", short_side: int | None = None, info: VideoInfo | None = None) -> "DecordVideo | PyAVVideo":
+def open_video(
+    path: str, decoder: str = "auto", short_side: int | None = None, info: VideoInfo | None = None
+) -> "DecordVideo | PyAVVideo":
     """Open a video file for `read`.
 
     decoder: "auto" is PyAV. "decord" goes to PyAV for a file that it cannot open or is known to read wrongly.
@@ -165,7 +207,12 @@ def read_image(path: str) -> Image.Image:
     try:
         with Image.open(checked_path(path)) as image:
             return image.convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # what Pillow raises for broken files
+    except (
+        OSError,
+        ValueError,
+        SyntaxError,
+        Image.DecompressionBombError,
+    ) as error:  # what Pillow raises for broken files
         raise ReadError(f"not an image: {one_line(error).partition(': ')[0]}") from None
 
 
@@ -182,7 +229,9 @@ def decord_installed() -> bool:
 def say_if_absent(decoder: str) -> None:
     """Say once in a process that PyAV steps in for a decord that is not there."""
     if decoder == "decord" and importlib.util.find_spec("decord") is None:
-        print0("note: decord is not installed, PyAV reads the videos (pip install decord, or --decoder pyav)")
+        print0(
+            "note: decord is not installed, PyAV reads the videos (pip install decord, or --decoder pyav)"
+        )
 
 
 def one_line(error: Exception) -> str:
@@ -201,8 +250,14 @@ def _open_stream(path: str):
     try:
         container = open_container(path)
     except (av.FFmpegError, ValueError) as error:
-        raise ReadError(f"not a video: {getattr(error, 'strerror', None) or one_line(error)}") from None
-    moving = [stream for stream in container.streams.video if not stream.disposition & Disposition.attached_pic]
+        raise ReadError(
+            f"not a video: {getattr(error, 'strerror', None) or one_line(error)}"
+        ) from None
+    moving = [
+        stream
+        for stream in container.streams.video
+        if not stream.disposition & Disposition.attached_pic
+    ]
     if not moving:  # none, or the cover of a piece of music
         container.close()
         raise ReadError("no video stream")
@@ -226,7 +281,9 @@ class DecordVideo:
         self.num_frames, self.fps, self.times = info.frames, info.fps, info.times
         width, height = scaled_size(info.width, info.height, short_side) or (-1, -1)
         try:
-            self.reader = decord.VideoReader(path, ctx=decord.cpu(0), width=width, height=height, num_threads=1)
+            self.reader = decord.VideoReader(
+                path, ctx=decord.cpu(0), width=width, height=height, num_threads=1
+            )
         except (decord.DECORDError, RuntimeError) as error:
             raise ReadError(one_line(error)) from None
         if not len(self.reader):
@@ -241,8 +298,13 @@ class DecordVideo:
         import decord
 
         try:
-            return self.reader.get_batch(np.clip(indices, 0, len(self.reader) - 1).tolist()).asnumpy()
-        except (decord.DECORDError, RuntimeError):  # damaged, or a width that decord pads and then refuses
+            return self.reader.get_batch(
+                np.clip(indices, 0, len(self.reader) - 1).tolist()
+            ).asnumpy()
+        except (
+            decord.DECORDError,
+            RuntimeError,
+        ):  # damaged, or a width that decord pads and then refuses
             with PyAVVideo(self.path, self.short_side, self.info) as video:
                 frames = video.read(indices)
                 self.replaced += video.replaced
@@ -280,15 +342,25 @@ class PyAVVideo:
 
         self.to_rgb, self.reformatter = to_rgb, VideoReformatter()
         self.short_side, self.rotation, self.decoded, self.replaced = short_side, 0, 0, 0
-        self.reason, self.spare = "", MOST_PACKETS  # why a picture could not be converted; packets to spend on further tries
+        self.reason, self.spare = (
+            "",
+            MOST_PACKETS,
+        )  # why a picture could not be converted; packets to spend on further tries
         self.container, self.stream = _open_stream(path)
         context = self.stream.codec_context
-        self.size = square_size(context.width, context.height, self.stream.sample_aspect_ratio)  # before it is turned upright
+        self.size = square_size(
+            context.width, context.height, self.stream.sample_aspect_ratio
+        )  # before it is turned upright
         try:
             self.packets = Packets(self.container, self.stream)
             self.by_count = self.packets.count_from_the_start()
             if info:
-                self.packets.unseen, self.num_frames, self.fps, self.times = info.unseen, info.frames, info.fps, info.times
+                self.packets.unseen, self.num_frames, self.fps, self.times = (
+                    info.unseen,
+                    info.frames,
+                    info.fps,
+                    info.times,
+                )
             else:
                 self._survey()
         except NoPackets:
@@ -315,7 +387,9 @@ class PyAVVideo:
         tick, packets = float(self.stream.time_base), self.packets
         if self.by_count and self.stream.duration:
             mean = self.num_frames / (self.stream.duration * tick)
-            claimed = claimed if abs(claimed / mean - 1) < 0.01 else mean  # AVI may claim the rate of empty packets
+            claimed = (
+                claimed if abs(claimed / mean - 1) < 0.01 else mean
+            )  # AVI may claim the rate of empty packets
         likely = claimed if 0 < claimed <= HIGHEST_FPS else 30.0
         if self.by_count or self.num_frames < 3:
             return likely, None
@@ -340,9 +414,18 @@ class PyAVVideo:
             out = []
             for packet in [*self.packets.group(group), None]:
                 frames, _ = self._frames(packet)
-                out += [number[frame.pts] for frame in frames if frame.pts in number and not frame.is_corrupt]
+                out += [
+                    number[frame.pts]
+                    for frame in frames
+                    if frame.pts in number and not frame.is_corrupt
+                ]
                 fed += 1
-                if out and packet is not None and packet.pts is not None and number.get(packet.pts, -1) > min(out):
+                if (
+                    out
+                    and packet is not None
+                    and packet.pts is not None
+                    and number.get(packet.pts, -1) > min(out)
+                ):
                     break
             self.stream.codec_context.flush_buffers()
             if out:
@@ -366,14 +449,29 @@ class PyAVVideo:
         from data.pyav import VERSION
 
         packets, context = self.packets, self.stream.codec_context
-        familiar = context.name in ("h264", "hevc", "vp8", "vp9") and self.container.format.name.split(",")[0] in ("mov", "matroska")
+        familiar = context.name in (
+            "h264",
+            "hevc",
+            "vp8",
+            "vp9",
+        ) and self.container.format.name.split(",")[0] in ("mov", "matroska")
         if VERSION < 17 and self.container.format.name.startswith("mov"):
             return False  # PyAV 16 does not show a table of packets that would mislead decord
         if self.stream is not self.container.streams.video[0]:
             return False  # the first is a cover, which decord may take
-        if not familiar or self.by_count or packets.table_misleads or packets.unseen or packets.shown < packets.ends[-1]:
+        if (
+            not familiar
+            or self.by_count
+            or packets.table_misleads
+            or packets.unseen
+            or packets.shown < packets.ends[-1]
+        ):
             return False
-        if context.pix_fmt == "yuv444p" or (context.width, context.height) != self.size or self.orientation not in UPRIGHT_BY_DECORD:
+        if (
+            context.pix_fmt == "yuv444p"
+            or (context.width, context.height) != self.size
+            or self.orientation not in UPRIGHT_BY_DECORD
+        ):
             return False
         if self.orientation != UPRIGHT and self.container.format.name.startswith("matroska"):
             return False
@@ -403,14 +501,18 @@ class PyAVVideo:
         """Decode by time stamps: {frame number: picture}, or None if the stamps are of no use."""
         found: dict[int, np.ndarray] = {}
         codec = self.stream.codec_context
-        if codec.pix_fmt == "yuv444p" and codec.name == "h264":  # of an old x264: decoded rightly only after its signature
+        if (
+            codec.pix_fmt == "yuv444p" and codec.name == "h264"
+        ):  # of an old x264: decoded rightly only after its signature
             self._frames(self.packets.group(0)[0])
             codec.flush_buffers()
         for group in sorted({self.packets.group_of(index) for index in wanted}):
             number = self.packets.numbers(group)
             if number is None:
                 return None
-            self._read_group(group, {stamp: index for stamp, index in number.items() if index in wanted}, found)
+            self._read_group(
+                group, {stamp: index for stamp, index in number.items() if index in wanted}, found
+            )
         return found
 
     def _read_group(self, group: int, number: dict[int, int], found: dict[int, np.ndarray]) -> None:
@@ -436,13 +538,25 @@ class PyAVVideo:
             self.spare -= len(packets)
             skip = False
 
-    def _run(self, packets: list, number: dict[int, int], skip: bool, found: dict[int, np.ndarray], incomplete: bool) -> None:
+    def _run(
+        self,
+        packets: list,
+        number: dict[int, int],
+        skip: bool,
+        found: dict[int, np.ndarray],
+        incomplete: bool,
+    ) -> None:
         """Decode packets up to the last one that is wanted, and keep the wanted pictures.
 
         skip: leave out what nothing refers to. incomplete: keep pictures too of which parts are missing.
         """
-        codec, whole = self.stream.codec_context, True  # whole: nothing decoded so far was damaged, or refers to what was
-        last = max((place for place, packet in enumerate(packets) if packet.pts in number), default=-1)
+        codec, whole = (
+            self.stream.codec_context,
+            True,
+        )  # whole: nothing decoded so far was damaged, or refers to what was
+        last = max(
+            (place for place, packet in enumerate(packets) if packet.pts in number), default=-1
+        )
         for packet in [*packets[: last + 1], None]:  # None: drain
             if skip:
                 codec.skip_frame = "DEFAULT" if packet is None or packet.pts in number else "NONREF"
@@ -493,7 +607,9 @@ class PyAVVideo:
 
     def _all_packets(self) -> list:
         """Every packet of the file, and None."""
-        return [packet for group in range(len(self.packets)) for packet in self.packets.group(group)] + [None]
+        return [
+            packet for group in range(len(self.packets)) for packet in self.packets.group(group)
+        ] + [None]
 
     def _picture(self, frame) -> np.ndarray:
         """A decoded frame as (H, W, 3) uint8 RGB: upright, with square pixels, reduced; all of the size of the file's first."""

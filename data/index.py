@@ -17,7 +17,17 @@ from util.cli import Parser
 from util.dist import UserError, print0, run_script
 
 VIDEO_EXTENSIONS = (".mp4", ".mkv", ".webm", ".avi", ".mov")
-IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # torchvision's ImageFolder's
+IMAGE_EXTENSIONS = (
+    ".jpg",
+    ".jpeg",
+    ".png",
+    ".ppm",
+    ".bmp",
+    ".pgm",
+    ".tif",
+    ".tiff",
+    ".webp",
+)  # torchvision's ImageFolder's
 HEADER_NAMES = ("path", "video", "file", "filename", "filepath", "video_path", "name")
 
 
@@ -26,7 +36,9 @@ def _walk(folder: str, extensions: tuple[str, ...]) -> list[str]:
     found = []
     for parent, subfolders, files in os.walk(folder, followlinks=True):
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        names = sorted(name for name in files if name.lower().endswith(extensions) and not name.startswith("."))
+        names = sorted(
+            name for name in files if name.lower().endswith(extensions) and not name.startswith(".")
+        )
         found.extend(os.path.abspath(os.path.join(parent, name)) for name in names)
     return found
 
@@ -34,7 +46,11 @@ def _walk(folder: str, extensions: tuple[str, ...]) -> list[str]:
 def _check_folder(folder: str, flag: str) -> None:
     """Raises UserError unless this is a folder."""
     if not os.path.isdir(folder):
-        raise UserError(f"folder {folder!r} not found: check {flag}" if not os.path.exists(folder) else f"{flag} {folder} is no folder")
+        raise UserError(
+            f"folder {folder!r} not found: check {flag}"
+            if not os.path.exists(folder)
+            else f"{flag} {folder} is no folder"
+        )
 
 
 def find_videos(folders: list[str]) -> list[str]:
@@ -44,24 +60,34 @@ def find_videos(folders: list[str]) -> list[str]:
         _check_folder(folder, "--data_dirs")
         found += _walk(folder, VIDEO_EXTENSIONS)
     if not found:
-        raise UserError(f"no videos below {', '.join(folders)}: looked for {' '.join(VIDEO_EXTENSIONS)} in any case, subfolders included")
+        raise UserError(
+            f"no videos below {', '.join(folders)}: looked for {' '.join(VIDEO_EXTENSIONS)} in any case, subfolders included"
+        )
     return found
 
 
-def find_labelled(folder: str, extensions: tuple[str, ...], flag: str) -> tuple[list[str], list[str]]:
+def find_labelled(
+    folder: str, extensions: tuple[str, ...], flag: str
+) -> tuple[list[str], list[str]]:
     """Paths and class names of a folder with one subfolder per class; files may lie deeper inside it.
 
     flag: where the folder was given, for messages. Raises UserError for a class without files.
     """
     _check_folder(folder, flag)
-    names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
+    names = sorted(
+        entry.name
+        for entry in os.scandir(folder)
+        if entry.is_dir() and not entry.name.startswith(".")
+    )
     if not names:
         raise UserError(f"{flag} {folder} has no subfolders: give each class one")
     paths, labels = [], []
     for name in names:
         found = _walk(os.path.join(folder, name), extensions)
         if not found:
-            raise UserError(f"class folder {os.path.join(folder, name)} holds none of {' '.join(extensions)}: fill it or remove it")
+            raise UserError(
+                f"class folder {os.path.join(folder, name)} holds none of {' '.join(extensions)}: fill it or remove it"
+            )
         paths += found
         labels += [name] * len(found)
     return paths, labels
@@ -81,7 +107,9 @@ def class_numbers(labels: list[str], classes: list[str], source: str) -> list[in
     unknown = sorted(set(labels) - numbers.keys())
     if unknown:
         known = ", ".join(classes[:5]) + (", ..." if len(classes) > 5 else "")
-        raise UserError(f"{source}: unknown class {unknown[0]!r}; the training set's {len(classes)} classes are {known}")
+        raise UserError(
+            f"{source}: unknown class {unknown[0]!r}; the training set's {len(classes)} classes are {known}"
+        )
     return [numbers[label] for label in labels]
 
 
@@ -109,7 +137,9 @@ def _separator(first_lines: list[str]) -> str:
         if any(len(row) > 1 for row in csv.reader(first_lines, delimiter=separator)):
             return separator
     rows = list(csv.reader(first_lines, delimiter=" "))
-    labelled = all(len(row) == 2 and row[0] and row[1] and not set(row[1]) & set("/.") for row in rows)
+    labelled = all(
+        len(row) == 2 and row[0] and row[1] and not set(row[1]) & set("/.") for row in rows
+    )
     return " " if rows and labelled else ","
 
 
@@ -126,19 +156,34 @@ def read_manifest(path: str | Path) -> tuple[list[str], list[str]]:
     except FileNotFoundError:
         raise UserError(f"manifest {path} not found: check the path") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"manifest {path} cannot be read ({error}): it must be a text file in UTF-8") from None
+        raise UserError(
+            f"manifest {path} cannot be read ({error}): it must be a text file in UTF-8"
+        ) from None
     lines = text.splitlines()
     numbers = [number for number, line in enumerate(lines, 1) if line.strip()]
     if not numbers:
         raise UserError(f"manifest {path} is empty: give one video a line, path or path,label")
     separator = _separator([lines[number - 1] for number in numbers[:20]])
     try:
-        table = pd.read_csv(io.StringIO(text), sep=separator, header=None, names=["path", "label", "rest"], dtype=str, index_col=False,
-                            keep_default_na=False, na_filter=False, skipinitialspace=True, skip_blank_lines=False, on_bad_lines="error",
-                            quoting=csv.QUOTE_MINIMAL)  # fmt: skip
+        table = pd.read_csv(
+            io.StringIO(text),
+            sep=separator,
+            header=None,
+            names=["path", "label", "rest"],
+            dtype=str,
+            index_col=False,
+            keep_default_na=False,
+            na_filter=False,
+            skipinitialspace=True,
+            skip_blank_lines=False,
+            on_bad_lines="error",
+            quoting=csv.QUOTE_MINIMAL,
+        )
     except pd.errors.ParserError as error:
         reason = str(error).strip().removeprefix("Error tokenizing data. C error: ")
-        raise UserError(f"manifest {path}: {reason}; one video a line, path or path,label") from None
+        raise UserError(
+            f"manifest {path}: {reason}; one video a line, path or path,label"
+        ) from None
     table = table.fillna("").apply(lambda column: column.str.strip())
     table.index += 1  # line numbers
     table = table[(table != "").any(axis=1)]
@@ -147,15 +192,22 @@ def read_manifest(path: str | Path) -> tuple[list[str], list[str]]:
     problems = {
         "more than two fields (quote a path that holds the separator)": table["rest"] != "",
         "no path": table["path"] == "",
-        "a URL or protocol, not a file (download it first)": table["path"].str.match(r"[A-Za-z][A-Za-z0-9+.-]+:"),
+        "a URL or protocol, not a file (download it first)": table["path"].str.match(
+            r"[A-Za-z][A-Za-z0-9+.-]+:"
+        ),
     }
     for problem, rows in problems.items():
         if rows.any():
-            raise UserError(f"manifest {path}, line {rows.idxmax()}: {problem}: {lines[rows.idxmax() - 1][:120]!r}")
+            raise UserError(
+                f"manifest {path}, line {rows.idxmax()}: {problem}: {lines[rows.idxmax() - 1][:120]!r}"
+            )
     if table.empty:
         raise UserError(f"manifest {path} has a header and no videos")
     folder = os.path.dirname(os.path.abspath(path))
-    paths = [item if os.path.isabs(item) else os.path.normpath(os.path.join(folder, item)) for item in table["path"]]
+    paths = [
+        item if os.path.isabs(item) else os.path.normpath(os.path.join(folder, item))
+        for item in table["path"]
+    ]
     return paths, table["label"].tolist()
 
 
@@ -176,11 +228,17 @@ def check_classes(train: list[str], val: list[str], num_classes: int, val_source
     class_numbers(val, classes, val_source)
     absent = sorted(set(train) - set(val))
     if absent:
-        raise UserError(f"{val_source}: no sample of class {absent[0]!r}, which the training set has ({len(absent)} such classes): add some")
+        raise UserError(
+            f"{val_source}: no sample of class {absent[0]!r}, which the training set has ({len(absent)} such classes): add some"
+        )
     if len(classes) > num_classes:
-        raise UserError(f"the training set has {len(classes)} classes, --num_classes is {num_classes}: raise it to {len(classes)}")
+        raise UserError(
+            f"the training set has {len(classes)} classes, --num_classes is {num_classes}: raise it to {len(classes)}"
+        )
     if len(classes) < num_classes:
-        print0(f"note: --num_classes {num_classes} is larger than the {len(classes)} classes of the training set; the rest stays unused")
+        print0(
+            f"note: --num_classes {num_classes} is larger than the {len(classes)} classes of the training set; the rest stays unused"
+        )
     return classes
 
 
@@ -197,7 +255,11 @@ def from_kinetics(annotations: str, files: dict[str, str]):
     """
     import pandas as pd
 
-    table = _annotations(annotations, lambda file: pd.read_csv(file, dtype=str, keep_default_na=False), {"label", "youtube_id"})
+    table = _annotations(
+        annotations,
+        lambda file: pd.read_csv(file, dtype=str, keep_default_na=False),
+        {"label", "youtube_id"},
+    )
     clip = table["youtube_id"]
     for column in ("time_start", "time_end"):
         clip = clip + ("_" + table[column].str.zfill(6) if column in table else "")
@@ -212,9 +274,15 @@ def from_ssv2(annotations: str, files: dict[str, str]):
     """
     import pandas as pd
 
-    table = _annotations(annotations, lambda file: pd.DataFrame(json.loads(Path(file).read_text("utf-8"))), {"id", "template"}).astype(str)
+    table = _annotations(
+        annotations,
+        lambda file: pd.DataFrame(json.loads(Path(file).read_text("utf-8"))),
+        {"id", "template"},
+    ).astype(str)
     label = table["template"].str.replace(r"[\[\]]", "", regex=True)
-    return pd.DataFrame({"id": table["id"], "path": table["id"].map(files).fillna(""), "label": label})
+    return pd.DataFrame(
+        {"id": table["id"], "path": table["id"].map(files).fillna(""), "label": label}
+    )
 
 
 def _annotations(path: str, read, columns: set[str]):
@@ -222,9 +290,13 @@ def _annotations(path: str, read, columns: set[str]):
     try:
         table = read(path)
     except (OSError, ValueError) as error:  # pandas' own errors are ValueErrors
-        raise UserError(f"annotations {path} cannot be read: {str(error).splitlines()[0]}") from None
+        raise UserError(
+            f"annotations {path} cannot be read: {str(error).splitlines()[0]}"
+        ) from None
     if missing := columns - set(table.columns):
-        raise UserError(f"annotations {path} have no {', '.join(sorted(missing))}: check the file, and --from")
+        raise UserError(
+            f"annotations {path} have no {', '.join(sorted(missing))}: check the file, and --from"
+        )
     return table
 
 
@@ -233,17 +305,29 @@ OFFICIAL = {"kinetics": from_kinetics, "ssv2": from_ssv2}
 
 def official(argv: list[str]) -> None:
     """The command line with --from: an official annotation file to a manifest, and a list of what is missing."""
-    parser = Parser("Turn an official annotation file into a manifest (path,label).", prog="python -m data.index")
-    parser.add_argument("--from", dest="source", choices=OFFICIAL, required=True, help="the dataset")
-    parser.add_argument("annotations", help="the official file of one split (Kinetics: .csv, Something-Something v2: .json)")
+    parser = Parser(
+        "Turn an official annotation file into a manifest (path,label).",
+        prog="python -m data.index",
+    )
+    parser.add_argument(
+        "--from", dest="source", choices=OFFICIAL, required=True, help="the dataset"
+    )
+    parser.add_argument(
+        "annotations",
+        help="the official file of one split (Kinetics: .csv, Something-Something v2: .json)",
+    )
     parser.add_argument("videos", help="folder of the videos, searched recursively")
     parser.add_argument("output", help="the manifest to write")
     args = parser.parse_args(argv)
     _check_folder(args.videos, "VIDEOS")
-    table = OFFICIAL[args.source](args.annotations, {Path(path).stem: path for path in _walk(args.videos, VIDEO_EXTENSIONS)})
+    table = OFFICIAL[args.source](
+        args.annotations, {Path(path).stem: path for path in _walk(args.videos, VIDEO_EXTENSIONS)}
+    )
     here, missing = table[table["path"] != ""], table[table["path"] == ""]
     if here.empty:
-        raise UserError(f"none of the {len(table)} videos of {args.annotations} lies below {args.videos}: check the folder")
+        raise UserError(
+            f"none of the {len(table)} videos of {args.annotations} lies below {args.videos}: check the folder"
+        )
     write_manifest(args.output, here["path"].tolist(), here["label"].tolist())
     print0(f"{args.output}: {len(here)} of {len(table)} videos, {table['label'].nunique()} classes")
     if len(missing):

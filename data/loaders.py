@@ -23,7 +23,16 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate, get_worker_info
 
-from data.decode import ReadError, VideoInfo, clip_indices, one_line, open_video, read_image, say_if_absent, view_start
+from data.decode import (
+    ReadError,
+    VideoInfo,
+    clip_indices,
+    one_line,
+    open_video,
+    read_image,
+    say_if_absent,
+    view_start,
+)
 from data.probe import VideoIndex
 from data.transforms import sample_seed, seeded
 from util.dist import Place, UserError, print_here
@@ -52,7 +61,11 @@ class Paths:
         return len(self.ends) - 1
 
     def __getitem__(self, index: int) -> str:
-        return self.bytes[self.ends[index] : self.ends[index + 1]].tobytes().decode("utf-8", "surrogateescape")
+        return (
+            self.bytes[self.ends[index] : self.ends[index + 1]]
+            .tobytes()
+            .decode("utf-8", "surrogateescape")
+        )
 
 
 def stack(clips: list[Tensor]) -> Tensor:
@@ -68,7 +81,9 @@ class Watch:
 
     def __init__(self, num_workers: int, seconds: float):
         self.seconds = seconds
-        self.slots = torch.zeros(num_workers, 2, dtype=torch.int64).share_memory_()  # per worker: its process, and 1 + what it reads, or 0
+        self.slots = torch.zeros(
+            num_workers, 2, dtype=torch.int64
+        ).share_memory_()  # per worker: its process, and 1 + what it reads, or 0
 
     @contextlib.contextmanager
     def reading(self, item: int):
@@ -100,7 +115,14 @@ class Samples(Dataset):
     `quarantine` the files {path: reason} that are not to be touched any more.
     """
 
-    def __init__(self, paths: list[str], labels: list[int] | None, seed: int, substitutes: int, known: VideoIndex | None = None):
+    def __init__(
+        self,
+        paths: list[str],
+        labels: list[int] | None,
+        seed: int,
+        substitutes: int,
+        known: VideoIndex | None = None,
+    ):
         self.paths, self.labels = Paths(paths), None if labels is None else np.array(labels)
         self.seed, self.substitutes, self.known = seed, substitutes, known
         self.watch, self.quarantine = Watch(0, 0), {}
@@ -123,7 +145,9 @@ class Samples(Dataset):
             raise ReadError(reason)
         try:
             with self.watch.reading(candidate):
-                return self.read_clips(epoch, index, path, self.known and self.known.info(candidate, path))
+                return self.read_clips(
+                    epoch, index, path, self.known and self.known.info(candidate, path)
+                )
         except (ReadError, UserError, ImportError):  # a missing package is no file's fault
             raise
         except Exception as error:
@@ -136,7 +160,15 @@ class Samples(Dataset):
         An unreadable file is replaced by another one, chosen by (seed, epoch, index); clips is None if too many are.
         """
         epoch, index = key
-        sample = {"clips": None, "label": -1, "index": index, "path": "", "bad": [], "replaced": 0, "damaged": []}
+        sample = {
+            "clips": None,
+            "label": -1,
+            "index": index,
+            "path": "",
+            "bad": [],
+            "replaced": 0,
+            "damaged": [],
+        }
         draws = np.random.default_rng(sample_seed(self.seed, epoch, index, 0, 2))
         candidates = [index, *draws.integers(len(self), size=self.substitutes).tolist()]
         for candidate in candidates:
@@ -162,22 +194,41 @@ class ClipDataset(Samples):
     generator.
     """
 
-    def __init__(self, *, paths: list[str], labels: list[int] | None, num_frames: int, sampling_rate: int, target_fps: float,
-                 repeat_aug: int, repeat_windows: int, transform: Callable[[Tensor], Tensor], decoder: str, short_side: int,
-                 seed: int, noise_tokens: int, known: VideoIndex | None = None):  # fmt: skip
+    def __init__(
+        self,
+        *,
+        paths: list[str],
+        labels: list[int] | None,
+        num_frames: int,
+        sampling_rate: int,
+        target_fps: float,
+        repeat_aug: int,
+        repeat_windows: int,
+        transform: Callable[[Tensor], Tensor],
+        decoder: str,
+        short_side: int,
+        seed: int,
+        noise_tokens: int,
+        known: VideoIndex | None = None,
+    ):
         super().__init__(paths, labels, seed, SUBSTITUTES, known)
         say_if_absent(decoder)
         if repeat_aug % repeat_windows:
-            raise UserError(f"--repeat_aug {repeat_aug} is not divisible by --repeat_windows {repeat_windows}")
+            raise UserError(
+                f"--repeat_aug {repeat_aug} is not divisible by --repeat_windows {repeat_windows}"
+            )
         self.num_frames, self.sampling_rate, self.target_fps = num_frames, sampling_rate, target_fps
         self.repeat_aug, self.repeat_windows = repeat_aug, repeat_windows
-        self.transform, self.decoder, self.short_side, self.noise_tokens = transform, decoder, short_side, noise_tokens
+        self.transform, self.decoder, self.short_side, self.noise_tokens = (
+            transform,
+            decoder,
+            short_side,
+            noise_tokens,
+        )
 
     def read_clips(self, epoch: int, index: int, path: str, info: VideoInfo | None) -> Reading:
         """The clips (R, C, T, H, W) uint8 of a video, with the draws of sample (epoch, index). Raises ReadError."""
-        seeds = [
-            sample_seed(self.seed, epoch, index, repeat) for repeat in range(self.repeat_aug)
-        ]
+        seeds = [sample_seed(self.seed, epoch, index, repeat) for repeat in range(self.repeat_aug)]
         repeats = self.repeat_aug // self.repeat_windows  # clips of a window
         windows, replaced = self._read_windows(path, info, seeds[::repeats])
         clips = None
@@ -191,7 +242,9 @@ class ClipDataset(Samples):
             clips[repeat] = clip  # at once, so that the next crop finds this one's memory free
         return Reading(clips.permute(0, 4, 1, 2, 3), len(windows) * self.num_frames, replaced)
 
-    def _read_windows(self, path: str, info: VideoInfo | None, seeds: list[int]) -> tuple[list[Tensor], int]:
+    def _read_windows(
+        self, path: str, info: VideoInfo | None, seeds: list[int]
+    ) -> tuple[list[Tensor], int]:
         """Return a window (T, C, H, W) uint8, channels last, for each seed, and how many frames were replaced.
 
         The video is closed before the first crop: decord's threads would go on to decode beside it.
@@ -213,8 +266,15 @@ class ClipDataset(Samples):
 
     def noise(self, epoch: int, index: int) -> Tensor:
         """Mask noise (R, L) float32 of a sample."""
-        seeds = (sample_seed(self.seed, epoch, index, repeat, 1) for repeat in range(self.repeat_aug))
-        return torch.stack([torch.rand(self.noise_tokens, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+        seeds = (
+            sample_seed(self.seed, epoch, index, repeat, 1) for repeat in range(self.repeat_aug)
+        )
+        return torch.stack(
+            [
+                torch.rand(self.noise_tokens, generator=torch.Generator().manual_seed(seed))
+                for seed in seeds
+            ]
+        )
 
     def __getitem__(self, key: tuple[int, int]) -> dict:
         """As `Samples`, and in pretraining noise (R, L)."""
@@ -227,31 +287,67 @@ class ViewDataset(Samples):
     R = num_views * crops; all windows are decoded in one pass. transform: uint8 (T, C, H, W) -> (crops, T, C, S, S).
     """
 
-    def __init__(self, *, paths: list[str], labels: list[int], num_frames: int, sampling_rate: int, target_fps: float,
-                 num_views: int, transform: Callable[[Tensor], Tensor], decoder: str, short_side: int,
-                 known: VideoIndex | None = None):  # fmt: skip
+    def __init__(
+        self,
+        *,
+        paths: list[str],
+        labels: list[int],
+        num_frames: int,
+        sampling_rate: int,
+        target_fps: float,
+        num_views: int,
+        transform: Callable[[Tensor], Tensor],
+        decoder: str,
+        short_side: int,
+        known: VideoIndex | None = None,
+    ):
         super().__init__(paths, labels, seed=0, substitutes=0, known=known)
         say_if_absent(decoder)
-        self.spacing = {"num_frames": num_frames, "sampling_rate": sampling_rate, "target_fps": target_fps}
-        self.num_views, self.transform, self.decoder, self.short_side = num_views, transform, decoder, short_side
+        self.spacing = {
+            "num_frames": num_frames,
+            "sampling_rate": sampling_rate,
+            "target_fps": target_fps,
+        }
+        self.num_views, self.transform, self.decoder, self.short_side = (
+            num_views,
+            transform,
+            decoder,
+            short_side,
+        )
 
     def read_clips(self, epoch: int, index: int, path: str, info: VideoInfo | None) -> Reading:
         """The views (R, C, T, S, S) uint8 of a video, windows in order of time. Raises ReadError."""
         with open_video(path, self.decoder, self.short_side, info) as video:
             shape = {"available": video.num_frames, "fps": video.fps}
-            starts = [view_start(**shape, **self.spacing, view=view, views=self.num_views) for view in range(self.num_views)]
-            windows = np.stack([clip_indices(video, **self.spacing, start=start) for start in starts])  # (views, T)
+            starts = [
+                view_start(**shape, **self.spacing, view=view, views=self.num_views)
+                for view in range(self.num_views)
+            ]
+            windows = np.stack(
+                [clip_indices(video, **self.spacing, start=start) for start in starts]
+            )  # (views, T)
             wanted, place = np.unique(windows, return_inverse=True)
             frames = torch.from_numpy(video.read(wanted)).permute(0, 3, 1, 2)
             replaced = video.replaced
-        views = [self.transform(frames[torch.from_numpy(window)]) for window in place.reshape(windows.shape)]
+        views = [
+            self.transform(frames[torch.from_numpy(window)])
+            for window in place.reshape(windows.shape)
+        ]
         return Reading(torch.cat(views).transpose(1, 2), len(wanted), replaced)
 
 
 class ImageDataset(Samples):
     """Images as clips of one frame (1, C, 1, S, S). transform: a PIL image -> uint8 (C, S, S), drawing from the global generator."""
 
-    def __init__(self, *, paths: list[str], labels: list[int], transform: Callable, seed: int, substitutes: int):
+    def __init__(
+        self,
+        *,
+        paths: list[str],
+        labels: list[int],
+        transform: Callable,
+        seed: int,
+        substitutes: int,
+    ):
         super().__init__(paths, labels, seed, substitutes)
         self.transform = transform
 
@@ -332,7 +428,11 @@ def collate(samples: list[dict]) -> dict:
         "bad": [entry for sample in samples for entry in sample["bad"]],
         "damaged": [entry for sample in samples for entry in sample["damaged"]],
     }
-    return batch | ({"noise": torch.stack([sample["noise"] for sample in samples])} if "noise" in samples[0] else {})
+    return batch | (
+        {"noise": torch.stack([sample["noise"] for sample in samples])}
+        if "noise" in samples[0]
+        else {}
+    )
 
 
 def settle(_worker: int) -> None:
@@ -388,22 +488,42 @@ class Feed:
     Its workers live for the whole run, and it draws nothing from the global generators. seconds: how long one file may take.
     """
 
-    def __init__(self, dataset: Samples, sampler: EpochSampler | ShareSampler, *, batch_size: int, num_workers: int, pin_memory: bool,
-                 seconds: float, quarantine: Path, collate_fn: Callable = collate):  # fmt: skip
+    def __init__(
+        self,
+        dataset: Samples,
+        sampler: EpochSampler | ShareSampler,
+        *,
+        batch_size: int,
+        num_workers: int,
+        pin_memory: bool,
+        seconds: float,
+        quarantine: Path,
+        collate_fn: Callable = collate,
+    ):
         self.dataset, self.sampler, self.quarantine = dataset, sampler, quarantine
         self.options = {
-            "batch_size": batch_size, "sampler": sampler, "num_workers": num_workers, "collate_fn": collate_fn, "pin_memory": pin_memory,
-            "drop_last": isinstance(sampler, EpochSampler), "persistent_workers": num_workers > 0,
-            "prefetch_factor": 4 if num_workers else None, "worker_init_fn": settle,
-            "multiprocessing_context": "fork" if num_workers else None,  # no longer the default from Python 3.14 on
-        }  # fmt: skip
+            "batch_size": batch_size,
+            "sampler": sampler,
+            "num_workers": num_workers,
+            "collate_fn": collate_fn,
+            "pin_memory": pin_memory,
+            "drop_last": isinstance(sampler, EpochSampler),
+            "persistent_workers": num_workers > 0,
+            "prefetch_factor": 4 if num_workers else None,
+            "worker_init_fn": settle,
+            "multiprocessing_context": "fork"
+            if num_workers
+            else None,  # no longer the default from Python 3.14 on
+        }
         dataset.watch, dataset.quarantine = Watch(num_workers, seconds), read_quarantine(quarantine)
         self.loader = None
 
     def __iter__(self) -> Iterator[dict]:
         self.sampler.skip = 0
         while True:
-            self.loader = self.loader or DataLoader(self.dataset, generator=torch.Generator(), **self.options)
+            self.loader = self.loader or DataLoader(
+                self.dataset, generator=torch.Generator(), **self.options
+            )
             try:
                 iterator = self._start()
                 while (batch := wait_for_batch(iterator)) is not None:
@@ -433,7 +553,9 @@ class Feed:
         reason = f"hung for {self.dataset.watch.seconds:g} s or killed its reader"
         self.dataset.quarantine[file] = reason
         add_to_quarantine(self.quarantine, file, reason)
-        print_here(f"set aside: {file} {reason}; listed in {self.quarantine} (delete its line to try it again)")
+        print_here(
+            f"set aside: {file} {reason}; listed in {self.quarantine} (delete its line to try it again)"
+        )
 
 
 def one_ahead(items: Iterable) -> Iterator:
@@ -476,8 +598,15 @@ def on_device(loader: Iterable[dict], device: torch.device) -> Iterator[dict]:
 
 def _feed(dataset: Samples, sampler, batch_size: int, args, place: Place) -> Feed:
     """The loader that the flags describe."""
-    return Feed(dataset, sampler, batch_size=batch_size, num_workers=args.num_workers, pin_memory=args.pin_mem and place.device.type == "cuda",
-                seconds=args.read_timeout, quarantine=Path(args.output_dir, "quarantine.csv"))  # fmt: skip
+    return Feed(
+        dataset,
+        sampler,
+        batch_size=batch_size,
+        num_workers=args.num_workers,
+        pin_memory=args.pin_mem and place.device.type == "cuda",
+        seconds=args.read_timeout,
+        quarantine=Path(args.output_dir, "quarantine.csv"),
+    )
 
 
 def train_feed(
@@ -499,7 +628,10 @@ def train_feed(
     feed = _feed(dataset, sampler, args.batch_size_per_gpu, args, place)
     per_epoch = sampler.updates_per_epoch
     total_steps = args.max_steps or args.epochs * per_epoch
-    whole_run, following = iter(()), None  # the pass, and the update at which it stands between two epochs
+    whole_run, following = (
+        iter(()),
+        None,
+    )  # the pass, and the update at which it stands between two epochs
 
     def batches(epoch: int, done: int) -> Iterator[dict]:
         nonlocal whole_run, following
@@ -513,7 +645,11 @@ def train_feed(
     return per_epoch, batches
 
 
-def eval_feed(dataset: Samples, batch_size: int, args, place: Place) -> Callable[[], Iterator[dict]]:
+def eval_feed(
+    dataset: Samples, batch_size: int, args, place: Place
+) -> Callable[[], Iterator[dict]]:
     """() -> this rank's share of the samples, in batches on the device."""
-    feed = _feed(dataset, ShareSampler(len(dataset), place.rank, place.world_size), batch_size, args, place)
+    feed = _feed(
+        dataset, ShareSampler(len(dataset), place.rank, place.world_size), batch_size, args, place
+    )
     return lambda: on_device(feed, place.device)

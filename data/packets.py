@@ -14,11 +14,22 @@ import numpy as np
 
 from data.pyav import packet_table
 
-STARTS_ANEW = {"h264": {5}, "hevc": {19, 20}}  # NAL unit types of key frames before which nothing is shown: IDR
+STARTS_ANEW = {
+    "h264": {5},
+    "hevc": {19, 20},
+}  # NAL unit types of key frames before which nothing is shown: IDR
 
 
 ALL_KEYS = ("mjpeg", "prores", "dnxhd", "ffv1", "rawvideo")  # codecs whose every frame stands alone
-GIVES_NOTHING_AMID = ("av1", "libdav1d", "libaom-av1", "mpeg2video", "svq1", "vp8", "vp9")  # until a key frame comes
+GIVES_NOTHING_AMID = (
+    "av1",
+    "libdav1d",
+    "libaom-av1",
+    "mpeg2video",
+    "svq1",
+    "vp8",
+    "vp9",
+)  # until a key frame comes
 JUMP_SECONDS = 10  # a larger step of the time stamps of MPEG-TS and PS begins another recording (as in the ffmpeg tool)
 NOTHING_READ, SEEK_FIRST = -1, -2  # positions of the demuxer
 ENTRY = np.dtype(
@@ -71,7 +82,9 @@ class Packets:
         if missing.any():
             table = table[: missing.argmax()]  # the file was cut short
         repeats = len(np.unique(table["pos"])) < len(table)  # an edit list shows parts twice
-        stands_still = np.diff(table["stamp"]) <= 0  # a key frame cannot be sought if time does before it
+        stands_still = (
+            np.diff(table["stamp"]) <= 0
+        )  # a key frame cannot be sought if time does before it
         unclear = (stands_still & table["is_key"][1:]).any()
         only_keys = len(table) > 1 and table["is_key"].all()
         self.table_misleads = bool(repeats or unclear or (only_keys and self._false_keys()))
@@ -87,7 +100,13 @@ class Packets:
         """Set the groups: places of their key frames and ends, and the frames shown before each."""
         self.keys = np.flatnonzero(is_key)
         in_mov = self.container.format.name.startswith("mov")
-        if self.all is not None and in_mov and len(is_key) > 1 and all(is_key) and self._false_keys():
+        if (
+            self.all is not None
+            and in_mov
+            and len(is_key) > 1
+            and all(is_key)
+            and self._false_keys()
+        ):
             self.keys, self.table_misleads = self.keys[:1], True
         if self.all is not None and len(self.keys) > 1:
             in_order = self._keys_in_order()
@@ -171,7 +190,9 @@ class Packets:
             stamp = int(self.stamps[first])
             packets = self._seek(stamp, any_frame=False)  # arrives here or at a key frame before
             opening = next(packets, None)
-            if opening is None or opening.dts is None or opening.dts > stamp:  # there is none before
+            if (
+                opening is None or opening.dts is None or opening.dts > stamp
+            ):  # there is none before
                 packets = self._seek(stamp, any_frame=True)
             else:
                 packets = chain([opening], packets)
@@ -237,7 +258,9 @@ class Packets:
         if self.position != NOTHING_READ:
             return self.group(0)[:2]
         try:
-            found = list(islice((each for each in self.container.demux(self.stream) if each.size), 2))
+            found = list(
+                islice((each for each in self.container.demux(self.stream) if each.size), 2)
+            )
         except (av.FFmpegError, ValueError) as error:
             raise NoPackets(str(error)) from None
         if not found:
@@ -254,7 +277,9 @@ class Packets:
         for number in looked_at.tolist():
             packets = self.group(number)
             stamps = [packet.pts for packet in packets if packet.pts is not None]
-            if packets and not (self.starts_anew(packets[0]) and stamps and min(stamps) == stamps[0]):
+            if packets and not (
+                self.starts_anew(packets[0]) and stamps and min(stamps) == stamps[0]
+            ):
                 return False
         return True
 

@@ -14,7 +14,9 @@ import numpy as np
 
 from data.decode import VideoInfo
 
-VERSION = 200 + int(metadata.version("av").split(".")[0])  # rows of another version, or another PyAV's, are found out anew
+VERSION = 200 + int(
+    metadata.version("av").split(".")[0]
+)  # rows of another version, or another PyAV's, are found out anew
 UNKNOWN, READABLE, UNREADABLE = 0, 1, 2
 ROW = np.dtype(
     [
@@ -91,10 +93,21 @@ class VideoIndex:
     def fill(self, place: int, info: VideoInfo | None, reason: str = "") -> None:
         """Put into a row what `data.decode.describe` found: info, or the reason why there is none."""
         row = self.rows[place]
-        row["state"], row["reason"] = (READABLE, b"") if info else (UNREADABLE, reason.encode()[:64])
+        row["state"], row["reason"] = (
+            (READABLE, b"") if info else (UNREADABLE, reason.encode()[:64])
+        )
         row["version"], row["times_at"] = VERSION, -1
         if info:
-            for name in ("frames", "fps", "width", "height", "rotation", "key_distance", "unseen", "decord_reads"):
+            for name in (
+                "frames",
+                "fps",
+                "width",
+                "height",
+                "rotation",
+                "key_distance",
+                "unseen",
+                "decord_reads",
+            ):
                 row[name] = getattr(info, name)
             row["codec"] = info.codec.encode()[:12]
         if info and info.times is not None:
@@ -149,7 +162,9 @@ def load(manifest: str | Path, paths) -> VideoIndex | None:
     if found is None or len(found) != len(paths):
         return None
     current = (found.rows["state"] == UNKNOWN) | (found.rows["version"] == VERSION)
-    return found if current.all() and np.array_equal(found.rows["file"], fingerprints(paths)) else None
+    return (
+        found if current.all() and np.array_equal(found.rows["file"], fingerprints(paths)) else None
+    )
 
 
 def start(paths, known: VideoIndex | None) -> VideoIndex:
@@ -166,8 +181,12 @@ def start(paths, known: VideoIndex | None) -> VideoIndex:
     if known is None or not len(known):
         return fresh
     order = np.argsort(known.rows["file"], kind="stable")
-    place = order[np.searchsorted(known.rows["file"], rows["file"], sorter=order).clip(max=len(known) - 1)]
-    same = np.logical_and.reduce([known.rows[name][place] == rows[name] for name in ("file", "bytes", "changed")])
+    place = order[
+        np.searchsorted(known.rows["file"], rows["file"], sorter=order).clip(max=len(known) - 1)
+    ]
+    same = np.logical_and.reduce(
+        [known.rows[name][place] == rows[name] for name in ("file", "bytes", "changed")]
+    )
     same &= known.rows["version"][place] == VERSION
     rows[same] = known.rows[place[same]]
     for number in np.flatnonzero(same & (rows["times_at"] >= 0)).tolist():

@@ -28,7 +28,13 @@ def to_rgb(reformatter, frame, width: int, height: int) -> np.ndarray:
     """
     options = ON_ONE_THREAD
     limited = frame.color_range != ColorRange.JPEG
-    if VERSION < 17 and limited and not frame.format.is_rgb:  # it takes BT.601 unless something is to change
-        options = {"dst_color_range": "JPEG"}  # there is no such way for full range: it stays BT.601
-    picture = reformatter.reformat(frame, width, height, format="rgb24", interpolation="BICUBIC", **options)
+    if (
+        VERSION < 17 and limited and not frame.format.is_rgb
+    ):  # it takes BT.601 unless something is to change
+        options = {
+            "dst_color_range": "JPEG"
+        }  # there is no such way for full range: it stays BT.601
+    picture = reformatter.reformat(
+        frame, width, height, format="rgb24", interpolation="BICUBIC", **options
+    )
     return picture.to_ndarray()

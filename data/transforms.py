@@ -20,7 +20,9 @@ IMAGE_MEAN, IMAGE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet
 
 def normalize(clips: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
     """uint8 clips (..., C, T, H, W) -> float32 (x / 255 - mean) / std per colour. Waits for no device."""
-    if len(set(mean)) == len(set(std)) == 1:  # one number for all colours: no small tensors to copy to the device
+    if (
+        len(set(mean)) == len(set(std)) == 1
+    ):  # one number for all colours: no small tensors to copy to the device
         return clips * (1 / (255 * std[0])) - mean[0] / std[0]
     channels = [clips[..., c, :, :, :] * (1 / (255 * std[c])) - mean[c] / std[c] for c in range(3)]
     return torch.stack(channels, dim=-4)
@@ -34,7 +36,9 @@ def denormalize(clips: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) 
 
 def sample_seed(*numbers: int) -> int:
     """One well-mixed 63-bit seed of several numbers, such as (seed, epoch, index, repeat)."""
-    sequence = np.random.SeedSequence((len(numbers), *numbers))  # the length, since (1, 2) and (1, 2, 0) are one to it
+    sequence = np.random.SeedSequence(
+        (len(numbers), *numbers)
+    )  # the length, since (1, 2) and (1, 2, 0) are one to it
     return int(sequence.generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
@@ -46,8 +50,14 @@ def seeded(seed: int):
         yield
 
 
-def train_transform(img_size: int, area: tuple[float, float], aspect: tuple[float, float], flip: bool, color_jitter: float,
-                    policy: str = "") -> Callable[[Tensor], Tensor]:  # fmt: skip
+def train_transform(
+    img_size: int,
+    area: tuple[float, float],
+    aspect: tuple[float, float],
+    flip: bool,
+    color_jitter: float,
+    policy: str = "",
+) -> Callable[[Tensor], Tensor]:
     """Random crop by area and aspect (log-uniform), resized to img_size, and mirrored half of the time.
 
     For uint8 (T, C, H, W); one draw serves all frames. color_jitter: strength of brightness, contrast, saturation jitter.
@@ -59,7 +69,9 @@ def train_transform(img_size: int, area: tuple[float, float], aspect: tuple[floa
     if flip:
         steps.append(v2.RandomHorizontalFlip())
     if color_jitter:
-        steps.append(v2.ColorJitter(brightness=color_jitter, contrast=color_jitter, saturation=color_jitter))
+        steps.append(
+            v2.ColorJitter(brightness=color_jitter, contrast=color_jitter, saturation=color_jitter)
+        )
     if policy:
         steps.append(rand_augment(policy))
     return v2.Compose(steps)
@@ -75,7 +87,10 @@ def image_transform(img_size: int, train: bool, flip: bool = True, policy: str =
         steps += [v2.RandomHorizontalFlip()] if flip else []
         steps += [rand_augment(policy)] if policy else []
     else:
-        steps = [v2.Resize(img_size + 32, interpolation=v2.InterpolationMode.BICUBIC), v2.CenterCrop(img_size)]
+        steps = [
+            v2.Resize(img_size + 32, interpolation=v2.InterpolationMode.BICUBIC),
+            v2.CenterCrop(img_size),
+        ]
     return v2.Compose([*steps, v2.PILToTensor()])
 
 
@@ -93,7 +108,10 @@ def view_transform(img_size: int, crops: int) -> Callable[[Tensor], Tensor]:
         if crops == 1:
             return v2.functional.center_crop(frames, [img_size, img_size])[None]
         height, width = frames.shape[-2:]
-        places = [(round((height - img_size) * part), round((width - img_size) * part)) for part in torch.linspace(0, 1, crops).tolist()]
+        places = [
+            (round((height - img_size) * part), round((width - img_size) * part))
+            for part in torch.linspace(0, 1, crops).tolist()
+        ]
         return torch.stack([frames[..., y : y + img_size, x : x + img_size] for y, x in places])
 
     return views
@@ -110,7 +128,9 @@ def rand_augment(policy: str) -> Callable:
     parts = re.fullmatch(r"rand((?:-(?:m\d+|n\d+|mstd[\d.]+|inc[01]))+)", policy)
     settings = dict(re.findall(r"-(mstd|m|n|inc)([\d.]+)", parts[1])) if parts else {}
     if "m" not in settings or int(settings["m"]) > 10 or int(settings.get("n", 2)) < 1:
-        raise UserError(f"--aa {policy!r} is not of the form rand-m7-n2-mstd0.5-inc1 with m from 0 to 10")
+        raise UserError(
+            f"--aa {policy!r} is not of the form rand-m7-n2-mstd0.5-inc1 with m from 0 to 10"
+        )
     return v2.RandAugment(int(settings.get("n", 2)), 3 * int(settings["m"]), num_magnitude_bins=31)
 
 
@@ -130,12 +150,18 @@ def erase(clips: Tensor, probability: float, mode: str, count: int) -> None:
             place = box.make_params([clip[:, 0]])
             if place["v"] is None:  # found no box that fits
                 continue
-            area = clip[..., place["i"] : place["i"] + place["h"], place["j"] : place["j"] + place["w"]]  # (C, T, h, w)
+            area = clip[
+                ..., place["i"] : place["i"] + place["h"], place["j"] : place["j"] + place["w"]
+            ]  # (C, T, h, w)
             shape = {"const": None, "rand": (len(clip), 1, 1, 1), "pixel": area.shape}[mode]
-            area.copy_(torch.zeros_like(area) if shape is None else torch.randn(shape, device=clip.device))
+            area.copy_(
+                torch.zeros_like(area) if shape is None else torch.randn(shape, device=clip.device)
+            )
 
 
-def mixer(mixup: float, cutmix: float, probability: float, num_classes: int) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+def mixer(
+    mixup: float, cutmix: float, probability: float, num_classes: int
+) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """MixUp and CutMix of clips, by their Beta parameters (0 = off); of the two, one at random (arXiv 1710.09412, 1905.04899).
 
     The result takes clips (B, C, T, H, W) and labels (B,) and mixes clip i with clip i - 1, with one weight or box for the
@@ -143,11 +169,19 @@ def mixer(mixup: float, cutmix: float, probability: float, num_classes: int) -> 
     """
     from torchvision.transforms import v2
 
-    kinds = [kind(alpha=alpha, num_classes=num_classes) for kind, alpha in ((v2.MixUp, mixup), (v2.CutMix, cutmix)) if alpha > 0]
+    kinds = [
+        kind(alpha=alpha, num_classes=num_classes)
+        for kind, alpha in ((v2.MixUp, mixup), (v2.CutMix, cutmix))
+        if alpha > 0
+    ]
     mix = v2.RandomApply([v2.RandomChoice(kinds)], p=probability) if kinds else None
 
     def mixed(clips: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        pictures, labels = (clips.flatten(1, 2), labels) if mix is None else mix(clips.flatten(1, 2), labels)  # (B, C T, H, W)
-        return pictures.view_as(clips), labels if labels.ndim == 2 else one_hot(labels, num_classes).to(clips.dtype)
+        pictures, labels = (
+            (clips.flatten(1, 2), labels) if mix is None else mix(clips.flatten(1, 2), labels)
+        )  # (B, C T, H, W)
+        return pictures.view_as(clips), labels if labels.ndim == 2 else one_hot(
+            labels, num_classes
+        ).to(clips.dtype)
 
     return mixed

@@ -28,7 +28,10 @@ def main() -> None:
 
     model.register_comm_hook(None, counting)
     generator = torch.Generator().manual_seed(3)
-    clips, noise = torch.randn(8, 3, 8, 32, 32, generator=generator), torch.rand(8, 64, generator=generator)
+    clips, noise = (
+        torch.randn(8, 3, 8, 32, 32, generator=generator),
+        torch.rand(8, 64, generator=generator),
+    )
     counts = []
     for _ in range(3):  # DDP arranges its buckets anew after the first update
         calls.clear()
@@ -38,11 +41,20 @@ def main() -> None:
             with contextlib.nullcontext() if number == accum else model.no_sync():
                 (model(clips[part], 0.75, noise=noise[part])[0] / accum).backward()
         counts.append(len(calls))
-    gradients = {name.removeprefix("module."): parameter.grad.clone() for name, parameter in model.named_parameters()}
-    inside = all(parameter.grad.untyped_storage().data_ptr() in storages for parameter in model.parameters())
+    gradients = {
+        name.removeprefix("module."): parameter.grad.clone()
+        for name, parameter in model.named_parameters()
+    }
+    inside = all(
+        parameter.grad.untyped_storage().data_ptr() in storages for parameter in model.parameters()
+    )
     if place.rank == 0:
         torch.save(gradients, out)
-    dist.print0(json.dumps({"counts": counts, "inside": inside, "optimize_ddp": torch._dynamo.config.optimize_ddp}))
+    dist.print0(
+        json.dumps(
+            {"counts": counts, "inside": inside, "optimize_ddp": torch._dynamo.config.optimize_ddp}
+        )
+    )
     dist.cleanup()
 
 

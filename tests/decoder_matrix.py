@@ -1,6 +1,6 @@
 """Writes docs/decoders.md: what each backend makes of each test video. Needs STMAE_TEST_DATA and decord.
 
-    STMAE_TEST_DATA=... python tests/decoder_matrix.py
+STMAE_TEST_DATA=... python tests/decoder_matrix.py
 """
 
 import os
@@ -16,7 +16,15 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from video_checks import matrix_table
 
-from data.decode import PyAVVideo, ReadError, VideoInfo, checked_path, clip_indices, describe, open_video
+from data.decode import (
+    PyAVVideo,
+    ReadError,
+    VideoInfo,
+    checked_path,
+    clip_indices,
+    describe,
+    open_video,
+)
 
 PAGE = ROOT / "docs" / "decoders.md"
 WHY = {
@@ -55,14 +63,24 @@ def row(path: Path) -> str:
     try:
         info = describe(checked_path(str(path)))
     except ReadError as error:
-        return f"| {path.name} | - | unreadable: {error} | | the run puts another video in its place |"
-    pyav, decord = (frames_of(checked_path(str(path)), decoder, info) for decoder in ("pyav", "decord"))
-    what = f"{info.codec}, {info.width}x{info.height}, {info.frames} frames" + (f", turned {info.rotation}°" if info.rotation else "")
+        return (
+            f"| {path.name} | - | unreadable: {error} | | the run puts another video in its place |"
+        )
+    pyav, decord = (
+        frames_of(checked_path(str(path)), decoder, info) for decoder in ("pyav", "decord")
+    )
+    what = f"{info.codec}, {info.width}x{info.height}, {info.frames} frames" + (
+        f", turned {info.rotation}°" if info.rotation else ""
+    )
     what += ", unsteady rate" if info.times is not None else ""
     said = [found if isinstance(found, str) else "reads" for found in (pyav, decord)]
     outcome = WHY.get(path.name, "")
     if not isinstance(pyav, str) and not isinstance(decord, str):
-        far = np.abs(pyav.astype(int) - decord).reshape(len(pyav), -1).max(1) if pyav.shape == decord.shape else None
+        far = (
+            np.abs(pyav.astype(int) - decord).reshape(len(pyav), -1).max(1)
+            if pyav.shape == decord.shape
+            else None
+        )
         outcome = f"sizes differ: {pyav.shape} and {decord.shape}" if far is None else "equal"
         if far is not None and far.any():
             outcome = f"{int((far > 0).sum())} of 8 frames differ, by up to {far.max()} levels"
@@ -73,8 +91,17 @@ def real_files() -> str:
     """The part of the page about real files: eight frames of each at native size."""
     lines = []
     for kind, title in (("videos", "Real files"), ("odd", "Broken and unusual files")):
-        lines += ["", f"## {title}", "", "| file | what it is | pyav | decord | frames |", "| --- | --- | --- | --- | --- |"]
-        lines += [row(path) for path in sorted(Path(os.environ["STMAE_TEST_DATA"], "data", kind).glob("*"))]
+        lines += [
+            "",
+            f"## {title}",
+            "",
+            "| file | what it is | pyav | decord | frames |",
+            "| --- | --- | --- | --- | --- |",
+        ]
+        lines += [
+            row(path)
+            for path in sorted(Path(os.environ["STMAE_TEST_DATA"], "data", kind).glob("*"))
+        ]
     return "\n".join(lines) + "\n"
 
 

@@ -41,13 +41,22 @@ def descendants(root: int) -> list[int]:
 
 def one_start(number: int, folder: Path, script: list[str], log: Path, text: str | None) -> int:
     """Run the job once. Returns its exit code, 137 if it had to be killed."""
-    name, seconds = re.search(r"^#SBATCH --signal=(\w+)@(\d+)", Path(script[0]).read_text(), re.M).groups()
+    name, seconds = re.search(
+        r"^#SBATCH --signal=(\w+)@(\d+)", Path(script[0]).read_text(), re.M
+    ).groups()
     environment = os.environ | {
-        "PATH": f"{folder}:{Path(sys.executable).parent}:{os.environ['PATH']}", "FAKE_SLURM": str(folder), "SLURM_JOB_ID": "77", "SLURM_NNODES": "1",
-        "SLURM_JOB_NODELIST": "localhost", "SLURM_GPUS_ON_NODE": "2", "SLURM_RESTART_COUNT": str(number),
-    }  # fmt: skip
+        "PATH": f"{folder}:{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "FAKE_SLURM": str(folder),
+        "SLURM_JOB_ID": "77",
+        "SLURM_NNODES": "1",
+        "SLURM_JOB_NODELIST": "localhost",
+        "SLURM_GPUS_ON_NODE": "2",
+        "SLURM_RESTART_COUNT": str(number),
+    }
     with open(log, "a") as output:
-        job = subprocess.Popen(["bash", *script], env=environment, stdout=output, stderr=output, start_new_session=True)
+        job = subprocess.Popen(
+            ["bash", *script], env=environment, stdout=output, stderr=output, start_new_session=True
+        )
     began = log.stat().st_size if log.exists() else 0
     while text and job.poll() is None and text not in log.read_text()[began:]:
         time.sleep(0.1)
@@ -73,9 +82,13 @@ def main(argv: list[str]) -> int:
             (folder / tool).write_text(content)
             (folder / tool).chmod(0o755)
         for number in range(10):
-            code = one_start(number, folder, script, log, texts[number] if number < len(texts) else None)
+            code = one_start(
+                number, folder, script, log, texts[number] if number < len(texts) else None
+            )
             asked = (folder / "requeue").exists()
-            sys.stdout.write(f"start {number}: exit code {code}, {'back into the queue' if asked else 'done'}\n")
+            sys.stdout.write(
+                f"start {number}: exit code {code}, {'back into the queue' if asked else 'done'}\n"
+            )
             (folder / "requeue").unlink(missing_ok=True)
             if not asked:
                 return code

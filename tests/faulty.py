@@ -32,7 +32,9 @@ def act(fault: dict, model: torch.nn.Module) -> None:
         raise RuntimeError("injected: this rank fails")
     elif what == "inf":
         parameter = next(model.parameters())
-        parameter.register_hook(lambda gradient: gradient * torch.inf if fault.pop("armed", None) else None)
+        parameter.register_hook(
+            lambda gradient: gradient * torch.inf if fault.pop("armed", None) else None
+        )
         fault["armed"] = True
     elif what == "full disk":  # every file may grow to this size only, as on a disk without room
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -44,8 +46,15 @@ def act(fault: dict, model: torch.nn.Module) -> None:
 def inject(faults: list[dict], out: Path) -> None:
     """Patch the pretraining script so that the faults happen."""
     rank, start = dist.rank(), int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
-    faults = [fault for fault in faults if fault.get("rank", rank) == rank and fault.get("start", start) == start]
-    honest, calls = engine_pretrain.micro_step, [-2 if int(os.environ.get("WORLD_SIZE", 1)) > 1 else 0]  # two passes to warm up
+    faults = [
+        fault
+        for fault in faults
+        if fault.get("rank", rank) == rank and fault.get("start", start) == start
+    ]
+    honest, calls = (
+        engine_pretrain.micro_step,
+        [-2 if int(os.environ.get("WORLD_SIZE", 1)) > 1 else 0],
+    )  # two passes to warm up
 
     def micro_step(model, batch, *rest):
         calls[0] += 1

@@ -16,7 +16,9 @@ def golden_path(name: str) -> Path:
     for place in places:
         if (place / name).exists():
             return place / name
-    pytest.skip(f"{name} is not among the small cases in tests/golden, and STMAE_TEST_DATA is not set")
+    pytest.skip(
+        f"{name} is not among the small cases in tests/golden, and STMAE_TEST_DATA is not set"
+    )
 
 
 def golden(name: str):

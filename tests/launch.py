@@ -15,7 +15,15 @@ import psutil
 
 ROOT = Path(__file__).parent.parent
 GRACE = 30  # seconds that torchrun leaves its processes after a signal
-LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS")
+LAUNCHER = (
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_RANK",
+    "LOCAL_WORLD_SIZE",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    "OMP_NUM_THREADS",
+)
 
 
 def clean_environment(**more: str) -> dict[str, str]:
@@ -25,27 +33,43 @@ def clean_environment(**more: str) -> dict[str, str]:
 
 def torchrun_command(script: str, processes: int, arguments: list[str], *options: str) -> list[str]:
     """The command that runs a script of the repository under torchrun."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), *options]
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        str(processes),
+        *options,
+    ]
     return [*launcher, str(ROOT / script), *arguments]
 
 
-def torchrun(script: str, processes: int, arguments: list[str], timeout: int = 120) -> subprocess.CompletedProcess:
+def torchrun(
+    script: str, processes: int, arguments: list[str], timeout: int = 120
+) -> subprocess.CompletedProcess:
     """Run a script of the repository under torchrun, in an environment without preparation."""
     command = torchrun_command(script, processes, arguments)
-    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=clean_environment())
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=timeout, env=clean_environment()
+    )
 
 
 class Job:
     """A script under torchrun, its output in {out}/printed.txt."""
 
-    def __init__(self, out: Path, script: str, arguments: list[str], *options: str, **environment: str):
+    def __init__(
+        self, out: Path, script: str, arguments: list[str], *options: str, **environment: str
+    ):
         out.mkdir(parents=True, exist_ok=True)
         self.out, self.printed = out, out / "printed.txt"
         self.others = []
         self.others = self.processes()
         with open(self.printed, "a") as file:
             command = torchrun_command(script, 2, arguments, *options)
-            self.process = subprocess.Popen(command, stdout=file, stderr=file, env=clean_environment(**environment))
+            self.process = subprocess.Popen(
+                command, stdout=file, stderr=file, env=clean_environment(**environment)
+            )
 
     def until(self, pattern: str, seconds: float = 90) -> str:
         """Wait until the output has this; returns all of it."""
@@ -59,7 +83,11 @@ class Job:
         """The processes that were given this output folder since this start: launcher, ranks, loaders."""
         every = psutil.process_iter(["cmdline", "status"])
         alive = [process for process in every if process.info["status"] != psutil.STATUS_ZOMBIE]
-        ours = [process.pid for process in alive if str(self.out) in " ".join(process.info["cmdline"] or [])]
+        ours = [
+            process.pid
+            for process in alive
+            if str(self.out) in " ".join(process.info["cmdline"] or [])
+        ]
         return [number for number in ours if number not in self.others]
 
     def gone(self, seconds: float = GRACE) -> int:
@@ -76,14 +104,22 @@ def faulty(faults: list[dict], flags: list[str]) -> list[str]:
     return [json.dumps(faults), "pretrain.py", *flags]
 
 
-def _as_rank(rank: int, world: int, port: int, faults: list[dict], flags: list[str], output: str) -> None:
+def _as_rank(
+    rank: int, world: int, port: int, faults: list[dict], flags: list[str], output: str
+) -> None:
     """In a new process: run the pretraining as this rank."""
     with open(output, "w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     if world > 1:
-        os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world),
-                          MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))  # fmt: skip
+        os.environ.update(
+            RANK=str(rank),
+            WORLD_SIZE=str(world),
+            LOCAL_RANK=str(rank),
+            LOCAL_WORLD_SIZE=str(world),
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=str(port),
+        )
     import torch
     from faulty import main
 
@@ -91,7 +127,9 @@ def _as_rank(rank: int, world: int, port: int, faults: list[dict], flags: list[s
     main(faults, "pretrain", flags)
 
 
-def ranks(world: int, flags: list[str], faults: list[dict] = (), timeout: int = 120) -> tuple[list[int], str]:
+def ranks(
+    world: int, flags: list[str], faults: list[dict] = (), timeout: int = 120
+) -> tuple[list[int], str]:
     """Pretrain in `world` processes with faults of tests/faulty.py. Returns their exit codes and all that they printed, rank by rank."""
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])  # for the server
     context = multiprocessing.get_context("forkserver")
@@ -102,7 +140,12 @@ def ranks(world: int, flags: list[str], faults: list[dict] = (), timeout: int = 
     out = Path(flags[flags.index("--output_dir") + 1])
     out.mkdir(parents=True, exist_ok=True)
     outputs = [str(out / f"printed_{rank}.txt") for rank in range(world)]
-    processes = [context.Process(target=_as_rank, args=(rank, world, port, list(faults), flags, outputs[rank])) for rank in range(world)]
+    processes = [
+        context.Process(
+            target=_as_rank, args=(rank, world, port, list(faults), flags, outputs[rank])
+        )
+        for rank in range(world)
+    ]
     for process in processes:
         process.start()
     deadline = time.monotonic() + timeout

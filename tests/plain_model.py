@@ -15,13 +15,20 @@ class PlainAttention(nn.Module):
     def __init__(self, width: int, heads: int, bias: bool, sdpa: bool):
         super().__init__()
         self.heads, self.sdpa = heads, sdpa
-        self.q, self.k, self.v = nn.Linear(width, width, bias), nn.Linear(width, width, bias), nn.Linear(width, width, bias)
+        self.q, self.k, self.v = (
+            nn.Linear(width, width, bias),
+            nn.Linear(width, width, bias),
+            nn.Linear(width, width, bias),
+        )
         self.proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, N, D) -> (B, N, D)."""
         b, n, d = x.shape
-        q, k, v = (part(x).reshape(b, n, self.heads, d // self.heads).transpose(1, 2) for part in (self.q, self.k, self.v))
+        q, k, v = (
+            part(x).reshape(b, n, self.heads, d // self.heads).transpose(1, 2)
+            for part in (self.q, self.k, self.v)
+        )
         if self.sdpa:
             out = F.scaled_dot_product_attention(q, k, v)
         else:
@@ -47,7 +54,10 @@ class PlainBlock(nn.Module):
     def __init__(self, width: int, heads: int, mlp_ratio: float, bias: bool, sdpa: bool):
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(width, eps=1e-6), nn.LayerNorm(width, eps=1e-6)
-        self.attn, self.mlp = PlainAttention(width, heads, bias, sdpa), PlainMlp(width, int(width * mlp_ratio))
+        self.attn, self.mlp = (
+            PlainAttention(width, heads, bias, sdpa),
+            PlainMlp(width, int(width * mlp_ratio)),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, N, D) -> (B, N, D)."""
@@ -85,16 +95,25 @@ class PlainEncoder(nn.Module):
     def make_blocks(self, width: int, depth: int, heads: int) -> nn.ModuleList:
         """A stack of blocks."""
         c = self.c
-        return nn.ModuleList(PlainBlock(width, heads, c["mlp_ratio"], not c["no_qkv_bias"], self.sdpa) for _ in range(depth))
+        return nn.ModuleList(
+            PlainBlock(width, heads, c["mlp_ratio"], not c["no_qkv_bias"], self.sdpa)
+            for _ in range(depth)
+        )
 
     def add_positions(self, prefix: str, width: int) -> None:
         """Position embeddings of encoder ("") or decoder ("decoder_")."""
         space, extra = self.side**2, int(self.c["cls_embed"])
         if not self.c["sep_pos_embed"]:
-            setattr(self, prefix + "pos_embed", nn.Parameter(torch.zeros(1, extra + self.steps * space, width)))
+            setattr(
+                self,
+                prefix + "pos_embed",
+                nn.Parameter(torch.zeros(1, extra + self.steps * space, width)),
+            )
             return
         setattr(self, prefix + "pos_embed_spatial", nn.Parameter(torch.zeros(1, space, width)))
-        setattr(self, prefix + "pos_embed_temporal", nn.Parameter(torch.zeros(1, self.steps, width)))
+        setattr(
+            self, prefix + "pos_embed_temporal", nn.Parameter(torch.zeros(1, self.steps, width))
+        )
         if extra:
             setattr(self, prefix + "pos_embed_class", nn.Parameter(torch.zeros(1, 1, width)))
 
@@ -102,9 +121,16 @@ class PlainEncoder(nn.Module):
         """All positions, class token first if there is one: (1, [1 +] L, D)."""
         if not self.c["sep_pos_embed"]:
             return getattr(self, prefix + "pos_embed")
-        space, time = getattr(self, prefix + "pos_embed_spatial"), getattr(self, prefix + "pos_embed_temporal")
+        space, time = (
+            getattr(self, prefix + "pos_embed_spatial"),
+            getattr(self, prefix + "pos_embed_temporal"),
+        )
         tokens = space.repeat(1, self.steps, 1) + torch.repeat_interleave(time, self.side**2, dim=1)
-        return torch.cat([getattr(self, prefix + "pos_embed_class"), tokens], 1) if self.c["cls_embed"] else tokens
+        return (
+            torch.cat([getattr(self, prefix + "pos_embed_class"), tokens], 1)
+            if self.c["cls_embed"]
+            else tokens
+        )
 
     def encode(self, clips: Tensor, keep: Tensor | None) -> Tensor:
         """Encoder tokens before the norm; keep (B, V): the tokens that stay, None for all."""
@@ -131,7 +157,9 @@ class PlainMAE(PlainEncoder):
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
         self.add_positions("decoder_", width)
         self.decoder_embed = nn.Linear(config["embed_dim"], width)
-        self.decoder_blocks = self.make_blocks(width, config["decoder_depth"], config["decoder_num_heads"])
+        self.decoder_blocks = self.make_blocks(
+            width, config["decoder_depth"], config["decoder_num_heads"]
+        )
         self.decoder_norm = nn.LayerNorm(width, eps=1e-6)
         self.decoder_pred = nn.Linear(width, self.u * self.p**2 * 3)
 
@@ -143,7 +171,9 @@ class PlainMAE(PlainEncoder):
         latent = self.norm(self.encode(clips, order[:, :visible]))
         x = self.decoder_embed(latent)[:, extra:]
         x = torch.cat([x, self.mask_token.expand(b, length - visible, -1)], 1)
-        x = torch.gather(x, 1, order.argsort(1)[:, :, None].expand(-1, -1, x.shape[2]))  # back in place
+        x = torch.gather(
+            x, 1, order.argsort(1)[:, :, None].expand(-1, -1, x.shape[2])
+        )  # back in place
         if extra:
             x = torch.cat([self.decoder_cls_token.expand(b, -1, -1), x], 1)
         x = x + self.positions("decoder_")
@@ -151,11 +181,19 @@ class PlainMAE(PlainEncoder):
             x = block(x)
         pred = self.decoder_pred(self.decoder_norm(x))[:, extra:]
 
-        index = torch.linspace(0, clips.shape[2] - 1, self.c["pred_t_dim"], dtype=torch.float64).long().to(clips.device)
-        frames = clips.index_select(2, index).reshape(b, 3, self.steps, self.u, self.side, self.p, self.side, self.p)
+        index = (
+            torch.linspace(0, clips.shape[2] - 1, self.c["pred_t_dim"], dtype=torch.float64)
+            .long()
+            .to(clips.device)
+        )
+        frames = clips.index_select(2, index).reshape(
+            b, 3, self.steps, self.u, self.side, self.p, self.side, self.p
+        )
         target = frames.permute(0, 2, 4, 6, 3, 5, 7, 1).reshape(b, length, -1)
         if self.c["norm_pix_loss"]:
-            target = (target - target.mean(-1, keepdim=True)) / (target.var(-1, keepdim=True) + 1e-6) ** 0.5
+            target = (target - target.mean(-1, keepdim=True)) / (
+                target.var(-1, keepdim=True) + 1e-6
+            ) ** 0.5
         mask = torch.ones_like(noise, dtype=pred.dtype).scatter(1, order[:, :visible], 0.0)
         return (((pred - target) ** 2).mean(-1) * mask).sum() / mask.sum()
 

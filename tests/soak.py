@@ -31,7 +31,18 @@ from tiny import same
 from util.dist import print0
 
 KINDS = ("SIGKILL of rank 0", "SIGKILL of rank 1", "SIGKILL of torchrun", "SIGTERM to torchrun")
-FLAGS = ["--batch_size_per_gpu", "2", "--epochs", "100", "--checkpoint_every_steps", "3", "--checkpoint_period", "2", "--num_workers", "1"]
+FLAGS = [
+    "--batch_size_per_gpu",
+    "2",
+    "--epochs",
+    "100",
+    "--checkpoint_every_steps",
+    "3",
+    "--checkpoint_period",
+    "2",
+    "--num_workers",
+    "1",
+]
 
 
 def rank_processes(job: Job) -> list[int]:
@@ -65,37 +76,62 @@ def strike(job: Job, kind: str, delay: float) -> str:
 
 def main() -> int:
     """Run both and compare."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--kills", type=int, default=30, help="(default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the times and kinds (default: %(default)s)")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of the times and kinds (default: %(default)s)"
+    )
     args = parser.parse_args()
-    draw, folder, began = random.Random(args.seed), Path(tempfile.mkdtemp(prefix="soak")), time.monotonic()
+    draw, folder, began = (
+        random.Random(args.seed),
+        Path(tempfile.mkdtemp(prefix="soak")),
+        time.monotonic(),
+    )
     videos = str(write_folder(folder / "videos", 17))
     seen = ["--val_dirs", videos, "--val_every", "10"]
     codes, printed = ranks(2, command(videos, folder / "whole", *FLAGS, *seen), timeout=1200)
     assert codes == [0, 0], printed[-3000:]
-    print0(f"torch {torch.__version__}, seed {args.seed}; undisturbed: 400 updates, 100 epochs on 2 processes")
-    arguments = faulty([{"do": "slow", "seconds": 0.08}], command(videos, folder / "killed", *FLAGS, *seen))
+    print0(
+        f"torch {torch.__version__}, seed {args.seed}; undisturbed: 400 updates, 100 epochs on 2 processes"
+    )
+    arguments = faulty(
+        [{"do": "slow", "seconds": 0.08}], command(videos, folder / "killed", *FLAGS, *seen)
+    )
     for number in range(1, args.kills + 1):
         kind, delay = draw.choice(KINDS), draw.uniform(3.0, 15.0)
         job = Job(folder / "killed", "tests/faulty.py", arguments)
         start = job.printed.stat().st_size
         hit = strike(job, kind, delay)
         text = job.printed.read_text()[start:]
-        resumed, trained = re.findall(r"resumed from .* at update (\d+)", text), re.findall(r"update (\d+)/400", text)
-        print0(f"{number:2d}  {delay:4.1f} s  {kind:20s} ({hit})  resumed at update {resumed[0] if resumed else '-':>3}, "
-               f"last seen at {trained[-1] if trained else '-':>3}")  # fmt: skip
+        resumed, trained = (
+            re.findall(r"resumed from .* at update (\d+)", text),
+            re.findall(r"update (\d+)/400", text),
+        )
+        print0(
+            f"{number:2d}  {delay:4.1f} s  {kind:20s} ({hit})  resumed at update {resumed[0] if resumed else '-':>3}, "
+            f"last seen at {trained[-1] if trained else '-':>3}"
+        )
     last = Job(folder / "killed", "tests/faulty.py", arguments)
     code = last.gone(600)
     print0(f"then undisturbed to the end: exit code {code}")
     last.others = []
-    if left := last.processes():  # their torchrun died before they knew of it: they hold nothing, and give up after ten minutes
+    if (
+        left := last.processes()
+    ):  # their torchrun died before they knew of it: they hold nothing, and give up after ten minutes
         print0(f"{len(left)} processes still wait for the others of their start")
         for process in left:
             os.kill(process, signal.SIGKILL)
-    equal = {"weights, optimizer, position": same(state(folder / "killed"), state(folder / "whole")),
-             "log": records(folder / "killed") == records(folder / "whole"), "exit code": code == 0}  # fmt: skip
-    print0(", ".join(f"{name}: {'equal' if value else 'NOT EQUAL'}" for name, value in equal.items()) + f"; {time.monotonic() - began:.0f} s")
+    equal = {
+        "weights, optimizer, position": same(state(folder / "killed"), state(folder / "whole")),
+        "log": records(folder / "killed") == records(folder / "whole"),
+        "exit code": code == 0,
+    }
+    print0(
+        ", ".join(f"{name}: {'equal' if value else 'NOT EQUAL'}" for name, value in equal.items())
+        + f"; {time.monotonic() - began:.0f} s"
+    )
     if all(equal.values()):
         shutil.rmtree(folder)
     return 0 if all(equal.values()) else 1

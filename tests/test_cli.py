@@ -73,7 +73,9 @@ def test_programs_beside_the_scripts_name_it_too(program, words, meant):
 
 def test_every_synonym_leads_to_a_flag_of_a_script():
     parsers = [import_module(script).get_parser() for script in SCRIPTS]
-    known = {name for parser in parsers for action in parser._actions for name in action.option_strings}
+    known = {
+        name for parser in parsers for action in parser._actions for name in action.option_strings
+    }
     assert set(SYNONYMS.values()) <= known
     assert not set(SYNONYMS) & known
 
@@ -82,7 +84,10 @@ def test_flags_are_not_abbreviated():
     parser = Parser("A program.", prog="program")
     parser.add_argument("--output_dir")
     assert parser.parse_args(["--output_dir", "x"]) == argparse.Namespace(output_dir="x")
-    assert error_of(parser.parse_args, "--output", "x") == "unknown flag --output: did you mean --output_dir?"
+    assert (
+        error_of(parser.parse_args, "--output", "x")
+        == "unknown flag --output: did you mean --output_dir?"
+    )
 
 
 @pytest.mark.parametrize("script", SCRIPTS[:2])

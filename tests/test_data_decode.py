@@ -37,7 +37,9 @@ ROUNDS_DIFFERENTLY = {  # decord's FFmpeg of 2019 against PyAV's: largest differ
     "exoplayer__sample_with_color_info.mp4": 8,  # 10 bit to 8
     "exoplayer__sample.avi": 2,  # MPEG-4 part 2
 }
-needs_test_data = pytest.mark.skipif("STMAE_TEST_DATA" not in os.environ, reason="STMAE_TEST_DATA is not set")
+needs_test_data = pytest.mark.skipif(
+    "STMAE_TEST_DATA" not in os.environ, reason="STMAE_TEST_DATA is not set"
+)
 
 
 def test_data(kind: str) -> list[Path]:
@@ -64,8 +66,13 @@ def test_the_wanted_frames_are_read(tmp_path, decoder, gop, b_frames):
 
 def test_indices_follow_the_formula():
     # 16 frames at stride 4 of a 60 fps video: a span of 128 source frames
-    assert frame_indices(1000, 60, num_frames=16, sampling_rate=4, start=0).tolist() == [int(i * 127 / 15) for i in range(16)]
-    assert frame_indices(1000, 60, num_frames=16, sampling_rate=4, start=1)[[0, -1]].tolist() == [872, 999]
+    assert frame_indices(1000, 60, num_frames=16, sampling_rate=4, start=0).tolist() == [
+        int(i * 127 / 15) for i in range(16)
+    ]
+    assert frame_indices(1000, 60, num_frames=16, sampling_rate=4, start=1)[[0, -1]].tolist() == [
+        872,
+        999,
+    ]
     assert frame_indices(1000, 30, num_frames=16, sampling_rate=4, start=0.5)[0] == 468
     short = frame_indices(10, 30, num_frames=8, sampling_rate=4, start=0.7)
     assert short.tolist() == [int(i * 31 / 7) if i * 31 / 7 < 9 else 9 for i in range(8)]
@@ -74,13 +81,26 @@ def test_indices_follow_the_formula():
 def test_instants_of_a_constant_rate_are_its_frame_numbers():
     draws = np.random.default_rng(0)
     for _ in range(300):
-        frames, fps, rate = int(draws.integers(3, 900)), float(draws.choice([12.5, 23.976, 25, 30, 59.94, 480])), int(draws.integers(1, 9))
+        frames, fps, rate = (
+            int(draws.integers(3, 900)),
+            float(draws.choice([12.5, 23.976, 25, 30, 59.94, 480])),
+            int(draws.integers(1, 9)),
+        )
         clip = {"num_frames": 16, "sampling_rate": rate, "start": float(draws.random())}
         times = np.arange(frames) / fps
         assert frames_at(times, **clip).tolist() == frame_indices(frames, fps, **clip).tolist()
 
 
-@pytest.mark.parametrize("name", ["irregular_h264.mp4", "irregular_h264.mkv", "pause_h264.mp4", "pause_h264.mkv", "pause_hevc.mp4"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "irregular_h264.mp4",
+        "irregular_h264.mkv",
+        "pause_h264.mp4",
+        "pause_h264.mkv",
+        "pause_hevc.mp4",
+    ],
+)
 @pytest.mark.parametrize("indexed", [False, True])
 def test_clips_of_unsteady_videos_are_chosen_by_the_clock(tmp_path, name, indexed):
     case = next(case for case in CASES if case.name == name)
@@ -95,11 +115,21 @@ def test_clips_of_unsteady_videos_are_chosen_by_the_clock(tmp_path, name, indexe
             first = start * max(seconds[-1] + usual - 32 / 30, 0)
             for number, index in enumerate(wanted):
                 instant = first + number * (32 / 30 - usual) / 7
-                possible = {int(sum(seconds <= instant + slack)) - 1 for slack in (-0.0015, 0, 0.0015)}  # MKV rounds to 1 ms
+                possible = {
+                    int(sum(seconds <= instant + slack)) - 1 for slack in (-0.0015, 0, 0.0015)
+                }  # MKV rounds to 1 ms
                 assert int(index) in possible, (start, number)
 
 
-STEADY = ("h264.mp4", "vp9.webm", "h264.ts", "480_per_second.mp4", "480_per_second.mkv", "half_per_second.mp4", "half_per_second.mkv")
+STEADY = (
+    "h264.mp4",
+    "vp9.webm",
+    "h264.ts",
+    "480_per_second.mp4",
+    "480_per_second.mkv",
+    "half_per_second.mp4",
+    "half_per_second.mkv",
+)
 
 
 @pytest.mark.parametrize("name", STEADY)
@@ -125,7 +155,9 @@ def test_only_wanted_frames_and_what_they_need_are_decoded(tmp_path):
     with PyAVVideo(str(path), None) as video:
         wanted = np.array([100, 105])
         video.read(wanted)
-        assert video.decoded <= 12  # one or two groups of pictures, without their unused B frames; 240 in the file
+        assert (
+            video.decoded <= 12
+        )  # one or two groups of pictures, without their unused B frames; 240 in the file
         video.decoded = 0
         video.read(np.array([0]))
         assert video.decoded == 1
@@ -155,10 +187,20 @@ def test_short_side_is_reduced_and_never_enlarged(tmp_path, decoder):
 def test_pictures_that_cannot_be_converted_say_why(tmp_path, decoder):
     with av.open(str(tmp_path / "v.mp4"), "w") as container:
         stream = container.add_stream("libx264", rate=30)
-        stream.width, stream.height, stream.pix_fmt, stream.codec_context.colorspace = 96, 64, "yuv420p", 8
-        container.mux(stream.encode(av.VideoFrame.from_ndarray(numbered_frame(3, 96, 64), format="rgb24")))
+        stream.width, stream.height, stream.pix_fmt, stream.codec_context.colorspace = (
+            96,
+            64,
+            "yuv420p",
+            8,
+        )
+        container.mux(
+            stream.encode(av.VideoFrame.from_ndarray(numbered_frame(3, 96, 64), format="rgb24"))
+        )
         container.mux(stream.encode())
-    with pytest.raises(ReadError, match=r"pictures \(yuv420p, color space 8\) cannot be converted to RGB: YCgCo is not supported"):
+    with pytest.raises(
+        ReadError,
+        match=r"pictures \(yuv420p, color space 8\) cannot be converted to RGB: YCgCo is not supported",
+    ):
         open_video(str(tmp_path / "v.mp4"), decoder).read(np.array([0]))
 
 
@@ -187,10 +229,15 @@ def test_a_name_that_starts_with_a_dash(tmp_path, monkeypatch):
 def test_every_ordinary_file_decodes_as_if_from_the_start(path):
     """The selective path gives the pictures of a plain decode from the first frame on."""
     with PyAVVideo(str(path), None) as video:
-        indices = frame_indices(video.num_frames, video.fps, num_frames=8, sampling_rate=4, start=0.6)
+        indices = frame_indices(
+            video.num_frames, video.fps, num_frames=8, sampling_rate=4, start=0.6
+        )
         plain = video._counted(sorted(set(indices.tolist())))
     if not all(index in plain for index in indices):
-        assert path.name in ("exoplayer__roadtrip-vp92-10bit.webm", "exoplayer__dolbyVision-hdr.MOV")  # packets that show nothing
+        assert path.name in (
+            "exoplayer__roadtrip-vp92-10bit.webm",
+            "exoplayer__dolbyVision-hdr.MOV",
+        )  # packets that show nothing
         plain = {}
     for decoder in DECODERS:
         with open_video(str(path), decoder) as video:
@@ -208,11 +255,19 @@ def test_every_ordinary_file_decodes_as_if_from_the_start(path):
 def test_every_odd_file_decodes_or_says_why(path, decoder):
     try:
         with open_video(str(path), decoder, short_side=128) as video:
-            frames = video.read(frame_indices(video.num_frames, video.fps, num_frames=8, sampling_rate=4, start=0.5))
+            frames = video.read(
+                frame_indices(video.num_frames, video.fps, num_frames=8, sampling_rate=4, start=0.5)
+            )
         assert frames.shape[0] == 8 and frames.shape[3] == 3
     except ReadError as error:
         assert str(error) and "\n" not in str(error)
-        assert path.stem.partition("__")[2] not in ("h264_no_pts", "raw_annexb_no_pts", "vfr_30_to_5fps", "single_frame", "truncated_half")
+        assert path.stem.partition("__")[2] not in (
+            "h264_no_pts",
+            "raw_annexb_no_pts",
+            "vfr_30_to_5fps",
+            "single_frame",
+            "truncated_half",
+        )
 
 
 @needs_test_data
@@ -224,22 +279,32 @@ def test_odd_files_decode_as_if_from_the_start(path):
     except ReadError:
         return
     with PyAVVideo(str(path), None, info) as video:
-        indices = frame_indices(video.num_frames, video.fps, num_frames=8, sampling_rate=4, start=0.6)
+        indices = frame_indices(
+            video.num_frames, video.fps, num_frames=8, sampling_rate=4, start=0.6
+        )
         plain, frames = video._counted(sorted(set(indices.tolist()))), video.read(indices)
     assert len(plain) == len(set(indices.tolist()))
-    equal = all(np.array_equal(plain[index], frame) for index, frame in zip(indices.tolist(), frames, strict=True))
+    equal = all(
+        np.array_equal(plain[index], frame)
+        for index, frame in zip(indices.tolist(), frames, strict=True)
+    )
     assert equal or path.name == "made__bytes_flipped.mp4"
 
 
 @needs_test_data
 def test_a_file_that_was_cut_short_ends_where_it_ends():
-    info = describe(str(Path(os.environ["STMAE_TEST_DATA"], "data/odd/made__truncated_faststart_half.mp4")))
-    assert info.frames == (85 if VERSION >= 17 else 86)  # of the 203 that its table lists; PyAV 16 counts the one that was cut in half
+    info = describe(
+        str(Path(os.environ["STMAE_TEST_DATA"], "data/odd/made__truncated_faststart_half.mp4"))
+    )
+    assert info.frames == (
+        85 if VERSION >= 17 else 86
+    )  # of the 203 that its table lists; PyAV 16 counts the one that was cut in half
 
 
 MADE_WITH = re.search(r"with PyAV ([\d.]+),", decoder_matrix.PAGE.read_text())[1]
 same_versions = pytest.mark.skipif(
-    not decord_installed() or av.__version__ != MADE_WITH, reason=f"docs/decoders.md was made with PyAV {MADE_WITH} and decord"
+    not decord_installed() or av.__version__ != MADE_WITH,
+    reason=f"docs/decoders.md was made with PyAV {MADE_WITH} and decord",
 )
 
 
@@ -252,7 +317,9 @@ def test_the_docs_are_true_of_real_files():
 @pytest.mark.slow
 @same_versions
 def test_the_docs_are_true_of_the_matrix(tmp_path):
-    assert decoder_matrix.PAGE.read_text().startswith(decoder_matrix.HEAD + decoder_matrix.matrix_table(tmp_path))
+    assert decoder_matrix.PAGE.read_text().startswith(
+        decoder_matrix.HEAD + decoder_matrix.matrix_table(tmp_path)
+    )
 
 
 @pytest.mark.skipif(VERSION < 17, reason="PyAV 16 does not show the file's table of packets")
@@ -274,7 +341,12 @@ def test_the_cost_grows_with_the_span_and_not_with_the_video(tmp_path, decoder):
         expected = video.read(near)
     info, spared = describe(str(path)), (4, 5, 6) if decoder == "decord" else (4, 5)
     with PyAVVideo(str(path), None) as video:
-        for packet in (packet for group in range(10) if group not in spared for packet in video.packets.group(group)):
+        for packet in (
+            packet
+            for group in range(10)
+            if group not in spared
+            for packet in video.packets.group(group)
+        ):
             whole[packet.pos : packet.pos + packet.size] = bytes(packet.size)
     path.write_bytes(whole)
     with (DecordVideo if decoder == "decord" else PyAVVideo)(str(path), None, info) as video:
@@ -304,12 +376,18 @@ def test_a_video_is_freed_without_the_garbage_collector(tmp_path):
 def sequential(path: Path) -> list[np.ndarray]:
     """All frames in order, as a player that conceals damage shows them."""
     with PyAVVideo(str(path), None) as video:
-        return [frame.to_ndarray(format="rgb24") for packet in video._all_packets() for frame in video._frames(packet)[0]]
+        return [
+            frame.to_ndarray(format="rgb24")
+            for packet in video._all_packets()
+            for frame in video._frames(packet)[0]
+        ]
 
 
 @pytest.mark.parametrize("codec", ["libx264", "mpeg4"])
 def test_what_follows_a_damaged_key_frame_is_as_a_player_shows_it(tmp_path, codec):
-    path = write_video(tmp_path / "v.mp4", frames=60, gop=20, b_frames=0, codec=codec, size=(160, 96))
+    path = write_video(
+        tmp_path / "v.mp4", frames=60, gop=20, b_frames=0, codec=codec, size=(160, 96)
+    )
     data = bytearray(path.read_bytes())
     with PyAVVideo(str(path), None) as video:
         key = video.packets.group(1)[0]
@@ -318,13 +396,18 @@ def test_what_follows_a_damaged_key_frame_is_as_a_player_shows_it(tmp_path, code
     expected = sequential(path)
     with open_video(str(path)) as video:
         frames = video.read(np.arange(20, 60))
-    far = [float(np.abs(frame.astype(int) - other).mean()) for frame, other in zip(frames, expected[20:], strict=True)]
+    far = [
+        float(np.abs(frame.astype(int) - other).mean())
+        for frame, other in zip(frames, expected[20:], strict=True)
+    ]
     assert max(far) < 8, far
 
 
 def test_packets_that_are_wrongly_called_key_frames(tmp_path):
     for codec, b_frames in (("mpeg4", 0), ("mpeg4", 2), ("libx264", 2)):
-        path = write_video(tmp_path / f"{codec}_{b_frames}.mp4", frames=40, gop=12, b_frames=b_frames, codec=codec)
+        path = write_video(
+            tmp_path / f"{codec}_{b_frames}.mp4", frames=40, gop=12, b_frames=b_frames, codec=codec
+        )
         data = path.read_bytes()
         assert data.count(b"stss") == 1
         path.write_bytes(data.replace(b"stss", b"free"))
@@ -337,11 +420,19 @@ def test_a_key_frame_at_the_time_of_the_frame_before(tmp_path):
     path = tmp_path / "v.mp4"
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=30)
-        stream.width, stream.height, stream.pix_fmt, stream.codec_context.time_base = 96, 64, "yuv420p", Fraction(1, 15360)
+        stream.width, stream.height, stream.pix_fmt, stream.codec_context.time_base = (
+            96,
+            64,
+            "yuv420p",
+            Fraction(1, 15360),
+        )
         stream.codec_context.gop_size, stream.codec_context.max_b_frames = 12, 0
         for number in range(36):
             frame = av.VideoFrame.from_ndarray(numbered_frame(number, 96, 64), format="rgb24")
-            frame.pts, frame.time_base = (number + (number >= 12)) * 512, Fraction(1, 15360)  # frame 11 lasts twice as long
+            frame.pts, frame.time_base = (
+                (number + (number >= 12)) * 512,
+                Fraction(1, 15360),
+            )  # frame 11 lasts twice as long
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
     twice = struct.pack(">II", 1, 1024)

@@ -51,18 +51,33 @@ def faulty(monkeypatch):
 def feed(data, quarantine, workers=2, seconds=2.0) -> Feed:
     """Batches of two."""
     sampler = EpochSampler(len(data), 2, 1, 0, 1, seed=3)
-    return Feed(data, sampler, batch_size=2, num_workers=workers, pin_memory=False, seconds=seconds, quarantine=quarantine)
+    return Feed(
+        data,
+        sampler,
+        batch_size=2,
+        num_workers=workers,
+        pin_memory=False,
+        seconds=seconds,
+        quarantine=quarantine,
+    )
 
 
 @pytest.mark.parametrize("fault", ["hang", "kill"])
 def test_t16_a_file_that_hangs_or_kills_its_reader_is_set_aside(videos, tmp_path, faulty, fault):
-    quarantine, before = tmp_path / "out" / "quarantine.csv", list(feed(dataset(videos), tmp_path / "none"))
+    quarantine, before = (
+        tmp_path / "out" / "quarantine.csv",
+        list(feed(dataset(videos), tmp_path / "none")),
+    )
     bad = videos[int(before[1]["index"][0])]  # in the second of four batches
     faulty[bad] = fault
     began, data = time.time(), dataset(videos)
     batches = list(feed(data, quarantine))
-    assert time.time() - began < 2 + 5 + 10  # the time-out, its grace, and a guard for slow machines
-    assert [batch["index"].tolist() for batch in batches] == [batch["index"].tolist() for batch in before]  # each once, in order
+    assert (
+        time.time() - began < 2 + 5 + 10
+    )  # the time-out, its grace, and a guard for slow machines
+    assert [batch["index"].tolist() for batch in batches] == [
+        batch["index"].tolist() for batch in before
+    ]  # each once, in order
     said = [(path, reason) for batch in batches for path, reason in batch["bad"]]
     assert {path for path, _ in said} == {bad} and "hung for 2 s or killed" in said[0][1]
     assert list(read_quarantine(quarantine)) == [bad]
@@ -79,7 +94,16 @@ def test_t16_a_hang_changes_nothing_but_the_file(videos, tmp_path, faulty):
     """A run over a hanging file ends with the weights of a run that knew the file to be bad; afterwards it resumes."""
     folder = str(Path(videos[0]).parent.parent)
     faulty[videos[2]] = "hang"
-    flags = ["--epochs", "2", "--batch_size_per_gpu", "2", "--max_bad_frac", "0.2", "--read_timeout", "2"]
+    flags = [
+        "--epochs",
+        "2",
+        "--batch_size_per_gpu",
+        "2",
+        "--max_bad_frac",
+        "0.2",
+        "--read_timeout",
+        "2",
+    ]
     (tmp_path / "known").mkdir()
     (tmp_path / "known" / "quarantine.csv").write_text(f"{videos[2]},known\n")
     pretrain.main(command(folder, tmp_path / "known", *flags))
@@ -88,7 +112,20 @@ def test_t16_a_hang_changes_nothing_but_the_file(videos, tmp_path, faulty):
     assert all(torch.equal(known[name], hung[name]) for name in known)
     assert videos[2] in (tmp_path / "hung" / "bad_videos.csv").read_text()
     with pytest.raises(UserError, match="1 files cannot be read, more than --max_bad_frac allows"):
-        pretrain.main(command(folder, tmp_path / "strict", "--epochs", "2", "--max_bad_frac", "0.1", "--read_timeout", "2", "--num_workers", "1"))
+        pretrain.main(
+            command(
+                folder,
+                tmp_path / "strict",
+                "--epochs",
+                "2",
+                "--max_bad_frac",
+                "0.1",
+                "--read_timeout",
+                "2",
+                "--num_workers",
+                "1",
+            )
+        )
 
 
 def test_t16_a_worker_that_dies_of_no_file_is_an_error(videos, tmp_path):
@@ -98,7 +135,9 @@ def test_t16_a_worker_that_dies_of_no_file_is_an_error(videos, tmp_path):
     iterator = iter(feed(data, tmp_path / "q.csv"))
     next(iterator)
     quiet = 0
-    while quiet < 10:  # until both workers have filled their queues and read nothing for half a second
+    while (
+        quiet < 10
+    ):  # until both workers have filled their queues and read nothing for half a second
         time.sleep(0.05)
         quiet = 0 if data.watch.slots[:, 1].any() else quiet + 1
     victims = multiprocessing.active_children()
@@ -197,35 +236,76 @@ def broken_files(folder: Path) -> dict[str, str]:
     os.mkfifo(folder / "fifo.mp4")
     with av.open(str(folder / "audio.mp4"), "w") as container:
         stream = container.add_stream("aac", rate=44100)
-        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), dtype=np.float32), format="fltp", layout="mono")
+        frame = av.AudioFrame.from_ndarray(
+            np.zeros((1, 1024), dtype=np.float32), format="fltp", layout="mono"
+        )
         frame.sample_rate = 44100
         container.mux(stream.encode(frame))
         container.mux(stream.encode())
-    return {"empty.mp4": "empty file", "random.mp4": "not a video", "truncated.mp4": "not a video", "folder.mp4": "not a regular file",
-            "fifo.mp4": "not a regular file", "audio.mp4": "no video stream", "missing.mp4": "No such file"}  # fmt: skip
+    return {
+        "empty.mp4": "empty file",
+        "random.mp4": "not a video",
+        "truncated.mp4": "not a video",
+        "folder.mp4": "not a regular file",
+        "fifo.mp4": "not a regular file",
+        "audio.mp4": "no video stream",
+        "missing.mp4": "No such file",
+    }
 
 
 def test_t15_damaged_files_are_replaced_and_listed_once_on_two_processes(videos, tmp_path):
     faults = broken_files(tmp_path / "bad")
     single = write_video(tmp_path / "bad" / "single.mp4", frames=1)
     manifest = tmp_path / "all.csv"
-    manifest.write_text("\n".join([*videos, *(str(tmp_path / "bad" / name) for name in faults), str(single)]) + "\n")
-    flags = command("unused", tmp_path / "out", "--epochs", "2", "--batch_size_per_gpu", "2", "--max_bad_frac", "0.5", "--num_workers", "1")
+    manifest.write_text(
+        "\n".join([*videos, *(str(tmp_path / "bad" / name) for name in faults), str(single)]) + "\n"
+    )
+    flags = command(
+        "unused",
+        tmp_path / "out",
+        "--epochs",
+        "2",
+        "--batch_size_per_gpu",
+        "2",
+        "--max_bad_frac",
+        "0.5",
+        "--num_workers",
+        "1",
+    )
     place = flags.index("--data_dirs")
-    run = torchrun("pretrain.py", 2, [*flags[:place], "--data_csv", str(manifest), *flags[place + 2 :]])
+    run = torchrun(
+        "pretrain.py", 2, [*flags[:place], "--data_csv", str(manifest), *flags[place + 2 :]]
+    )
     assert run.returncode == 0, run.stderr[-2000:]
-    assert torch.load(tmp_path / "out" / "run.pth", weights_only=True)["step"] == 8  # both processes made all updates
+    assert (
+        torch.load(tmp_path / "out" / "run.pth", weights_only=True)["step"] == 8
+    )  # both processes made all updates
     with open(tmp_path / "out" / "bad_videos.csv", newline="") as file:
         listed = [(Path(path).name, reason) for path, reason in list(csv.reader(file))[1:]]
-    assert sorted(name for name, _ in listed) == sorted(faults)  # each once; the video of one frame is none of them
+    assert sorted(name for name, _ in listed) == sorted(
+        faults
+    )  # each once; the video of one frame is none of them
     assert all(faults[name] in reason for name, reason in listed)
 
 
 def test_t15_a_manifest_without_a_readable_file_is_one_error(tmp_path):
     (tmp_path / "a.mp4").write_text("x")
     (tmp_path / "b.mp4").write_text("y")
-    with pytest.raises(UserError, match=r"no readable file found in .* tries, for example .*not a video") as raised:
-        pretrain.main(command(str(tmp_path), tmp_path / "out", "--epochs", "1", "--batch_size_per_gpu", "1", "--max_bad_frac", "1"))
+    with pytest.raises(
+        UserError, match=r"no readable file found in .* tries, for example .*not a video"
+    ) as raised:
+        pretrain.main(
+            command(
+                str(tmp_path),
+                tmp_path / "out",
+                "--epochs",
+                "1",
+                "--batch_size_per_gpu",
+                "1",
+                "--max_bad_frac",
+                "1",
+            )
+        )
     assert "\n" not in str(raised.value)
 
 
@@ -252,16 +332,26 @@ def test_replaced_frames_stand_in_the_log_and_the_list(tmp_path, capsys):
     folder = Path(write_folder(tmp_path / "videos", 7))
     write_video(folder / "spoiled.mp4", frames=40, gop=1, b_frames=0)
     spoil(folder / "spoiled.mp4", range(1, 40, 2))
-    pretrain.main(command(str(folder), tmp_path / "out", "--batch_size_per_gpu", "2", "--epochs", "2"))
+    pretrain.main(
+        command(str(folder), tmp_path / "out", "--batch_size_per_gpu", "2", "--epochs", "2")
+    )
     log = records(tmp_path / "out")
     assert all(record["replaced_frames"] > 0 and record["unreadable_videos"] == 0 for record in log)
     listed = (tmp_path / "out/bad_videos.csv").read_text().splitlines()
-    assert listed[0] == "path,reason" and len(listed) == 2 and "spoiled.mp4" in listed[1] and "frames cannot be decoded" in listed[1]
+    assert (
+        listed[0] == "path,reason"
+        and len(listed) == 2
+        and "spoiled.mp4" in listed[1]
+        and "frames cannot be decoded" in listed[1]
+    )
     shown = [int(number) for number in re.findall(r"replaced (\d+)", capsys.readouterr().out)]
     assert sum(shown) == sum(record["replaced_frames"] for record in log)
 
 
-@pytest.mark.parametrize("error", [KeyError("width"), MemoryError(), RuntimeError("odd\nfile"), ValueError("embedded null byte")])
+@pytest.mark.parametrize(
+    "error",
+    [KeyError("width"), MemoryError(), RuntimeError("odd\nfile"), ValueError("embedded null byte")],
+)
 def test_any_error_of_a_library_is_the_fault_of_the_file(tmp_path, monkeypatch, error):
     paths = [str(write_video(tmp_path / f"{number}.mp4", frames=20)) for number in range(3)]
 

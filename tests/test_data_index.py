@@ -2,7 +2,17 @@
 
 import pytest
 
-from data.index import check_classes, class_names, class_numbers, find_videos, keep_fraction, keep_stratified, main, read_manifest, write_manifest
+from data.index import (
+    check_classes,
+    class_names,
+    class_numbers,
+    find_videos,
+    keep_fraction,
+    keep_stratified,
+    main,
+    read_manifest,
+    write_manifest,
+)
 from util.dist import UserError
 
 
@@ -14,7 +24,16 @@ def manifest(tmp_path, text, encoding="utf-8"):
 
 
 def test_find_videos_in_any_case_and_depth_sorted(tmp_path):
-    for name in ("b/two.MP4", "b/one.webm", "a/deep/er/three.MKV", "a/four.avi", "five.Mov", "a/notes.txt", "a/.hidden.mp4", ".git/x.mp4"):
+    for name in (
+        "b/two.MP4",
+        "b/one.webm",
+        "a/deep/er/three.MKV",
+        "a/four.avi",
+        "five.Mov",
+        "a/notes.txt",
+        "a/.hidden.mp4",
+        ".git/x.mp4",
+    ):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(b"x")
     found = [path[len(str(tmp_path)) + 1 :] for path in find_videos([str(tmp_path)])]
@@ -37,7 +56,13 @@ def test_fraction_keeps_the_first_and_rounds_up():
 
 
 def test_t17_written_manifest_reads_back(tmp_path):
-    paths = ["/v/plain.mp4", "/v/with, comma.mp4", '/v/with "quote".mp4', "/v/with space.mp4", "/v/ü.mp4"]
+    paths = [
+        "/v/plain.mp4",
+        "/v/with, comma.mp4",
+        '/v/with "quote".mp4',
+        "/v/with space.mp4",
+        "/v/ü.mp4",
+    ]
     labels = ["a", "NA", "None", "3", "b c"]
     write_manifest(tmp_path / "m.csv", paths, labels)
     assert read_manifest(tmp_path / "m.csv") == (paths, labels)
@@ -57,7 +82,10 @@ def test_t17_written_manifest_reads_back(tmp_path):
     ],
 )
 def test_t17_all_usual_forms_are_the_same_manifest(tmp_path, text, encoding):
-    assert read_manifest(manifest(tmp_path, text, encoding)) == (["/v/a.mp4", "/v/b.mp4"], ["x", "y"])
+    assert read_manifest(manifest(tmp_path, text, encoding)) == (
+        ["/v/a.mp4", "/v/b.mp4"],
+        ["x", "y"],
+    )
 
 
 def test_t17_one_column_and_relative_paths(tmp_path):
@@ -87,9 +115,16 @@ def test_t17_malformed_rows_are_named_by_file_and_line(tmp_path, text, said):
 
 
 def test_t17_duplicates_stay_and_half_a_million_rows_are_read(tmp_path):
-    rows = [f"/videos/{number % 499_999:06d}.mp4" for number in range(500_000)]  # one twice: it counts twice
+    rows = [
+        f"/videos/{number % 499_999:06d}.mp4" for number in range(500_000)
+    ]  # one twice: it counts twice
     labels = [("NA", "None", "null", "007", "1e3")[number % 5] for number in range(500_000)]
-    path = manifest(tmp_path, "path,label\r\n" + "\r\n".join(f"{row},{label}" for row, label in zip(rows, labels, strict=True)), "utf-8-sig")
+    path = manifest(
+        tmp_path,
+        "path,label\r\n"
+        + "\r\n".join(f"{row},{label}" for row, label in zip(rows, labels, strict=True)),
+        "utf-8-sig",
+    )
     assert read_manifest(path) == (rows, labels)
     with open(path, "a") as file:
         file.write("\r\n/videos/a.mp4,x,y")
@@ -132,13 +167,23 @@ def test_official_annotations_become_manifests(tmp_path, capsys):
     for name in ("abc_000010_000020.mp4", "deep/xyz.mkv", "7.webm", "8.webm"):
         (videos / name).write_bytes(b"x")
     kinetics = tmp_path / "train.csv"
-    kinetics.write_text("label,youtube_id,time_start,time_end,split\nrunning,abc,10,20,train\n\"a, b\",xyz,1,2,train\nlost,gone,3,13,train\n")
+    kinetics.write_text(
+        'label,youtube_id,time_start,time_end,split\nrunning,abc,10,20,train\n"a, b",xyz,1,2,train\nlost,gone,3,13,train\n'
+    )
     main(["--from", "kinetics", str(kinetics), str(videos), str(tmp_path / "k.csv")])
     assert "2 of 3 videos" in capsys.readouterr().out
-    assert read_manifest(tmp_path / "k.csv") == ([str(videos / "abc_000010_000020.mp4"), str(videos / "deep/xyz.mkv")], ["running", "a, b"])
-    assert (tmp_path / "k.missing.csv").read_text().splitlines() == ["id,label", "gone_000003_000013,lost"]
+    assert read_manifest(tmp_path / "k.csv") == (
+        [str(videos / "abc_000010_000020.mp4"), str(videos / "deep/xyz.mkv")],
+        ["running", "a, b"],
+    )
+    assert (tmp_path / "k.missing.csv").read_text().splitlines() == [
+        "id,label",
+        "gone_000003_000013,lost",
+    ]
     ssv2 = tmp_path / "train.json"
-    ssv2.write_text('[{"id": "7", "label": "x", "template": "Holding [something]"}, {"id": "8", "template": "Poking [a hole]"}]')
+    ssv2.write_text(
+        '[{"id": "7", "label": "x", "template": "Holding [something]"}, {"id": "8", "template": "Poking [a hole]"}]'
+    )
     main(["--from", "ssv2", str(ssv2), str(videos), str(tmp_path / "s.csv")])
     assert read_manifest(tmp_path / "s.csv")[1] == ["Holding something", "Poking a hole"]
     with pytest.raises(UserError, match="have no id, template"):

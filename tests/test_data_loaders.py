@@ -11,8 +11,26 @@ from make_videos import write_folder, write_video
 import data.loaders as loaders
 from data.decode import frame_indices, open_video
 from data.index import find_videos
-from data.loaders import ClipDataset, EpochSampler, Feed, Paths, Reading, Samples, on_device, one_ahead, train_feed
-from data.transforms import VIDEO_MEAN, VIDEO_STD, denormalize, normalize, sample_seed, seeded, train_transform
+from data.loaders import (
+    ClipDataset,
+    EpochSampler,
+    Feed,
+    Paths,
+    Reading,
+    Samples,
+    on_device,
+    one_ahead,
+    train_feed,
+)
+from data.transforms import (
+    VIDEO_MEAN,
+    VIDEO_STD,
+    denormalize,
+    normalize,
+    sample_seed,
+    seeded,
+    train_transform,
+)
 from util.dist import Place, UserError
 
 CPU = torch.device("cpu")
@@ -22,10 +40,19 @@ ONE = Place(CPU)
 def dataset(paths, **changes):
     """Training clips of 4 frames at 32 pixels."""
     arguments = {
-        "paths": paths, "labels": None, "num_frames": 4, "sampling_rate": 2, "target_fps": 30, "repeat_aug": 2, "repeat_windows": 1,
-        "transform": train_transform(32, (0.5, 1.0), (0.75, 1.3333), True, 0.0), "decoder": "pyav", "short_side": 64, "seed": 3,
+        "paths": paths,
+        "labels": None,
+        "num_frames": 4,
+        "sampling_rate": 2,
+        "target_fps": 30,
+        "repeat_aug": 2,
+        "repeat_windows": 1,
+        "transform": train_transform(32, (0.5, 1.0), (0.75, 1.3333), True, 0.0),
+        "decoder": "pyav",
+        "short_side": 64,
+        "seed": 3,
         "noise_tokens": 8,
-    }  # fmt: skip
+    }
     return ClipDataset(**arguments | changes)
 
 
@@ -39,7 +66,15 @@ def batches(data, workers, batch_size=2, epoch=1):
     """One epoch of batches."""
     sampler = EpochSampler(len(data), batch_size, 1, 0, 1, seed=3)
     sampler.set_updates(epoch * sampler.updates_per_epoch, (epoch + 1) * sampler.updates_per_epoch)
-    feed = Feed(data, sampler, batch_size=batch_size, num_workers=workers, pin_memory=False, seconds=30, quarantine=Path("none"))
+    feed = Feed(
+        data,
+        sampler,
+        batch_size=batch_size,
+        num_workers=workers,
+        pin_memory=False,
+        seconds=30,
+        quarantine=Path("none"),
+    )
     return list(on_device(feed, CPU))
 
 
@@ -99,7 +134,9 @@ def test_a_video_is_closed_before_its_first_crop(videos, monkeypatch):
     def recorded(*arguments):
         video = opened(*arguments)
         close = type(video).__exit__
-        monkeypatch.setattr(type(video), "__exit__", lambda *rest: events.append("close") or close(*rest))
+        monkeypatch.setattr(
+            type(video), "__exit__", lambda *rest: events.append("close") or close(*rest)
+        )
         return video
 
     monkeypatch.setattr(loaders, "open_video", recorded)
@@ -172,7 +209,9 @@ def test_one_frame_video_repeats_it(tmp_path):
     assert (clips == clips[:, :, :1]).all()
 
 
-@pytest.mark.parametrize(("world", "batch", "accum"), [(1, 4, 1), (2, 2, 1), (1, 2, 2), (4, 1, 1), (2, 1, 2)])
+@pytest.mark.parametrize(
+    ("world", "batch", "accum"), [(1, 4, 1), (2, 2, 1), (1, 2, 2), (4, 1, 1), (2, 1, 2)]
+)
 def test_every_split_of_the_same_global_batch_sees_the_same_videos_per_update(world, batch, accum):
     ranks = [EpochSampler(19, batch, accum, rank, world, seed=5) for rank in range(world)]
     updates = []
@@ -180,7 +219,12 @@ def test_every_split_of_the_same_global_batch_sees_the_same_videos_per_update(wo
         sampler.set_updates(8, 12)
         drawn = list(sampler)
         assert {epoch for epoch, _ in drawn} == {2} and len(drawn) == len(sampler) == 16 // world
-        updates.append([{index for _, index in drawn[u * batch * accum : (u + 1) * batch * accum]} for u in range(4)])
+        updates.append(
+            [
+                {index for _, index in drawn[u * batch * accum : (u + 1) * batch * accum]}
+                for u in range(4)
+            ]
+        )
     together = [set().union(*(rank[u] for rank in updates)) for u in range(4)]
     whole = EpochSampler(19, 4, 1, 0, 1, seed=5)
     whole.set_updates(8, 12)
@@ -331,6 +375,8 @@ def test_flat_paths():
 def test_normalisation_and_back():
     clips = torch.randint(0, 256, (2, 3, 4, 8, 8), dtype=torch.uint8)
     for mean, std in ((VIDEO_MEAN, VIDEO_STD), ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))):
-        expected = (clips / 255 - torch.tensor(mean).view(3, 1, 1, 1)) / torch.tensor(std).view(3, 1, 1, 1)
+        expected = (clips / 255 - torch.tensor(mean).view(3, 1, 1, 1)) / torch.tensor(std).view(
+            3, 1, 1, 1
+        )
         torch.testing.assert_close(normalize(clips, mean, std), expected, rtol=1e-5, atol=1e-5)
         assert torch.equal(denormalize(normalize(clips, mean, std), mean, std), clips)

@@ -49,8 +49,12 @@ def test_samples_are_the_same_with_an_index_and_need_no_second_look(listed, monk
     index_read = probe.load(manifest, paths)
     for decoder in ("pyav", "decord") if decode.decord_installed() else ("pyav",):
         plain = [dataset(paths, decoder=decoder)[(0, index)] for index in range(5)]
-        monkeypatch.setattr(decode, "describe", lambda path: pytest.fail(f"{path} was looked at again"))
-        known = [dataset(paths, decoder=decoder, known=index_read)[(0, index)] for index in range(5)]
+        monkeypatch.setattr(
+            decode, "describe", lambda path: pytest.fail(f"{path} was looked at again")
+        )
+        known = [
+            dataset(paths, decoder=decoder, known=index_read)[(0, index)] for index in range(5)
+        ]
         monkeypatch.undo()
         for one, two in zip(plain, known, strict=True):
             assert torch.equal(one["clips"], two["clips"])
@@ -62,13 +66,19 @@ def test_an_interrupted_index_goes_on_and_a_changed_file_is_looked_at_again(list
     target = probe.index_path(manifest)
     index = build_index(paths, None, workers=1, seconds=30)
     rows = index.rows
-    rows["frames"][1], rows["frames"][2], rows["state"][3] = 1000, 2000, probe.UNKNOWN  # marks: these rows are taken over, or not
+    rows["frames"][1], rows["frames"][2], rows["state"][3] = (
+        1000,
+        2000,
+        probe.UNKNOWN,
+    )  # marks: these rows are taken over, or not
     probe.save(target, index)
     write_video(Path(paths[2]), frames=7)
     again = build_index(paths, target, workers=1, seconds=30).rows
     readable = [path for path in paths if not path.endswith("broken.mp4")]
     expected = {path: describe(path).frames for path in readable} | {paths[1]: 1000}
-    assert {path: int(row["frames"]) for path, row in zip(paths, again, strict=True) if path in readable} == expected
+    assert {
+        path: int(row["frames"]) for path, row in zip(paths, again, strict=True) if path in readable
+    } == expected
     assert expected[paths[2]] == 7 and np.array_equal(np.load(target), again)
 
 
@@ -77,11 +87,19 @@ def test_an_index_of_other_files_is_not_used(listed, tmp_path):
     build_index(paths, probe.index_path(manifest), workers=1, seconds=30)
     assert probe.load(manifest, paths[::-1]) is None
     assert probe.load(tmp_path / "other.csv", paths) is None
-    probe.carry_over(manifest, tmp_path / "part.csv", paths[3:0:-1])  # another order and fewer files: found by their names
-    assert np.array_equal(probe.load(tmp_path / "part.csv", paths[3:0:-1]).rows, probe.load(manifest, paths).rows[3:0:-1])
+    probe.carry_over(
+        manifest, tmp_path / "part.csv", paths[3:0:-1]
+    )  # another order and fewer files: found by their names
+    assert np.array_equal(
+        probe.load(tmp_path / "part.csv", paths[3:0:-1]).rows,
+        probe.load(manifest, paths).rows[3:0:-1],
+    )
     os.utime(paths[0], ns=(0, 0))
     probe.carry_over(manifest, tmp_path / "part.csv", paths[:2])
-    assert probe.load(tmp_path / "part.csv", paths[:2]).rows["state"].tolist() == [probe.UNKNOWN, probe.READABLE]
+    assert probe.load(tmp_path / "part.csv", paths[:2]).rows["state"].tolist() == [
+        probe.UNKNOWN,
+        probe.READABLE,
+    ]
     write_video(Path(paths[1]), frames=9)
     assert probe.load(manifest, paths).info(1, paths[1]) is None  # grown since: to be looked at
 
@@ -90,18 +108,36 @@ def test_the_doctor_says_what_is_there(listed, tmp_path, capsys):
     manifest, paths = listed
     main([str(manifest), "--img_size", "32", "--workers", "1"])
     said = capsys.readouterr().out
-    assert "4 of 5 readable" in said and "h264 4" in said and "64 px: 4" in said and "every 9 to 12 frames" in said
-    assert "short       4 shorter than 16 frames at stride 4 (2.1 s)" in said  # they have 20 to 32 frames
+    assert (
+        "4 of 5 readable" in said
+        and "h264 4" in said
+        and "64 px: 4" in said
+        and "every 9 to 12 frames" in said
+    )
+    assert (
+        "short       4 shorter than 16 frames at stride 4 (2.1 s)" in said
+    )  # they have 20 to 32 frames
     assert "broken.mp4: not a video" in said and "no need to re-encode" in said
     table = [line.split() for line in said.splitlines() if line.startswith(("pyav", "decord"))]
     for row in table:
-        stages, total, rate = [float(word) for word in row[1:5]], float(row[5]), float(row[6].strip(","))
+        stages, total, rate = (
+            [float(word) for word in row[1:5]],
+            float(row[5]),
+            float(row[6].strip(",")),
+        )
         assert abs(sum(stages) - total) < 0.3 and abs(1000 / total / rate - 1) < 0.1
     assert probe.load(manifest, paths) is not None
     folders = [str(tmp_path / "videos")]
     main([*folders, "--img_size", "32", "--write", str(tmp_path / "made.csv")])
-    assert read_manifest(tmp_path / "made.csv")[0] == paths and probe.load(tmp_path / "made.csv", paths) is not None
-    for bad in (["--write", str(tmp_path / "made.csv"), *folders], ["--write", "x.csv", str(manifest)], [str(tmp_path / "nowhere")]):
+    assert (
+        read_manifest(tmp_path / "made.csv")[0] == paths
+        and probe.load(tmp_path / "made.csv", paths) is not None
+    )
+    for bad in (
+        ["--write", str(tmp_path / "made.csv"), *folders],
+        ["--write", "x.csv", str(manifest)],
+        [str(tmp_path / "nowhere")],
+    ):
         with pytest.raises(UserError):
             main(bad)
 
@@ -127,7 +163,9 @@ def test_times_of_unsteady_videos_are_kept(unsteady, tmp_path):
             assert found._replace(times=None) == looked._replace(times=None)
             assert (found.times is None) == ("/h264" in path) == (looked.times is None)
             if looked.times is not None:
-                assert np.array_equal(found.times, looked.times) and len(found.times) == found.frames
+                assert (
+                    np.array_equal(found.times, looked.times) and len(found.times) == found.frames
+                )
 
 
 def test_an_index_without_its_times_or_of_another_version_is_not_believed(unsteady, monkeypatch):

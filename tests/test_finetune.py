@@ -45,7 +45,12 @@ def images(tmp_path_factory):
 
     folder, draw = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
     for number in range(12):
-        path = folder / ("dark", "bright")[number % 2] / ("deep" if number == 0 else "") / f"{number}.png"
+        path = (
+            folder
+            / ("dark", "bright")[number % 2]
+            / ("deep" if number == 0 else "")
+            / f"{number}.png"
+        )
         path.parent.mkdir(parents=True, exist_ok=True)
         pixels = draw.integers(0, 100, (40, 48, 3), dtype=np.uint8) + np.uint8(150 * (number % 2))
         Image.fromarray(pixels).save(path)
@@ -54,12 +59,32 @@ def images(tmp_path_factory):
 
 def video_command(folder, out, *more) -> list[str]:
     """A small video finetuning command line that validates on its training videos."""
-    return [*VIDEO, "--train_dir", folder, "--val_dir", folder, "--output_dir", str(out), "--datafile_dir", str(out), *more]
+    return [
+        *VIDEO,
+        "--train_dir",
+        folder,
+        "--val_dir",
+        folder,
+        "--output_dir",
+        str(out),
+        "--datafile_dir",
+        str(out),
+        *more,
+    ]
 
 
 def image_command(folder, out, *more) -> list[str]:
     """A small image finetuning command line that validates on its training images."""
-    return [*SMALL, "--train_data_path", folder, "--val_data_path", folder, "--output_dir", str(out), *more]
+    return [
+        *SMALL,
+        "--train_data_path",
+        folder,
+        "--val_data_path",
+        folder,
+        "--output_dir",
+        str(out),
+        *more,
+    ]
 
 
 def weights(out, name="run.pth") -> dict:
@@ -98,20 +123,35 @@ SEED_IMAGE = (
 def reduced(seed: str, folder: str, out, checkpoint: str) -> list[str]:
     """A seed command with sizes and paths reduced."""
     smaller = {
-        "TRAIN_DIR": folder, "VAL_DIR": folder, "DATAFILE_DIR": str(out), "OUTPUT_DIR": str(out), "SPATIOTEMPORAL_MAE_CHECKPOINT": checkpoint,
-        "vit_huge_patch14": "vit_micro_patch16", "100000": "1", "224": "32",
-    }  # fmt: skip
+        "TRAIN_DIR": folder,
+        "VAL_DIR": folder,
+        "DATAFILE_DIR": str(out),
+        "OUTPUT_DIR": str(out),
+        "SPATIOTEMPORAL_MAE_CHECKPOINT": checkpoint,
+        "vit_huge_patch14": "vit_micro_patch16",
+        "100000": "1",
+        "224": "32",
+    }
     return [smaller.get(word, word) for word in seed.split()]
 
 
 @pytest.mark.parametrize("kind", ["video", "image"])
 def test_the_seed_commands_run_with_sizes_and_paths_reduced(kind, videos, images, tmp_path):
-    script, seed, folder = (finetune, SEED_VIDEO, videos) if kind == "video" else (finetune_on_image, SEED_IMAGE, images)
+    script, seed, folder = (
+        (finetune, SEED_VIDEO, videos)
+        if kind == "video"
+        else (finetune_on_image, SEED_IMAGE, images)
+    )
     script.main(reduced(seed, folder, tmp_path / "one", ""))
     processes = torchrun(f"{script.__name__}.py", 2, reduced(seed, folder, tmp_path / "two", ""))
     assert processes.returncode == 0, processes.stderr[-2000:]
     for out in ("one", "two"):
-        log = [json.loads(line) for line in (tmp_path / out / "INFORMATIVE_SAVE_PREFIX_log.txt").read_text().splitlines()]
+        log = [
+            json.loads(line)
+            for line in (tmp_path / out / "INFORMATIVE_SAVE_PREFIX_log.txt")
+            .read_text()
+            .splitlines()
+        ]
         assert len(log) == 1 and 0 <= log[0]["test_acc1"] <= 100 and log[0]["train_loss"] > 0
         assert (tmp_path / out / "INFORMATIVE_SAVE_PREFIX_confusion.png").stat().st_size > 100
         classes = json.loads((tmp_path / out / "INFORMATIVE_SAVE_PREFIX_classes.json").read_text())
@@ -123,18 +163,35 @@ def test_t18_evaluation_is_exact_on_any_number_of_ranks_and_equals_a_plain_loop(
     folder, out = tmp_path / "videos", tmp_path / "out"
     write_folder(folder, 17)
     finetune.main(video_command(str(folder), out, "--max_steps", "2", "--batch_size_per_gpu", "4"))
-    test = ["--val_dir", str(folder), "--eval", "--test_num_clips", str(views[0]), "--test_num_crops", str(views[1]),
-            "--batch_size_per_gpu", "4", "--resume", str(out / "run.pth")]  # fmt: skip
+    test = [
+        "--val_dir",
+        str(folder),
+        "--eval",
+        "--test_num_clips",
+        str(views[0]),
+        "--test_num_crops",
+        str(views[1]),
+        "--batch_size_per_gpu",
+        "4",
+        "--resume",
+        str(out / "run.pth"),
+    ]
     finetune.main([*VIDEO, *test, "--output_dir", str(tmp_path / "one")])
     two = torchrun("finetune.py", 2, [*VIDEO, *test, "--output_dir", str(tmp_path / "two")])
     assert two.returncode == 0, two.stderr[-2000:]
     assert f"17 samples, {views[0] * views[1]} views each" in two.stdout
-    one, other = (pd.read_csv(tmp_path / name / "run_test_predictions.csv") for name in ("one", "two"))
+    one, other = (
+        pd.read_csv(tmp_path / name / "run_test_predictions.csv") for name in ("one", "two")
+    )
     assert len(one) == 17 and one["path"].is_unique
     pd.testing.assert_frame_equal(one, other, check_exact=True)
 
     state = torch.load(out / "run.pth", weights_only=True)
-    config = {key: value for key, value in state["config"].items() if key not in ("model", "mean", "std", "classes")}
+    config = {
+        key: value
+        for key, value in state["config"].items()
+        if key not in ("model", "mean", "std", "classes")
+    }
     model = VisionTransformer(**config).eval()
     model.load_state_dict(state["model"])
     for row in one.itertuples():
@@ -142,36 +199,75 @@ def test_t18_evaluation_is_exact_on_any_number_of_ranks_and_equals_a_plain_loop(
         with open_video(row.path, "pyav", 48) as video, torch.no_grad():
             for view in range(views[0]):
                 spacing = {"num_frames": 4, "sampling_rate": 2}
-                start = view_start(video.num_frames, video.fps, **spacing, view=view, views=views[0])
-                frames = torch.from_numpy(video.read(frame_indices(video.num_frames, video.fps, **spacing, start=start)))
+                start = view_start(
+                    video.num_frames, video.fps, **spacing, view=view, views=views[0]
+                )
+                frames = torch.from_numpy(
+                    video.read(frame_indices(video.num_frames, video.fps, **spacing, start=start))
+                )
                 for crop in view_transform(32, views[1])(frames.permute(0, 3, 1, 2)):
                     clip = normalize(crop.transpose(0, 1)[None], VIDEO_MEAN, VIDEO_STD)
                     probabilities.append(model(clip).softmax(1)[0])
         mean = torch.stack(probabilities).mean(0)
         assert row.score1 == pytest.approx(mean.max().item(), abs=2e-6)
-        assert row.top1 == f"class_{mean.argmax().item()}" and row.label == Path(row.path).parent.name
+        assert (
+            row.top1 == f"class_{mean.argmax().item()}" and row.label == Path(row.path).parent.name
+        )
 
 
 def test_training_is_reproducible_resumes_exactly_and_keeps_the_best(videos, tmp_path):
-    flags = ["--batch_size_per_gpu", "4", "--repeat_aug", "2", "--rand_aug", "--mixup", "0.8", "--cutmix", "1", "--min_lr", "0.001"]
+    flags = [
+        "--batch_size_per_gpu",
+        "4",
+        "--repeat_aug",
+        "2",
+        "--rand_aug",
+        "--mixup",
+        "0.8",
+        "--cutmix",
+        "1",
+        "--min_lr",
+        "0.001",
+    ]
     finetune.main(video_command(videos, tmp_path / "whole", "--epochs", "4", *flags))
     finetune.main(video_command(videos, tmp_path / "parts", "--epochs", "2", *flags))
     finetune.main(video_command(videos, tmp_path / "parts", "--epochs", "4", *flags))
     whole, parts = weights(tmp_path / "whole"), weights(tmp_path / "parts")
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
-    assert [r["test_loss"] for r in records(tmp_path / "whole")] == [r["test_loss"] for r in records(tmp_path / "parts")]
+    assert [r["test_loss"] for r in records(tmp_path / "whole")] == [
+        r["test_loss"] for r in records(tmp_path / "parts")
+    ]
     best = torch.load(tmp_path / "parts/run_best.pth", weights_only=True)
     accuracies = [record["test_acc1"] for record in records(tmp_path / "parts")]
-    assert best["best_acc1"] == max(accuracies) and best["epoch"] == accuracies.index(max(accuracies))
+    assert best["best_acc1"] == max(accuracies) and best["epoch"] == accuracies.index(
+        max(accuracies)
+    )
     assert best["config"]["classes"] == ["class_0", "class_1"]
 
 
 @pytest.mark.parametrize("kind", ["video", "image"])
-def test_t02_stops_in_training_and_in_validation_change_nothing(kind, videos, images, tmp_path, monkeypatch):
+def test_t02_stops_in_training_and_in_validation_change_nothing(
+    kind, videos, images, tmp_path, monkeypatch
+):
     """SIGTERM in the middle of an epoch, in a validation, and there once more at once; with dropout, drop path and mixing."""
-    flags = ["--epochs", "3", "--batch_size_per_gpu", "2", "--mixup", "0.8", "--rand_aug", "--drop_path_rate", "0.2", "--accum_iter", "2"]
-    script, start = (finetune, lambda out: video_command(videos, out, *flags)) if kind == "video" else \
-                    (finetune_on_image, lambda out: image_command(images, out, *flags))  # fmt: skip
+    flags = [
+        "--epochs",
+        "3",
+        "--batch_size_per_gpu",
+        "2",
+        "--mixup",
+        "0.8",
+        "--rand_aug",
+        "--drop_path_rate",
+        "0.2",
+        "--accum_iter",
+        "2",
+    ]
+    script, start = (
+        (finetune, lambda out: video_command(videos, out, *flags))
+        if kind == "video"
+        else (finetune_on_image, lambda out: image_command(images, out, *flags))
+    )
     script.main(start(tmp_path / "whole"))
     out, calls = tmp_path / "parts", {"update": 0, "in_full_batches": 0}
 
@@ -195,14 +291,25 @@ def test_t02_stops_in_training_and_in_validation_change_nothing(kind, videos, im
         assert (out / "run.PREEMPTED").exists() == (len(steps) < 3)
     per_epoch = {"video": 2, "image": 3}[kind]
     assert steps == [1, per_epoch, 3 * per_epoch]
-    whole, parts = ({key: value for key, value in load(folder / "run.pth").items() if key != "args"} for folder in (tmp_path / "whole", out))
-    assert same(parts, whole) and records(out) == records(tmp_path / "whole") and len(records(out)) == 3
-    assert (out / "run_predictions.csv").read_bytes() == (tmp_path / "whole/run_predictions.csv").read_bytes()
+    whole, parts = (
+        {key: value for key, value in load(folder / "run.pth").items() if key != "args"}
+        for folder in (tmp_path / "whole", out)
+    )
+    assert (
+        same(parts, whole)
+        and records(out) == records(tmp_path / "whole")
+        and len(records(out)) == 3
+    )
+    assert (out / "run_predictions.csv").read_bytes() == (
+        tmp_path / "whole/run_predictions.csv"
+    ).read_bytes()
     script.main(start(out))  # complete: nothing is done again
     assert records(out) == records(tmp_path / "whole") and calls["update"] == 3 * per_epoch
 
 
-def test_a_best_checkpoint_that_found_no_room_is_written_at_the_next_chance(images, tmp_path, monkeypatch):
+def test_a_best_checkpoint_that_found_no_room_is_written_at_the_next_chance(
+    images, tmp_path, monkeypatch
+):
     honest, failed = checkpoint.save, []
 
     def save(path, state, keep=1):
@@ -215,14 +322,20 @@ def test_a_best_checkpoint_that_found_no_room_is_written_at_the_next_chance(imag
     flags = ["--epochs", "4", "--batch_size_per_gpu", "6", "--dropout", "0", "--min_lr", "0.001"]
     finetune_on_image.main(image_command(images, tmp_path, *flags))
     accuracies = [record["test_acc1"] for record in records(tmp_path)]
-    assert failed and load(tmp_path / "run_best.pth")["epoch"] >= 1 and load(tmp_path / "run_best.pth")["best_acc1"] == max(accuracies[1:])
+    assert (
+        failed
+        and load(tmp_path / "run_best.pth")["epoch"] >= 1
+        and load(tmp_path / "run_best.pth")["best_acc1"] == max(accuracies[1:])
+    )
 
 
 def test_flags_that_group_the_parameters_otherwise_are_refused_in_one_line(videos, tmp_path):
     flags = ["--batch_size_per_gpu", "4", "--max_steps"]
     finetune.main(video_command(videos, tmp_path, *flags, "1"))
     for change in (["--layer_decay", "1"], ["--weight_decay", "0"], ["--freeze_backbone"]):
-        with pytest.raises(UserError, match="run.pth does not fit .*group the parameters as in that run") as error:
+        with pytest.raises(
+            UserError, match="run.pth does not fit .*group the parameters as in that run"
+        ) as error:
             finetune.main(video_command(videos, tmp_path, *flags, "2", *change))
         assert "\n" not in str(error.value)
 
@@ -242,7 +355,11 @@ def test_each_epoch_asks_for_its_own_batches(videos, tmp_path, monkeypatch):
 
 
 def test_it_learns_what_can_be_learned(images, tmp_path):
-    finetune_on_image.main(image_command(images, tmp_path, "--epochs", "10", "--batch_size_per_gpu", "6", "--dropout", "0"))
+    finetune_on_image.main(
+        image_command(
+            images, tmp_path, "--epochs", "10", "--batch_size_per_gpu", "6", "--dropout", "0"
+        )
+    )
     assert records(tmp_path)[-1]["test_acc1"] == 100
     assert records(tmp_path)[-1]["train_acc1"] > 90
 
@@ -250,7 +367,20 @@ def test_it_learns_what_can_be_learned(images, tmp_path):
 def test_a_frozen_backbone_keeps_its_weights_and_the_head_moves(videos, tmp_path):
     mae = pretrained(videos, tmp_path)
     size = ["--img_size", "24", "--num_frames", "8"]
-    finetune.main(video_command(videos, tmp_path, "--max_steps", "3", "--batch_size_per_gpu", "4", "--freeze_backbone", "--finetune", mae, *size))
+    finetune.main(
+        video_command(
+            videos,
+            tmp_path,
+            "--max_steps",
+            "3",
+            "--batch_size_per_gpu",
+            "4",
+            "--freeze_backbone",
+            "--finetune",
+            mae,
+            *size,
+        )
+    )
     before, after = torch.load(mae, weights_only=True)["model"], weights(tmp_path)
     shared = before.keys() & after.keys()
     assert len(shared) > 20 and all(torch.equal(before[name], after[name]) for name in shared)
@@ -259,12 +389,30 @@ def test_a_frozen_backbone_keeps_its_weights_and_the_head_moves(videos, tmp_path
 
 def test_finetune_takes_the_encoder_and_resamples_positions(videos, tmp_path, capsys):
     mae = pretrained(videos, tmp_path)
-    finetune.main(video_command(videos, tmp_path, "--max_steps", "1", "--batch_size_per_gpu", "8", "--lr", "1e-9", "--finetune", mae))
+    finetune.main(
+        video_command(
+            videos,
+            tmp_path,
+            "--max_steps",
+            "1",
+            "--batch_size_per_gpu",
+            "8",
+            "--lr",
+            "1e-9",
+            "--finetune",
+            mae,
+        )
+    )
     printed = capsys.readouterr().out
-    assert "pos_embed_spatial (1, 9, 64) -> (1, 16, 64)" in printed and "pos_embed_temporal (1, 4, 64) -> (1, 2, 64)" in printed
+    assert (
+        "pos_embed_spatial (1, 9, 64) -> (1, 16, 64)" in printed
+        and "pos_embed_temporal (1, 4, 64) -> (1, 2, 64)" in printed
+    )
     assert "initialised  head.weight, head.bias" in printed and "decoder" in printed
     before, after = torch.load(mae, weights_only=True)["model"], weights(tmp_path)
-    torch.testing.assert_close(after["blocks.1.mlp.fc1.weight"], before["blocks.1.mlp.fc1.weight"], atol=1e-6, rtol=0)
+    torch.testing.assert_close(
+        after["blocks.1.mlp.fc1.weight"], before["blocks.1.mlp.fc1.weight"], atol=1e-6, rtol=0
+    )
 
 
 def test_static_clips_folded_equal_exact_in_logits_and_gradients():
@@ -285,12 +433,25 @@ def test_a_static_clip_flag_changes_nothing_but_the_work(images, tmp_path):
     for way in ("exact", "folded"):
         flags = ["--epochs", "2", "--batch_size_per_gpu", "4", "--lr", "1e-4", "--static_clip", way]
         finetune_on_image.main(image_command(images, tmp_path / way, *flags))
-    for exact, folded in zip(records(tmp_path / "exact"), records(tmp_path / "folded"), strict=True):
+    for exact, folded in zip(
+        records(tmp_path / "exact"), records(tmp_path / "folded"), strict=True
+    ):
         assert exact["train_loss"] == pytest.approx(folded["train_loss"], abs=1e-5)
 
 
 def test_frac_retained_keeps_a_part_of_each_class(images, tmp_path, capsys):
-    finetune_on_image.main(image_command(images, tmp_path, "--frac_retained", "0.01", "--max_steps", "1", "--batch_size_per_gpu", "2"))
+    finetune_on_image.main(
+        image_command(
+            images,
+            tmp_path,
+            "--frac_retained",
+            "0.01",
+            "--max_steps",
+            "1",
+            "--batch_size_per_gpu",
+            "2",
+        )
+    )
     assert "2 of 12 images" in capsys.readouterr().out
 
 
@@ -298,7 +459,17 @@ def test_broken_images_are_skipped_in_training_and_an_error_in_evaluation(images
     train = tmp_path / "train"
     shutil.copytree(images, train)
     (train / "dark" / "broken.png").write_bytes(b"\x89PNG no image")
-    command = [*SMALL, "--train_data_path", str(train), "--output_dir", str(tmp_path), "--batch_size_per_gpu", "13", "--epochs", "1"]
+    command = [
+        *SMALL,
+        "--train_data_path",
+        str(train),
+        "--output_dir",
+        str(tmp_path),
+        "--batch_size_per_gpu",
+        "13",
+        "--epochs",
+        "1",
+    ]
     finetune_on_image.main([*command, "--val_data_path", images])
     assert "broken.png" in (tmp_path / "bad_videos.csv").read_text()
     with pytest.raises(UserError, match="validation file .*broken.png"):
@@ -311,10 +482,16 @@ def test_bad_input_is_one_line(videos, tmp_path):
     short = write_folder(tmp_path / "short", 1, codec="mpeg4")
     for name in ("class_0", "class_1"):
         write_video(short / name / "one_frame.mp4", frames=1)
-    finetune.main(video_command(str(short), tmp_path / "fine", "--max_steps", "1", "--batch_size_per_gpu", "2"))  # one frame is a video
+    finetune.main(
+        video_command(
+            str(short), tmp_path / "fine", "--max_steps", "1", "--batch_size_per_gpu", "2"
+        )
+    )  # one frame is a video
     mae = pretrained(videos, tmp_path)
     (tmp_path / "text.pth").write_text("hello")
-    torch.save({"model": {"patch_embed.proj.weight": torch.zeros(64, 3, 8, 8)}}, tmp_path / "image.pth")
+    torch.save(
+        {"model": {"patch_embed.proj.weight": torch.zeros(64, 3, 8, 8)}}, tmp_path / "image.pth"
+    )
     torch.save({"model": {"fc.weight": torch.zeros(2, 2)}}, tmp_path / "other.pth")
     other = tmp_path / "other_classes"
     shutil.copytree(videos, other)
@@ -327,7 +504,10 @@ def test_bad_input_is_one_line(videos, tmp_path):
         "unknown class 'class_x'": ["--val_dir", str(other)],
         "--num_classes is 1": ["--num_classes", "1"],
         "text.pth cannot be read": ["--finetune", str(tmp_path / "text.pth")],
-        "image MAE or timm ViT, but 'pos_embed' is missing": ["--finetune", str(tmp_path / "image.pth")],
+        "image MAE or timm ViT, but 'pos_embed' is missing": [
+            "--finetune",
+            str(tmp_path / "image.pth"),
+        ],
         "no video encoder": ["--finetune", str(tmp_path / "other.pth")],
         "nowhere.pth not found": ["--finetune", str(tmp_path / "nowhere.pth")],
         "embed_dim 64, not 192": ["--finetune", mae, "--model", "vit_tiny_patch16"],
@@ -344,9 +524,25 @@ def test_bad_input_is_one_line(videos, tmp_path):
     assert not list(out.glob("*.pth"))
     finetune.main(video_command(videos, out, "--max_steps", "1", "--batch_size_per_gpu", "4"))
     with pytest.raises(UserError, match="global_pool True -> False"):
-        finetune.main(video_command(videos, out, "--max_steps", "2", "--batch_size_per_gpu", "4", "--cls_token"))
+        finetune.main(
+            video_command(
+                videos, out, "--max_steps", "2", "--batch_size_per_gpu", "4", "--cls_token"
+            )
+        )
     with pytest.raises(UserError, match="global_pool True, not False"):
-        finetune.main(video_command(videos, tmp_path / "new", "--finetune", str(out / "run.pth"), "--batch_size_per_gpu", "4", "--cls_token"))
-    failed = torchrun("finetune.py", 1, video_command(videos, tmp_path / "new", "--num_classes", "1"))
+        finetune.main(
+            video_command(
+                videos,
+                tmp_path / "new",
+                "--finetune",
+                str(out / "run.pth"),
+                "--batch_size_per_gpu",
+                "4",
+                "--cls_token",
+            )
+        )
+    failed = torchrun(
+        "finetune.py", 1, video_command(videos, tmp_path / "new", "--num_classes", "1")
+    )
     assert "error: the training set has 2 classes" in failed.stderr
     assert (ROOT / "samples").exists()

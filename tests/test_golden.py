@@ -9,21 +9,47 @@ from golden_files import golden
 
 from models_mae import MaskedAutoencoderViT
 from models_vit import VisionTransformer
-from util.optim import finetune_groups, layer_scale, learning_rate, make_optimizer, pretrain_groups, set_learning_rate, update
+from util.optim import (
+    finetune_groups,
+    layer_scale,
+    learning_rate,
+    make_optimizer,
+    pretrain_groups,
+    set_learning_rate,
+    update,
+)
 
 MAE = ("base", "norm_pix", "pred_t_half", "joint_pos_no_cls", "no_qkv_bias", "temporal", "boundary")
 
 
 def arrays(file, prefix: str) -> dict[str, torch.Tensor]:
     """The arrays NAME of a file's PREFIX.NAME."""
-    return {key[len(prefix) + 1 :]: torch.from_numpy(file[key]) for key in file.files if key.startswith(prefix + ".")}
+    return {
+        key[len(prefix) + 1 :]: torch.from_numpy(file[key])
+        for key in file.files
+        if key.startswith(prefix + ".")
+    }
 
 
 def build(config: dict) -> MaskedAutoencoderViT:
     """The model of a golden config."""
-    own = ("img_size", "patch_size", "embed_dim", "depth", "num_heads", "decoder_embed_dim", "decoder_depth",
-           "decoder_num_heads", "num_frames", "t_patch_size", "pred_t_dim", "norm_pix_loss", "sep_pos_embed", "cls_embed",
-           "no_qkv_bias")  # fmt: skip
+    own = (
+        "img_size",
+        "patch_size",
+        "embed_dim",
+        "depth",
+        "num_heads",
+        "decoder_embed_dim",
+        "decoder_depth",
+        "decoder_num_heads",
+        "num_frames",
+        "t_patch_size",
+        "pred_t_dim",
+        "norm_pix_loss",
+        "sep_pos_embed",
+        "cls_embed",
+        "no_qkv_bias",
+    )
     return MaskedAutoencoderViT(**{key: config[key] for key in own if key in config})
 
 
@@ -40,7 +66,9 @@ def test_mae_loss_predictions_and_gradients(case):
     assert list(model.state_dict()) == list(arrays(file, "param"))  # names and their order
     model.load_state_dict(arrays(file, "param"))
     noise = torch.from_numpy(file["noise"])
-    loss, pred, mask = model(torch.from_numpy(file["input"]), config["mask_ratio"], config["mask_type"], noise)
+    loss, pred, mask = model(
+        torch.from_numpy(file["input"]), config["mask_ratio"], config["mask_type"], noise
+    )
     loss.backward()
     expected_mask = torch.from_numpy(file["mask"]).bool()
     assert torch.equal(mask, expected_mask)
@@ -71,7 +99,9 @@ def test_vit_logits_and_gradients(case, read_out):
         gradients = arrays(file, "grad_cls_token")
         scale = max(gradient.abs().max() for gradient in gradients.values())
         for name, parameter in model.named_parameters():
-            tolerance = 1e-5 * (scale if name.endswith("attn.k.bias") else gradients[name].abs().max())
+            tolerance = 1e-5 * (
+                scale if name.endswith("attn.k.bias") else gradients[name].abs().max()
+            )
             assert (parameter.grad - gradients[name]).abs().max() <= tolerance, name
 
 
@@ -80,15 +110,25 @@ def test_pretraining_trajectory():
     config = json.loads(str(file["config"]))
     model = build(config)
     model.load_state_dict(arrays(file, "param0"))
-    optimizer = make_optimizer(pretrain_groups(model, config["weight_decay"]), model.parameters(), tuple(config["betas"]))
+    optimizer = make_optimizer(
+        pretrain_groups(model, config["weight_decay"]), model.parameters(), tuple(config["betas"])
+    )
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     losses, lrs, norms = [], [], []
     for micro in range(len(file["inputs"])):
         if micro % config["accum_iter"] == 0:
             progress = micro / config["steps_per_epoch"]
-            lrs.append(learning_rate(progress, **{key: config[key] for key in ("lr", "min_lr", "warmup_epochs", "epochs")}))
+            lrs.append(
+                learning_rate(
+                    progress,
+                    **{key: config[key] for key in ("lr", "min_lr", "warmup_epochs", "epochs")},
+                )
+            )
             set_learning_rate(optimizer, lrs[-1])
-        clips, noise = torch.from_numpy(file["inputs"][micro]), torch.from_numpy(file["noise"][micro])
+        clips, noise = (
+            torch.from_numpy(file["inputs"][micro]),
+            torch.from_numpy(file["noise"][micro]),
+        )
         loss, _, _ = model(clips, config["mask_ratio"], "random", noise)
         (loss / config["accum_iter"]).backward()
         losses.append(loss.item())
@@ -105,7 +145,9 @@ def test_pretraining_trajectory():
 def test_schedule():
     for row in golden("schedules_and_groups.json")["cosine_warmup"]:
         settings = {key: row[key] for key in ("lr", "min_lr", "warmup_epochs", "epochs")}
-        assert learning_rate(row["epoch"], **settings) == pytest.approx(row["lr_plain"], rel=1e-9, abs=1e-15)
+        assert learning_rate(row["epoch"], **settings) == pytest.approx(
+            row["lr_plain"], rel=1e-9, abs=1e-15
+        )
 
 
 @pytest.mark.parametrize("bias_wd", [False, True])
@@ -113,7 +155,9 @@ def test_pretraining_weight_decay(bias_wd):
     table = golden("schedules_and_groups.json")[f"pretrain_groups_bias_wd_{bias_wd}"]
     model = build(json.loads(str(golden("mae_base.npz")["config"])))
     groups = pretrain_groups(model, 0.05, bias_wd)
-    decay = {id(parameter): group["weight_decay"] for group in groups for parameter in group["params"]}
+    decay = {
+        id(parameter): group["weight_decay"] for group in groups for parameter in group["params"]
+    }
     ours = {name: decay[id(parameter)] for name, parameter in model.named_parameters()}
     shared = table.keys() & ours.keys()
     assert len(shared) > 20
@@ -123,7 +167,9 @@ def test_pretraining_weight_decay(bias_wd):
 def test_layer_decay():
     table = golden("schedules_and_groups.json")["layer_decay"]
     for name, row in table["params"].items():
-        assert layer_scale(name, table["depth"], table["layer_decay"]) == pytest.approx(row["lr_scale"], rel=1e-9), name
+        assert layer_scale(name, table["depth"], table["layer_decay"]) == pytest.approx(
+            row["lr_scale"], rel=1e-9
+        ), name
     config = json.loads(str(golden("vit_base.npz")["config"]))
     config.pop("batch")
     model = VisionTransformer(**config | {"depth": table["depth"]})

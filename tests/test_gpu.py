@@ -38,10 +38,14 @@ def test_every_backend_agrees_with_the_cpu(attn):
     assert max((a - b).abs().max() for a, b in zip(ours, expected, strict=True)) < 0.05 * largest
 
 
-@pytest.mark.skipif(models_vit.flash_attn_qkvpacked_func is None, reason="the flash-attn package is not installed")
+@pytest.mark.skipif(
+    models_vit.flash_attn_qkvpacked_func is None, reason="the flash-attn package is not installed"
+)
 def test_the_flash_attn_package_agrees_with_sdpa():
     qkv = torch.randn(2, 65, 3, 4, 32, device=CUDA, dtype=torch.bfloat16)
-    torch.testing.assert_close(models_vit.attend(qkv, "flash_attn"), models_vit.attend(qkv, "math"), atol=2e-2, rtol=2e-2)
+    torch.testing.assert_close(
+        models_vit.attend(qkv, "flash_attn"), models_vit.attend(qkv, "math"), atol=2e-2, rtol=2e-2
+    )
 
 
 @pytest.mark.filterwarnings("ignore")  # torch.compile's own, from inside
@@ -56,8 +60,14 @@ def test_compiled_in_bf16_is_close_to_eager_in_fp32():
 
 def test_the_step_does_not_synchronise():
     model = tiny_mae().to(CUDA)
-    optimizer, scaler = make_optimizer(pretrain_groups(model, 0.05), model.parameters(), (0.9, 0.95)), torch.amp.GradScaler("cuda", enabled=False)
-    batch = {"clips": torch.randint(0, 256, (2, 2, 3, 8, 32, 32), dtype=torch.uint8), "noise": torch.rand(2, 2, 64)}
+    optimizer, scaler = (
+        make_optimizer(pretrain_groups(model, 0.05), model.parameters(), (0.9, 0.95)),
+        torch.amp.GradScaler("cuda", enabled=False),
+    )
+    batch = {
+        "clips": torch.randint(0, 256, (2, 2, 3, 8, 32, 32), dtype=torch.uint8),
+        "noise": torch.rand(2, 2, 64),
+    }
     batch = {key: value.pin_memory() for key, value in batch.items()}
     args = argparse.Namespace(mask_ratio=0.75, mask_type="random", accum_iter=1)
 
@@ -73,7 +83,9 @@ def test_the_step_does_not_synchronise():
         warnings.simplefilter("always")
         steps()
     torch.cuda.set_sync_debug_mode("default")
-    assert [str(warning.message) for warning in caught if "synchroniz" in str(warning.message)] == []
+    assert [
+        str(warning.message) for warning in caught if "synchroniz" in str(warning.message)
+    ] == []
 
 
 def test_deterministic_kernels_repeat_bit_by_bit(monkeypatch):
@@ -91,4 +103,6 @@ def test_deterministic_kernels_repeat_bit_by_bit(monkeypatch):
 def test_a_static_clip_on_the_gpu():
     model = tiny_vit().to(CUDA).eval()
     image = torch.randn(2, 3, 1, 32, 32, device=CUDA)
-    torch.testing.assert_close(model(image), model(image.expand(-1, -1, 8, -1, -1)), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        model(image), model(image.expand(-1, -1, 8, -1, -1)), atol=1e-4, rtol=1e-4
+    )

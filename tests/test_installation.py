@@ -17,19 +17,29 @@ ROOT = Path(__file__).parent.parent
 
 def run(*command: str, **environment: str) -> subprocess.CompletedProcess:
     """Run a command in the root of the repository."""
-    variables = {key: value for key, value in os.environ.items() if key not in ("MAKEFLAGS", "MAKELEVEL", "PY", "VENV")}
-    return subprocess.run(command, cwd=ROOT, env=variables | environment, capture_output=True, text=True, timeout=60)
+    variables = {
+        key: value
+        for key, value in os.environ.items()
+        if key not in ("MAKEFLAGS", "MAKELEVEL", "PY", "VENV")
+    }
+    return subprocess.run(
+        command, cwd=ROOT, env=variables | environment, capture_output=True, text=True, timeout=60
+    )
 
 
 def requirements(name: str) -> dict[str, str]:
     """Return the version part of each line of a requirements file by package."""
     lines = (ROOT / name).read_text().splitlines()
-    found = [re.match(r"([a-z-]+)([<>=]*[\d.*]*)", line) for line in lines if re.match("[a-z]", line)]
+    found = [
+        re.match(r"([a-z-]+)([<>=]*[\d.*]*)", line) for line in lines if re.match("[a-z]", line)
+    ]
     return {match[1]: match[2] for match in found}
 
 
 def test_the_version_stands_in_one_place_and_is_quoted_rightly():
-    assert re.search(r"^version: (.*)$", (ROOT / "CITATION.cff").read_text(), re.M)[1] == __version__
+    assert (
+        re.search(r"^version: (.*)$", (ROOT / "CITATION.cff").read_text(), re.M)[1] == __version__
+    )
     assert re.search(r"^## \[(\d.*)\]", (ROOT / "CHANGELOG.md").read_text(), re.M)[1] == __version__
     assert 'version = { attr = "util.__version__" }' in (ROOT / "pyproject.toml").read_text()
 
@@ -38,13 +48,21 @@ def test_the_oldest_versions_are_the_lower_bounds():
     bounds, oldest = requirements("requirements.txt"), requirements("requirements-oldest.txt")
     assert bounds.keys() == oldest.keys()
     for package, bound in bounds.items():
-        lowest, tried = bound.removeprefix(">="), oldest[package].removeprefix("==").removesuffix(".*")
+        lowest, tried = (
+            bound.removeprefix(">="),
+            oldest[package].removeprefix("==").removesuffix(".*"),
+        )
         assert tried == lowest or tried == f"{lowest}.0", package
 
 
 def test_interpreters_are_found_by_version_and_newest():
     this = f"{sys.version_info.major}.{sys.version_info.minor}"
-    found = run(sys.executable, ".ci/find_python.py", this, PATH=f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}")
+    found = run(
+        sys.executable,
+        ".ci/find_python.py",
+        this,
+        PATH=f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}",
+    )
     assert run(found.stdout.strip(), "--version").stdout.startswith(f"Python {this}")
     newest = run(sys.executable, ".ci/find_python.py", "newest").stdout.strip()
     version = run(newest, "-c", "import sys; print(sys.version_info >= (3, 10))").stdout.strip()
@@ -64,7 +82,9 @@ def clone(tmp_path):
 def fake_python(folder: Path, when: str) -> str:
     """Write an interpreter that fails where its code holds `when`."""
     path = folder / "python"
-    path.write_text(f'#!/bin/sh\ncase "$2" in *{when}*) exit 1;; esac\nexec {sys.executable} "$@"\n')
+    path.write_text(
+        f'#!/bin/sh\ncase "$2" in *{when}*) exit 1;; esac\nexec {sys.executable} "$@"\n'
+    )
     path.chmod(0o755)
     return str(path)
 
@@ -72,11 +92,16 @@ def fake_python(folder: Path, when: str) -> str:
 @pytest.mark.parametrize("target", ["demo", "test", "lint"])
 @pytest.mark.parametrize(
     ("when", "said"),
-    [("version_info", "install Python 3.10 or newer"), ("ensurepip", "apt-get install python3-venv")],
+    [
+        ("version_info", "install Python 3.10 or newer"),
+        ("ensurepip", "apt-get install python3-venv"),
+    ],
 )
 def test_an_unfit_python_is_one_line_with_its_cure(clone, target, when, said):
     done = run("make", "-C", str(clone), target, f"PYTHON={fake_python(clone, when)}")
-    lines = [line for line in (done.stdout + done.stderr).splitlines() if not line.startswith("make")]
+    lines = [
+        line for line in (done.stdout + done.stderr).splitlines() if not line.startswith("make")
+    ]
     assert done.returncode == 2 and len(lines) == 1 and said in lines[0]
     assert not (clone / ".venv").exists()
 

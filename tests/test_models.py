@@ -1,6 +1,5 @@
 """The models against rules: masks, initialisation, order of tokens, precision, compilation, errors."""
 
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,9 +13,19 @@ GRID = (4, 3, 3)
 
 
 def test_every_named_model_has_the_table_size_and_an_unknown_one_lists_them():
-    assert named_size("mae_vit_huge_patch14") == {"patch_size": 14, "embed_dim": 1280, "depth": 32, "num_heads": 16}
+    assert named_size("mae_vit_huge_patch14") == {
+        "patch_size": 14,
+        "embed_dim": 1280,
+        "depth": 32,
+        "num_heads": 16,
+    }
     for size, (width, depth, heads) in SIZES.items():
-        assert named_size(f"vit_{size}_patch16", 8) == {"patch_size": 8, "embed_dim": width, "depth": depth, "num_heads": heads}
+        assert named_size(f"vit_{size}_patch16", 8) == {
+            "patch_size": 8,
+            "embed_dim": width,
+            "depth": depth,
+            "num_heads": heads,
+        }
     for wrong in ("vit_giant_patch14", "vit_large_patch14", "resnet50"):
         with pytest.raises(ValueError, match="vit_large_patch16"):
             named_size(wrong)
@@ -25,9 +34,15 @@ def test_every_named_model_has_the_table_size_and_an_unknown_one_lists_them():
 def test_seed_configuration_has_the_counted_parameters():
     with torch.device("meta"):
         model = MaskedAutoencoderViT(
-            **named_size("mae_vit_huge_patch14"), img_size=224, num_frames=16, t_patch_size=2, decoder_embed_dim=512,
-            decoder_depth=4, decoder_num_heads=16, pred_t_dim=16,
-        )  # fmt: skip
+            **named_size("mae_vit_huge_patch14"),
+            img_size=224,
+            num_frames=16,
+            t_patch_size=2,
+            decoder_embed_dim=512,
+            decoder_depth=4,
+            decoder_num_heads=16,
+            pred_t_dim=16,
+        )
     assert model.num_tokens == 2048
     assert round(sum(p.numel() for p in model.parameters()) / 1e6, 1) == 645.5
 
@@ -37,20 +52,29 @@ def test_seed_configuration_has_the_counted_parameters():
 def test_masks_follow_their_rule(mask_type, ratio):
     noise = torch.rand(5, 36)
     visible, hidden = split_tokens(noise, GRID, ratio, mask_type)
-    assert torch.equal(torch.cat([visible, hidden], 1).sort(1).values, torch.arange(36).expand(5, 36))  # a partition
+    assert torch.equal(
+        torch.cat([visible, hidden], 1).sort(1).values, torch.arange(36).expand(5, 36)
+    )  # a partition
     assert (visible.diff(dim=1) > 0).all() and (hidden.diff(dim=1) > 0).all()  # in token order
     keep = int(9 * (1 - ratio)) * 4 if mask_type == "tube" else int(36 * (1 - ratio))
     assert visible.shape == (5, keep)
     if mask_type == "random":
-        assert noise.gather(1, visible).max(1).values.lt(noise.gather(1, hidden).min(1).values).all()
+        assert (
+            noise.gather(1, visible).max(1).values.lt(noise.gather(1, hidden).min(1).values).all()
+        )
     elif mask_type == "tube":
         places = visible.view(5, 4, -1) % 9
         assert (places == places[:, :1]).all()
-        assert noise.gather(1, places[:, 0]).max() <= noise[:, :9].gather(1, hidden.view(5, 4, -1)[:, 0]).min(1).values.max()
+        assert (
+            noise.gather(1, places[:, 0]).max()
+            <= noise[:, :9].gather(1, hidden.view(5, 4, -1)[:, 0]).min(1).values.max()
+        )
     elif mask_type == "temporal":
         assert torch.equal(visible[0], torch.arange(keep))
     else:
-        assert set(visible[0].tolist()) == set(sorted(range(36), key=lambda i: min(i, 35 - i))[:keep])
+        assert set(visible[0].tolist()) == set(
+            sorted(range(36), key=lambda i: min(i, 35 - i))[:keep]
+        )
 
 
 def test_equal_noise_keeps_the_first_tokens():
@@ -62,7 +86,10 @@ def test_2048_tokens_at_090_keep_204():
     assert split_tokens(torch.rand(1, 2048), (8, 16, 16), 0.9, "random")[0].shape[1] == 204
 
 
-@pytest.mark.parametrize(("ratio", "kind"), [(0.0, "random"), (1.0, "random"), (0.99, "random"), (0.9, "tube"), (0.5, "cube")])
+@pytest.mark.parametrize(
+    ("ratio", "kind"),
+    [(0.0, "random"), (1.0, "random"), (0.99, "random"), (0.9, "tube"), (0.5, "cube")],
+)
 def test_impossible_masks_are_refused(ratio, kind):
     with pytest.raises(ValueError, match="mask"):
         split_tokens(torch.rand(1, 36), GRID, ratio, kind)
@@ -91,12 +118,16 @@ def test_initialisation_table(trunc_init):
             assert (parameter == 1).all(), name
         elif name == "patch_embed.proj.weight":
             fan_in, fan_out = parameter[0].numel(), len(parameter)
-            expected = 0.88 if trunc_init else (2 / (fan_in + fan_out)) ** 0.5  # a normal cut at two deviations has 0.88
+            expected = (
+                0.88 if trunc_init else (2 / (fan_in + fan_out)) ** 0.5
+            )  # a normal cut at two deviations has 0.88
             assert std[name] == pytest.approx(expected, rel=0.03)
         elif parameter.ndim == 2:
             fan_out, fan_in = parameter.shape
             bound = (6 / (fan_in + fan_out)) ** 0.5
-            assert std[name] == pytest.approx(0.02 if trunc_init else bound / 3**0.5, rel=0.03), name
+            assert std[name] == pytest.approx(0.02 if trunc_init else bound / 3**0.5, rel=0.03), (
+                name
+            )
             assert trunc_init or parameter.abs().max() <= bound
         else:
             assert std[name] == pytest.approx(0.02, rel=0.15), name
@@ -106,7 +137,9 @@ def test_classifier_starts_like_the_encoder():
     model = tiny_vit(num_classes=400)
     assert model.head.weight.std().item() == pytest.approx(0.02, rel=0.03)
     assert (model.head.bias == 0).all()
-    torch.testing.assert_close(model.blocks[0].mlp.fc1.weight.std().item(), (2 / 320) ** 0.5, rtol=0.03, atol=0)
+    torch.testing.assert_close(
+        model.blocks[0].mlp.fc1.weight.std().item(), (2 / 320) ** 0.5, rtol=0.03, atol=0
+    )
 
 
 def test_reconstruct_predicts_what_the_loss_sees():
@@ -132,7 +165,13 @@ def test_norm_pix_reconstruction_gets_its_patch_statistics_back():
 
 @pytest.mark.parametrize(
     "changes",
-    [{"img_size": 30}, {"num_frames": 7}, {"pred_t_dim": 5}, {"num_heads": 3}, {"decoder_num_heads": 5}],
+    [
+        {"img_size": 30},
+        {"num_frames": 7},
+        {"pred_t_dim": 5},
+        {"num_heads": 3},
+        {"decoder_num_heads": 5},
+    ],
 )
 def test_sizes_that_do_not_fit_are_refused(changes):
     with pytest.raises(ValueError, match=str(next(iter(changes.values())))):
@@ -158,7 +197,9 @@ def test_compiled_model_is_the_same_model():
     for model in (plain, compiled):
         model(clips, 0.75, "random", noise)[0].backward()
     for (name, a), b in zip(plain.named_parameters(), compiled.parameters(), strict=True):
-        torch.testing.assert_close(b.grad, a.grad, rtol=1e-4, atol=1e-7, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            b.grad, a.grad, rtol=1e-4, atol=1e-7, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 def test_drop_path_keeps_the_mean_and_drops_whole_clips():
@@ -190,7 +231,11 @@ def test_attention_choice(monkeypatch):
     monkeypatch.setattr(models_vit, "flash_attn_qkvpacked_func", lambda qkv: qkv[:, :, 2])
     assert choose_attention("auto", *half)[0] == "flash_attn"
     assert choose_attention("sdpa", *half)[0] == "sdpa"
-    for other in (("cpu", torch.bfloat16, 80), ("cuda", torch.float32, 80), ("cuda", torch.bfloat16, 36)):
+    for other in (
+        ("cpu", torch.bfloat16, 80),
+        ("cuda", torch.float32, 80),
+        ("cuda", torch.bfloat16, 36),
+    ):
         assert choose_attention("auto", *other)[0] == "sdpa"
         with pytest.raises(ValueError, match="flash-attn"):
             choose_attention("flash_attn", *other)
@@ -201,7 +246,9 @@ def test_attention_choice(monkeypatch):
 def test_flash_attn_branch_gets_the_packed_product(monkeypatch):
     seen = []
 
-    def stand_in(qkv, deterministic=False):  # the package's signature: (B, N, 3, A, K) -> (B, N, A, K), half precision only
+    def stand_in(
+        qkv, deterministic=False
+    ):  # the package's signature: (B, N, 3, A, K) -> (B, N, A, K), half precision only
         assert qkv.dtype in (torch.float16, torch.bfloat16)
         seen.append((tuple(qkv.shape), qkv.dtype))
         q, k, v = qkv.transpose(1, 3).unbind(2)

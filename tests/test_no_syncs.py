@@ -29,8 +29,14 @@ def forbid_reads(monkeypatch) -> None:
 
 def test_pretraining_step(monkeypatch):
     model = tiny_mae()
-    optimizer, scaler = make_optimizer(pretrain_groups(model, 0.05), model.parameters(), (0.9, 0.95)), torch.amp.GradScaler("cpu", enabled=False)
-    batch = {"clips": torch.randint(0, 256, (2, 2, 3, 8, 32, 32), dtype=torch.uint8), "noise": torch.rand(2, 2, 64)}
+    optimizer, scaler = (
+        make_optimizer(pretrain_groups(model, 0.05), model.parameters(), (0.9, 0.95)),
+        torch.amp.GradScaler("cpu", enabled=False),
+    )
+    batch = {
+        "clips": torch.randint(0, 256, (2, 2, 3, 8, 32, 32), dtype=torch.uint8),
+        "noise": torch.rand(2, 2, 64),
+    }
     forbid_reads(monkeypatch)
     for mask_type in ("random", "tube", "temporal", "boundary"):
         args = argparse.Namespace(mask_ratio=0.75, mask_type=mask_type, accum_iter=1)
@@ -43,11 +49,21 @@ def test_pretraining_step(monkeypatch):
 
 def test_finetuning_step(monkeypatch):
     model = tiny_vit().train()
-    optimizer = make_optimizer(finetune_groups(model, 2, 0.05, 0.8), model.parameters(), (0.9, 0.999))
-    args = argparse.Namespace(mixup=0.0, cutmix=0.0, mixup_prob=1.0, rand_aug=False, smoothing=0.1, accum_iter=1)
+    optimizer = make_optimizer(
+        finetune_groups(model, 2, 0.05, 0.8), model.parameters(), (0.9, 0.999)
+    )
+    args = argparse.Namespace(
+        mixup=0.0, cutmix=0.0, mixup_prob=1.0, rand_aug=False, smoothing=0.1, accum_iter=1
+    )
     recipe = Recipe(args, model.config | {"mean": (0.45,) * 3, "std": (0.225,) * 3}, still_frames=1)
-    batch = {"clips": torch.randint(0, 256, (2, 2, 3, 8, 32, 32), dtype=torch.uint8), "labels": torch.tensor([0, 3])}
-    scaler, tally = torch.amp.GradScaler("cpu", enabled=False), Tally(engine_finetune.SUMS, torch.device("cpu"))
+    batch = {
+        "clips": torch.randint(0, 256, (2, 2, 3, 8, 32, 32), dtype=torch.uint8),
+        "labels": torch.tensor([0, 3]),
+    }
+    scaler, tally = (
+        torch.amp.GradScaler("cpu", enabled=False),
+        Tally(engine_finetune.SUMS, torch.device("cpu")),
+    )
     forbid_reads(monkeypatch)
     sums = engine_finetune.micro_step(model, batch, recipe, scaler, args, torch.float32)
     norm, skipped = update(optimizer, scaler, 1.0)

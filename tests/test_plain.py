@@ -6,10 +6,20 @@ from plain_model import PlainMAE, PlainViT
 from tiny import clips_and_noise, tiny_mae, tiny_vit
 
 MAE_CASES = {
-    "default": {}, "norm_pix": {"norm_pix_loss": True}, "half_of_the_frames": {"pred_t_dim": 4}, "joint": {"sep_pos_embed": False},
-    "no_class_token": {"cls_embed": False}, "joint_no_class_token": {"sep_pos_embed": False, "cls_embed": False}, "no_bias": {"no_qkv_bias": True},
-}  # fmt: skip
-VIT_CASES = {"pooled": {}, "class_token": {"global_pool": False}, "joint": {"sep_pos_embed": False}, "no_class_token": {"cls_embed": False}}
+    "default": {},
+    "norm_pix": {"norm_pix_loss": True},
+    "half_of_the_frames": {"pred_t_dim": 4},
+    "joint": {"sep_pos_embed": False},
+    "no_class_token": {"cls_embed": False},
+    "joint_no_class_token": {"sep_pos_embed": False, "cls_embed": False},
+    "no_bias": {"no_qkv_bias": True},
+}
+VIT_CASES = {
+    "pooled": {},
+    "class_token": {"global_pool": False},
+    "joint": {"sep_pos_embed": False},
+    "no_class_token": {"cls_embed": False},
+}
 
 
 def agree(ours: torch.nn.Module, plain: torch.nn.Module, losses: list[torch.Tensor]) -> None:

@@ -37,14 +37,22 @@ def undisturbed(videos, tmp_path_factory):
     return out
 
 
-def check_stopped_and_go_on(job: Job, videos: str, undisturbed: Path, flags: list[str] = ()) -> None:
+def check_stopped_and_go_on(
+    job: Job, videos: str, undisturbed: Path, flags: list[str] = ()
+) -> None:
     """One checkpoint at one update, a marker that names it; the same command ends as if nothing had happened."""
     text = job.printed.read_text()
     assert text.count("the same command goes on from here") == 1, text[-3000:]
     step = load(job.out / "run.pth")["step"]
-    assert 0 < step < 12 and (job.out / "run.PREEMPTED").read_text().strip() == str(step) and not list(job.out.glob("*.tmp"))
+    assert (
+        0 < step < 12
+        and (job.out / "run.PREEMPTED").read_text().strip() == str(step)
+        and not list(job.out.glob("*.tmp"))
+    )
     codes, printed = ranks(2, command(videos, job.out, *FLAGS, *flags))
-    assert codes == DONE and f"resumed from {job.out / 'run.pth'} at update {step}" in printed, printed
+    assert codes == DONE and f"resumed from {job.out / 'run.pth'} at update {step}" in printed, (
+        printed
+    )
     assert not (job.out / "run.PREEMPTED").exists()
     assert same(state(job.out), state(undisturbed))
 
@@ -53,10 +61,29 @@ HANDLED = ("--signals-to-handle", "SIGTERM,SIGINT,SIGUSR1")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ["SIGTERM to torchrun", "SIGUSR1 with the flag", "to rank 1 only", "twice", "Ctrl-C in a terminal"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        "SIGTERM to torchrun",
+        "SIGUSR1 with the flag",
+        "to rank 1 only",
+        "twice",
+        "Ctrl-C in a terminal",
+    ],
+)
 def test_t11_a_signal_stops_the_run_in_good_order(case, videos, undisturbed, tmp_path):
-    faults, workers = [{"do": "SIGUSR1", "rank": 1, "at": 5}] if case == "to rank 1 only" else [], ["--num_workers", "1"]
-    job = Job(tmp_path, "tests/faulty.py", faulty([*faults, {"do": "slow", "seconds": 0.3}], command(videos, tmp_path, *FLAGS, *workers)), *HANDLED)
+    faults, workers = (
+        [{"do": "SIGUSR1", "rank": 1, "at": 5}] if case == "to rank 1 only" else [],
+        ["--num_workers", "1"],
+    )
+    job = Job(
+        tmp_path,
+        "tests/faulty.py",
+        faulty(
+            [*faults, {"do": "slow", "seconds": 0.3}], command(videos, tmp_path, *FLAGS, *workers)
+        ),
+        *HANDLED,
+    )
     job.until(r"update 3/12")
     if case in ("SIGTERM to torchrun", "twice"):
         job.process.terminate()
@@ -67,7 +94,9 @@ def test_t11_a_signal_stops_the_run_in_good_order(case, videos, undisturbed, tmp
     elif case == "Ctrl-C in a terminal":  # which every process of the job gets, loaders too
         for process in job.processes():
             os.kill(process, signal.SIGINT)
-    assert (job.gone() == 0) == (case == "to rank 1 only")  # torchrun calls a signal of its own an error: the marker is what tells
+    assert (job.gone() == 0) == (
+        case == "to rank 1 only"
+    )  # torchrun calls a signal of its own an error: the marker is what tells
     check_stopped_and_go_on(job, videos, undisturbed)
 
 
@@ -75,10 +104,16 @@ def test_t11_a_signal_stops_the_run_in_good_order(case, videos, undisturbed, tmp
 def test_t11_a_signal_in_validation_stops_it_and_the_next_start_makes_it_up(videos, tmp_path):
     seen = ["--val_dirs", videos]
     assert ranks(2, command(videos, tmp_path / "whole", *FLAGS, *seen))[0] == DONE
-    flags = faulty([{"do": "in validation", "signal": "SIGTERM", "rank": 0}], command(videos, tmp_path / "parts", *FLAGS, *seen))
+    flags = faulty(
+        [{"do": "in validation", "signal": "SIGTERM", "rank": 0}],
+        command(videos, tmp_path / "parts", *FLAGS, *seen),
+    )
     job = Job(tmp_path / "parts", "tests/faulty.py", flags)
     assert job.gone(90) == 0
-    assert load(tmp_path / "parts/run.pth")["step"] == 4 and not (tmp_path / "parts/run_log.txt").exists()
+    assert (
+        load(tmp_path / "parts/run.pth")["step"] == 4
+        and not (tmp_path / "parts/run_log.txt").exists()
+    )
     check_stopped_and_go_on(job, videos, tmp_path / "whole", seen)
     logs = [(tmp_path / name / "run_log.txt").read_text() for name in ("whole", "parts")]
     assert logs[0] == logs[1] and logs[0].count("val_loss") == 3
@@ -99,7 +134,14 @@ def test_t11_a_signal_while_compiling(videos, tmp_path):
 def test_t12_a_killed_rank_is_started_again_five_times(videos, undisturbed, tmp_path):
     faults = [{"do": "SIGKILL", "rank": start % 2, "at": 3, "start": start} for start in range(5)]
     flags = command(videos, tmp_path, *FLAGS, "--checkpoint_every_steps", "1")
-    job = Job(tmp_path, "tests/faulty.py", faulty(faults, flags), "--max-restarts", "5", TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
+    job = Job(
+        tmp_path,
+        "tests/faulty.py",
+        faulty(faults, flags),
+        "--max-restarts",
+        "5",
+        TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1",
+    )
     assert job.gone(240) == 0
     assert len(re.findall("resumed from", job.printed.read_text())) == 5
     assert same(state(tmp_path), state(undisturbed))
@@ -107,7 +149,14 @@ def test_t12_a_killed_rank_is_started_again_five_times(videos, undisturbed, tmp_
 
 @pytest.mark.slow
 def test_t12_a_launcher_that_is_killed_leaves_nobody_behind(videos, undisturbed, tmp_path):
-    job = Job(tmp_path, "tests/faulty.py", faulty([{"do": "slow", "seconds": 0.3}], command(videos, tmp_path, *FLAGS, "--num_workers", "1")))
+    job = Job(
+        tmp_path,
+        "tests/faulty.py",
+        faulty(
+            [{"do": "slow", "seconds": 0.3}],
+            command(videos, tmp_path, *FLAGS, "--num_workers", "1"),
+        ),
+    )
     job.until(r"update 2/12")
     job.process.kill()
     assert job.gone(20) == -signal.SIGKILL
@@ -126,19 +175,32 @@ def test_t12_a_launcher_that_is_killed_before_training_leaves_nobody_behind(vide
 
 @pytest.mark.slow
 def test_t13_a_rank_that_fails_ends_the_run(videos, tmp_path):
-    job = Job(tmp_path, "tests/faulty.py", faulty([{"do": "raise", "rank": 1, "at": 3}], command(videos, tmp_path, *FLAGS)))
+    job = Job(
+        tmp_path,
+        "tests/faulty.py",
+        faulty([{"do": "raise", "rank": 1, "at": 3}], command(videos, tmp_path, *FLAGS)),
+    )
     assert job.gone(60) != 0
     text = job.printed.read_text()
-    assert text.index("RuntimeError: injected: this rank fails") < text.index("exitcode")  # the cause, before torchrun's summary
+    assert text.index("RuntimeError: injected: this rank fails") < text.index(
+        "exitcode"
+    )  # the cause, before torchrun's summary
     assert not list(tmp_path.glob("*.pth")) and not (tmp_path / "run.PREEMPTED").exists()
     assert len(used(tmp_path, 1)) == 2
 
 
 def test_two_processes_cannot_write_one_run(videos, tmp_path, monkeypatch):
-    holder = subprocess.Popen([sys.executable, "-c", f"""
+    holder = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            f"""
 import fcntl, sys, time
-file = open({str(tmp_path / '.run.lock')!r}, "a"); fcntl.lockf(file, fcntl.LOCK_EX); print("held", flush=True); time.sleep(60)"""],
-                              stdout=subprocess.PIPE, text=True)  # fmt: skip
+file = open({str(tmp_path / ".run.lock")!r}, "a"); fcntl.lockf(file, fcntl.LOCK_EX); print("held", flush=True); time.sleep(60)""",
+        ],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     assert holder.stdout.readline() == "held\n"
 
     class Flags:
@@ -146,8 +208,12 @@ file = open({str(tmp_path / '.run.lock')!r}, "a"); fcntl.lockf(file, fcntl.LOCK_
 
     with pytest.raises(UserError, match="another process writes .*run.pth"):
         checkpoint.claim(Flags, patience=0.5)
-    with pytest.raises(UserError, match="found no checkpoint"):  # evaluation beside a run that trains does not wait for it
-        finetune.main(["--eval", "--val_dir", videos, "--output_dir", str(tmp_path), "--save_prefix", "run"])
+    with pytest.raises(
+        UserError, match="found no checkpoint"
+    ):  # evaluation beside a run that trains does not wait for it
+        finetune.main(
+            ["--eval", "--val_dir", videos, "--output_dir", str(tmp_path), "--save_prefix", "run"]
+        )
     holder.kill()
     checkpoint.claim(Flags, patience=10)
     Flags.save_prefix = "other"
@@ -161,10 +227,27 @@ def test_the_sbatch_example_comes_back_by_itself(videos, undisturbed, tmp_path):
     flags = command(videos, out, *FLAGS, "--num_workers", "1", "--val_dirs", videos)
     for name in ("--output_dir", "--datafile_dir", "--save_prefix"):
         del flags[flags.index(name) : flags.index(name) + 2]
-    scheduler = [sys.executable, str(ROOT / "tests/fake_slurm.py"), str(log), "update 2/12", "update 8/12", "--",
-                 str(ROOT / "examples/pretrain.sbatch"), str(out), "run", *flags]  # fmt: skip
-    done = subprocess.run(scheduler, capture_output=True, text=True, timeout=300, cwd=ROOT, env=clean_environment())
-    assert done.stdout.splitlines() == ["start 0: exit code 0, back into the queue", "start 1: exit code 0, back into the queue",
-                                        "start 2: exit code 0, done"], done.stdout + done.stderr + log.read_text()[-3000:]  # fmt: skip
-    assert log.read_text().count("pre-empted at update") == 2 and not (out / "run.PREEMPTED").exists()
+    scheduler = [
+        sys.executable,
+        str(ROOT / "tests/fake_slurm.py"),
+        str(log),
+        "update 2/12",
+        "update 8/12",
+        "--",
+        str(ROOT / "examples/pretrain.sbatch"),
+        str(out),
+        "run",
+        *flags,
+    ]
+    done = subprocess.run(
+        scheduler, capture_output=True, text=True, timeout=300, cwd=ROOT, env=clean_environment()
+    )
+    assert done.stdout.splitlines() == [
+        "start 0: exit code 0, back into the queue",
+        "start 1: exit code 0, back into the queue",
+        "start 2: exit code 0, done",
+    ], done.stdout + done.stderr + log.read_text()[-3000:]
+    assert (
+        log.read_text().count("pre-empted at update") == 2 and not (out / "run.PREEMPTED").exists()
+    )
     assert same(state(out)["model"], state(undisturbed)["model"])

@@ -29,7 +29,18 @@ def videos(tmp_path_factory):
 
 def command(videos, out, *more) -> list[str]:
     """A small pretraining command line."""
-    return [*SMALL, "--data_dirs", videos, "--output_dir", str(out), "--datafile_dir", str(out), "--save_prefix", "run", *more]
+    return [
+        *SMALL,
+        "--data_dirs",
+        videos,
+        "--output_dir",
+        str(out),
+        "--datafile_dir",
+        str(out),
+        "--save_prefix",
+        "run",
+        *more,
+    ]
 
 
 def weights(out, name="run.pth") -> dict:
@@ -50,23 +61,45 @@ def test_the_seed_command_runs_with_sizes_and_paths_reduced(videos, tmp_path):
         "--weight_decay 0.05 --mask_ratio 0.9 --pred_t_dim 16 --clip_grad 0.1"
     )
     smaller = {
-        "DATA_DIRS": videos, "DATAFILE_DIR": str(tmp_path / "lists"), "OUTPUT_DIR": str(tmp_path / "out"), "mae_vit_huge_patch14":
-        "mae_vit_micro_patch16", "100000": "1", "224": "32", "512": "32",
-    }  # fmt: skip
+        "DATA_DIRS": videos,
+        "DATAFILE_DIR": str(tmp_path / "lists"),
+        "OUTPUT_DIR": str(tmp_path / "out"),
+        "mae_vit_huge_patch14": "mae_vit_micro_patch16",
+        "100000": "1",
+        "224": "32",
+        "512": "32",
+    }
     pretrain.main([smaller.get(word, word) for word in seed.split()])
-    log = [json.loads(line) for line in (tmp_path / "out" / "INFORMATIVE_SAVE_PREFIX_log.txt").read_text().splitlines()]
+    log = [
+        json.loads(line)
+        for line in (tmp_path / "out" / "INFORMATIVE_SAVE_PREFIX_log.txt").read_text().splitlines()
+    ]
     assert [record["epoch"] for record in log] == [0]
     assert log[0]["step"] == 8 and 0 < log[0]["train_loss"] < 10
     checkpoint = torch.load(tmp_path / "out" / "INFORMATIVE_SAVE_PREFIX.pth", weights_only=True)
     assert checkpoint["samples_consumed"] == 8 and checkpoint["config"]["num_heads"] == 2
-    assert len((tmp_path / "lists" / "INFORMATIVE_SAVE_PREFIX_train.csv").read_text().splitlines()) == 9
+    assert (
+        len((tmp_path / "lists" / "INFORMATIVE_SAVE_PREFIX_train.csv").read_text().splitlines())
+        == 9
+    )
     assert len(list((tmp_path / "out").glob("*_recon_*.png"))) == 1
 
 
 def test_training_is_reproducible_and_learns(tmp_path):
     real = str(ROOT / "samples/videos/train")
     for name in ("a", "b"):
-        pretrain.main(command(real, tmp_path / name, "--epochs", "10", "--batch_size_per_gpu", "6", "--lr", "0.005"))
+        pretrain.main(
+            command(
+                real,
+                tmp_path / name,
+                "--epochs",
+                "10",
+                "--batch_size_per_gpu",
+                "6",
+                "--lr",
+                "0.005",
+            )
+        )
     first, second = weights(tmp_path / "a"), weights(tmp_path / "b")
     assert all(torch.equal(first[name], second[name]) for name in first)
     losses = [record["train_loss"] for record in records(tmp_path / "a")]
@@ -79,7 +112,10 @@ def test_stopping_and_resuming_changes_nothing(videos, tmp_path):
     flags = ["--epochs", "6", "--batch_size_per_gpu", "2", "--accum_iter", "2"]
     pretrain.main(command(videos, tmp_path / "whole", *flags))
     killed = subprocess.run(
-        [sys.executable, "-c", f"""
+        [
+            sys.executable,
+            "-c",
+            f"""
 import os, signal, sys; sys.path.insert(0, {str(ROOT)!r})
 import pretrain
 from util import checkpoint
@@ -88,19 +124,30 @@ def save_and_die(path, state, *more):
     save(path, state, *more)
     if state["epoch"] == 3: os.kill(os.getpid(), signal.SIGKILL)
 checkpoint.save = save_and_die
-pretrain.main({command(videos, tmp_path / "parts", *flags)!r})"""],
-        capture_output=True, timeout=120,
-    )  # fmt: skip
+pretrain.main({command(videos, tmp_path / "parts", *flags)!r})""",
+        ],
+        capture_output=True,
+        timeout=120,
+    )
     assert killed.returncode == -9
     assert torch.load(tmp_path / "parts/run.pth", weights_only=True)["step"] == 8
     pretrain.main(command(videos, tmp_path / "parts", *flags))
     whole, parts = weights(tmp_path / "whole"), weights(tmp_path / "parts")
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
-    assert [r["train_loss"] for r in records(tmp_path / "whole")] == [r["train_loss"] for r in records(tmp_path / "parts")]
+    assert [r["train_loss"] for r in records(tmp_path / "whole")] == [
+        r["train_loss"] for r in records(tmp_path / "parts")
+    ]
 
 
 def test_a_run_that_ends_inside_an_epoch_goes_on_there(videos, tmp_path):
-    flags = ["--batch_size_per_gpu", "2", "--lr", "0.001", "--min_lr", "0.001"]  # constant rate: the horizon does not matter
+    flags = [
+        "--batch_size_per_gpu",
+        "2",
+        "--lr",
+        "0.001",
+        "--min_lr",
+        "0.001",
+    ]  # constant rate: the horizon does not matter
     pretrain.main(command(videos, tmp_path / "whole", "--max_steps", "6", *flags))
     pretrain.main(command(videos, tmp_path / "parts", "--max_steps", "3", *flags))
     pretrain.main(command(videos, tmp_path / "parts", "--max_steps", "6", *flags))
@@ -109,17 +156,32 @@ def test_a_run_that_ends_inside_an_epoch_goes_on_there(videos, tmp_path):
 
 
 def test_two_processes_equal_one(videos, tmp_path):
-    flags = ["--epochs", "2", "--lr", "0.0001"]  # Adam turns the rounding of a tiny gradient into a share of the rate
+    flags = [
+        "--epochs",
+        "2",
+        "--lr",
+        "0.0001",
+    ]  # Adam turns the rounding of a tiny gradient into a share of the rate
     pretrain.main(command(videos, tmp_path / "one", *flags, "--batch_size_per_gpu", "4"))
-    two = torchrun("pretrain.py", 2, command(videos, tmp_path / "two", *flags, "--batch_size_per_gpu", "2"))
+    two = torchrun(
+        "pretrain.py", 2, command(videos, tmp_path / "two", *flags, "--batch_size_per_gpu", "2")
+    )
     assert two.returncode == 0, two.stderr[-2000:]
-    accumulated = torchrun("pretrain.py", 2, command(videos, tmp_path / "acc", *flags, "--batch_size_per_gpu", "1", "--accum_iter", "2"))
+    accumulated = torchrun(
+        "pretrain.py",
+        2,
+        command(videos, tmp_path / "acc", *flags, "--batch_size_per_gpu", "1", "--accum_iter", "2"),
+    )
     assert accumulated.returncode == 0, accumulated.stderr[-2000:]
     assert two.stdout.count("update 4/4") == 1  # only rank 0 speaks
     expected = weights(tmp_path / "one")
     for name in ("two", "acc"):
         ours = weights(tmp_path / name)
-        off = {key: float((ours[key] - expected[key]).abs().max()) for key in expected if not key.endswith("attn.k.bias")}
+        off = {
+            key: float((ours[key] - expected[key]).abs().max())
+            for key in expected
+            if not key.endswith("attn.k.bias")
+        }
         assert max(off.values()) <= 1e-6, max(off.items(), key=lambda item: item[1])
         for a, b in zip(records(tmp_path / "one"), records(tmp_path / name), strict=True):
             assert a["train_loss"] == pytest.approx(b["train_loss"], abs=1e-6)
@@ -166,7 +228,9 @@ def test_a_non_finite_update_is_skipped_on_the_device(videos, tmp_path, monkeypa
     assert {float(moments["step"]) for moments in state["optimizer"]["state"].values()} == {2.0}
     poisoned.calls = 0
     with pytest.raises(UserError, match="2 updates in a row"):
-        pretrain.main(command(videos, tmp_path / "b", *flags, "--epochs", "2", "--max_bad_steps", "2"))
+        pretrain.main(
+            command(videos, tmp_path / "b", *flags, "--epochs", "2", "--max_bad_steps", "2")
+        )
 
 
 @pytest.mark.parametrize(
@@ -187,7 +251,11 @@ def test_a_non_finite_update_is_skipped_on_the_device(videos, tmp_path, monkeypa
         (["--attn", "flash_attn"], "flash-attn"),
         (["--repeat_windows", "3"], "--repeat_windows 3"),
         (["--save_prefix", "a/b"], "--save_prefix"),
-        pytest.param(["--device", "cuda"], "--device cuda", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")),
+        pytest.param(
+            ["--device", "cuda"],
+            "--device cuda",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
+        ),
     ],
 )
 def test_bad_input_is_one_line_that_names_it(videos, tmp_path, more, said):
@@ -200,8 +268,20 @@ def test_bad_input_is_one_line_that_names_it(videos, tmp_path, more, said):
 def test_bad_input_exits_with_2_and_no_traceback(tmp_path):
     empty = tmp_path / "empty"
     empty.mkdir()
-    done = subprocess.run([sys.executable, str(ROOT / "pretrain.py"), "--data_dirs", str(empty), "--output_dir", str(tmp_path / "o")],
-                          capture_output=True, text=True, cwd=tmp_path, timeout=60)  # fmt: skip
+    done = subprocess.run(
+        [
+            sys.executable,
+            str(ROOT / "pretrain.py"),
+            "--data_dirs",
+            str(empty),
+            "--output_dir",
+            str(tmp_path / "o"),
+        ],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        timeout=60,
+    )
     assert done.returncode == 2
     assert done.stderr.startswith("error: no videos below") and done.stderr.count("\n") == 1
     assert not (tmp_path / "o").exists()
@@ -229,7 +309,16 @@ def test_damaged_checkpoints_are_one_line(videos, tmp_path):
 
 
 def test_retired_flags_are_accepted_and_said(videos, tmp_path, capsys):
-    retired = ["--local_rank", "0", "--dist_on_itp", "--num_checkpoint_del", "20", "--beta", "1", "2"]
+    retired = [
+        "--local_rank",
+        "0",
+        "--dist_on_itp",
+        "--num_checkpoint_del",
+        "20",
+        "--beta",
+        "1",
+        "2",
+    ]
     pretrain.main(command(videos, tmp_path, "--max_steps", "1", *retired))
     said = capsys.readouterr().out
     for flag in ("--local_rank", "--dist_on_itp", "--num_checkpoint_del", "--beta"):
@@ -239,6 +328,15 @@ def test_retired_flags_are_accepted_and_said(videos, tmp_path, capsys):
 def test_csv_input_and_fraction(videos, tmp_path):
     path = write_video(tmp_path / "one.mp4", frames=12)
     (tmp_path / "list.csv").write_text(f"{path}\n{path}\none.mp4\n")
-    flags = ["--data_csv", str(tmp_path / "list.csv"), "--data_frac", "0.5", "--max_steps", "1", "--batch_size_per_gpu", "2"]
+    flags = [
+        "--data_csv",
+        str(tmp_path / "list.csv"),
+        "--data_frac",
+        "0.5",
+        "--max_steps",
+        "1",
+        "--batch_size_per_gpu",
+        "2",
+    ]
     pretrain.main(command(videos, tmp_path, *flags))
     assert (tmp_path / "run_train.csv").read_text().splitlines() == ["path", str(path), str(path)]

@@ -30,14 +30,32 @@ def test_short_epochs_print_no_lines_of_their_own(videos, tmp_path, capsys, monk
 
 def test_long_epochs_print_a_line_each(videos, tmp_path, capsys, monkeypatch):  # noqa: F811
     monkeypatch.setattr(tracking, "LONG_SECONDS", 0)
-    flags = ["--batch_size_per_gpu", "2", "--epochs", "3", "--log_every", "100", "--val_dirs", videos]
+    flags = [
+        "--batch_size_per_gpu",
+        "2",
+        "--epochs",
+        "3",
+        "--log_every",
+        "100",
+        "--val_dirs",
+        videos,
+    ]
     pretrain.main(command(videos, tmp_path, *flags))
     assert lines_of(capsys.readouterr().out) == ([4, 8, 12], [0, 1, 2])
 
 
 def test_finetuning_prints_as_few(videos, tmp_path, capsys, monkeypatch):  # noqa: F811
     monkeypatch.setattr(tracking, "LONG_SECONDS", 1000)
-    flags = ["--num_classes", "2", "--batch_size_per_gpu", "4", "--epochs", "3", "--log_every", "100"]
+    flags = [
+        "--num_classes",
+        "2",
+        "--batch_size_per_gpu",
+        "4",
+        "--epochs",
+        "3",
+        "--log_every",
+        "100",
+    ]
     finetune.main(video_command(videos, tmp_path, *flags))
     assert lines_of(capsys.readouterr().out) == ([6], [2])
 

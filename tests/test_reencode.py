@@ -28,7 +28,9 @@ def packets(path: Path) -> tuple[list, Fraction]:
     """The video packets of a file, in the order of the file, and their time base."""
     with av.open(str(path)) as container:
         assert len(container.streams) == 1
-        return [packet for packet in container.demux(video=0) if packet.size], container.streams.video[0].time_base
+        return [
+            packet for packet in container.demux(video=0) if packet.size
+        ], container.streams.video[0].time_base
 
 
 def numbers(path: Path) -> list[int]:
@@ -37,8 +39,16 @@ def numbers(path: Path) -> list[int]:
         return [frame_number(frame) for frame in video.read(np.arange(video.num_frames))]
 
 
-def write_timed(path: Path, stamps: list[int], rotation: int = 0, aspect: Fraction | None = None, pix_fmt: str = "yuv420p",
-                size: tuple[int, int] = (96, 64), codec: str = "libx264", full_range: bool = False) -> Path:  # fmt: skip
+def write_timed(
+    path: Path,
+    stamps: list[int],
+    rotation: int = 0,
+    aspect: Fraction | None = None,
+    pix_fmt: str = "yuv420p",
+    size: tuple[int, int] = (96, 64),
+    codec: str = "libx264",
+    full_range: bool = False,
+) -> Path:
     """Numbered frames at these times (ms)."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=30)
@@ -66,7 +76,11 @@ def test_structure_numbers_and_format(tmp_path, capsys):
     main([str(src), str(dst), "--workers", "2", "--short_side", "128"])
     made = sorted(str(path.relative_to(dst)) for path in dst.rglob("*") if path.is_file())
     assert made == ["class_0/clip_0.mp4", "class_1/clip_1.mp4", "deep/er/big.mp4", "reencode.json"]
-    for name, frames in (("class_0/clip_0.mp4", 20), ("class_1/clip_1.mp4", 24), ("deep/er/big.mp4", 50)):
+    for name, frames in (
+        ("class_0/clip_0.mp4", 20),
+        ("class_1/clip_1.mp4", 24),
+        ("deep/er/big.mp4", 50),
+    ):
         assert numbers(dst / name) == list(range(frames))
     with open_video(str(dst / "deep/er/big.mp4")) as video:
         assert video.read(np.array([0])).shape == (1, 128, 170, 3)
@@ -74,11 +88,15 @@ def test_structure_numbers_and_format(tmp_path, capsys):
     coded, _ = packets(dst / "deep/er/big.mp4")
     assert [place for place, packet in enumerate(coded) if packet.is_keyframe] == [0, 16, 32, 48]
     types = [frame.pict_type for frame in av.open(str(dst / "deep/er/big.mp4")).decode(video=0)]
-    runs = "".join("B" if kind == av.video.frame.PictureType.B else "." for kind in types).split(".")
+    runs = "".join("B" if kind == av.video.frame.PictureType.B else "." for kind in types).split(
+        "."
+    )
     assert max(map(len, runs)) == 2
     with av.open(str(dst / "deep/er/big.mp4")) as container:
         container.streams.video[0].codec_context.skip_frame = "NONREF"
-        assert len(list(container.decode(video=0))) == 50 - sum(map(len, runs)) < 40  # every B frame can be skipped
+        assert (
+            len(list(container.decode(video=0))) == 50 - sum(map(len, runs)) < 40
+        )  # every B frame can be skipped
     data = (dst / "deep/er/big.mp4").read_bytes()
     assert data.index(b"moov") < data.index(b"mdat")
     said = capsys.readouterr().out
@@ -89,11 +107,15 @@ def test_structure_numbers_and_format(tmp_path, capsys):
 def test_a_second_run_does_nothing(tmp_path, capsys):
     write_folder(tmp_path / "src", videos=3)
     main([str(tmp_path / "src"), str(tmp_path / "dst")])
-    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "dst").rglob("*") if path.is_file()}
+    before = {
+        path: path.stat().st_mtime_ns for path in (tmp_path / "dst").rglob("*") if path.is_file()
+    }
     capsys.readouterr()
     main([str(tmp_path / "src"), str(tmp_path / "dst")])
     assert capsys.readouterr().out.startswith("3 videos, 3 converted before")
-    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "dst").rglob("*") if path.is_file()}
+    assert before == {
+        path: path.stat().st_mtime_ns for path in (tmp_path / "dst").rglob("*") if path.is_file()
+    }
     for changed in (["--short_side", "128"], ["--crf", "30"]):
         with pytest.raises(UserError, match="was made with"):
             main([str(tmp_path / "src"), str(tmp_path / "dst"), *changed])
@@ -111,8 +133,11 @@ def test_a_killed_run_leaves_temporaries_only(tmp_path):
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    assert [path.name for path in dst.iterdir() if path.name != "reencode.json"] in ([".0.mp4.part"], [".0.mp4.part", "reencode_failed.csv"],
-                                                                                    ["reencode_failed.csv", ".0.mp4.part"])  # fmt: skip
+    assert [path.name for path in dst.iterdir() if path.name != "reencode.json"] in (
+        [".0.mp4.part"],
+        [".0.mp4.part", "reencode_failed.csv"],
+        ["reencode_failed.csv", ".0.mp4.part"],
+    )
     subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL, timeout=200)
     assert sorted(path.name for path in dst.iterdir()) == ["0.mp4", "1.mp4", "reencode.json"]
     assert len(packets(dst / "0.mp4")[0]) == 250
@@ -124,7 +149,9 @@ def test_times_are_kept(tmp_path):
     write_timed(tmp_path / "src" / "vfr.mkv", [stamp + 500 for stamp in stamps])
     main([str(tmp_path / "src"), str(tmp_path / "dst")])
     coded, base = packets(tmp_path / "dst" / "vfr.mp4")
-    assert sorted(float(packet.pts * base) for packet in coded) == pytest.approx([stamp / 1000 for stamp in stamps], abs=1e-3)
+    assert sorted(float(packet.pts * base) for packet in coded) == pytest.approx(
+        [stamp / 1000 for stamp in stamps], abs=1e-3
+    )
     assert numbers(tmp_path / "dst" / "vfr.mp4") == list(range(12))
 
 
@@ -136,7 +163,9 @@ def test_b_frames_in_avi_and_no_time_stamps_at_all_become_even(tmp_path):
     main([str(tmp_path / "list.csv"), str(tmp_path / "dst")])
     for name, rate in (("a.mp4", 30), ("b.mp4", 25)):  # a raw stream has no rate: FFmpeg takes 25
         coded, base = packets(tmp_path / "dst" / name)
-        assert np.diff(sorted(float(packet.pts * base) for packet in coded)) == pytest.approx(np.full(29, 1 / rate), abs=1e-3)
+        assert np.diff(sorted(float(packet.pts * base) for packet in coded)) == pytest.approx(
+            np.full(29, 1 / rate), abs=1e-3
+        )
         assert numbers(tmp_path / "dst" / name) == list(range(30))
 
 
@@ -144,9 +173,14 @@ def test_b_frames_in_avi_and_no_time_stamps_at_all_become_even(tmp_path):
 @pytest.mark.parametrize("rotation", [90, 180, 270])
 def test_rotation_goes_into_the_pixels(tmp_path, rotation):
     (tmp_path / "src").mkdir()
-    source = write_timed(tmp_path / "src" / "v.mp4", list(range(0, 660, 33)), rotation, size=(98, 66))
+    source = write_timed(
+        tmp_path / "src" / "v.mp4", list(range(0, 660, 33)), rotation, size=(98, 66)
+    )
     main([str(tmp_path / "src"), str(tmp_path / "dst")])
-    with open_video(str(source), "pyav") as before, open_video(str(tmp_path / "dst/v.mp4"), "pyav") as after:
+    with (
+        open_video(str(source), "pyav") as before,
+        open_video(str(tmp_path / "dst/v.mp4"), "pyav") as after,
+    ):
         old, new = before.read(np.arange(20)), after.read(np.arange(20))
     assert old.shape == new.shape == (20, *((66, 98) if rotation == 180 else (98, 66)), 3)
     assert np.abs(old.astype(int) - new).mean() < 6
@@ -156,9 +190,13 @@ def test_rotation_goes_into_the_pixels(tmp_path, rotation):
 
 @pytest.mark.parametrize(
     ("name", "options"),
-    [("full.mp4", {"full_range": True}), ("ten.mkv", {"pix_fmt": "yuv420p10le"}), ("rgb.avi", {"codec": "ffv1", "pix_fmt": "bgr0"}),
-     ("444.mp4", {"pix_fmt": "yuv444p", "size": (97, 65)})],
-)  # fmt: skip
+    [
+        ("full.mp4", {"full_range": True}),
+        ("ten.mkv", {"pix_fmt": "yuv420p10le"}),
+        ("rgb.avi", {"codec": "ffv1", "pix_fmt": "bgr0"}),
+        ("444.mp4", {"pix_fmt": "yuv444p", "size": (97, 65)}),
+    ],
+)
 def test_colours_are_those_that_the_source_shows(tmp_path, name, options):
     (tmp_path / "src").mkdir()
     source = write_timed(tmp_path / "src" / name, list(range(0, 330, 33)), **options)
@@ -169,9 +207,13 @@ def test_colours_are_those_that_the_source_shows(tmp_path, name, options):
     assert new.shape == (10, 64, 96, 3)
     assert numbers(target) == list(range(10))
     if "size" not in options:
-        assert np.abs(old.mean((0, 1, 2)) - new.mean((0, 1, 2))).max() < 1.5  # a wrong range or matrix shifts them by 5 and more
+        assert (
+            np.abs(old.mean((0, 1, 2)) - new.mean((0, 1, 2))).max() < 1.5
+        )  # a wrong range or matrix shifts them by 5 and more
     with av.open(str(target)) as container:
-        assert next(container.decode(video=0)).format.name == ("yuvj420p" if name == "full.mp4" else "yuv420p")
+        assert next(container.decode(video=0)).format.name == (
+            "yuvj420p" if name == "full.mp4" else "yuv420p"
+        )
 
 
 def test_sizes():
@@ -195,7 +237,11 @@ def test_pixels_become_square(tmp_path):
 
 
 def test_names_never_collide(tmp_path):
-    assert target_names(["a/b.avi", "a/b.mp4", "c/b.avi"]) == ["a/b.avi.mp4", "a/b.mp4.mp4", "c/b.mp4"]
+    assert target_names(["a/b.avi", "a/b.mp4", "c/b.avi"]) == [
+        "a/b.avi.mp4",
+        "a/b.mp4.mp4",
+        "c/b.mp4",
+    ]
     names = ["b.avi", "b.mp4", "b.avi.mp4", "b.avi.mkv", "b", "b.mp4.mp4"]
     assert len(set(target_names(names))) == len(names)
     assert target_names(names[::-1]) == target_names(names)[::-1]
@@ -212,15 +258,27 @@ def test_broken_files_are_listed_and_the_manifest_is_written(tmp_path, capsys):
     write_video(folder / "y" / "2 good, too.mkv")
     (folder / "text.mp4").write_text("no video")
     os.mkfifo(folder / "pipe.mp4")
-    rows = [("x/good.mp4", "run, fast"), ("text.mp4", "sit"), ("y/2 good, too.mkv", "7"), ("gone.mp4", "sit"), ("pipe.mp4", "sit"),
-            ("x/good.mp4", "again")]  # fmt: skip
+    rows = [
+        ("x/good.mp4", "run, fast"),
+        ("text.mp4", "sit"),
+        ("y/2 good, too.mkv", "7"),
+        ("gone.mp4", "sit"),
+        ("pipe.mp4", "sit"),
+        ("x/good.mp4", "again"),
+    ]
     pd.DataFrame(rows, columns=["path", "label"]).to_csv(folder / "list.csv", index=False)
     main([str(folder / "list.csv"), str(tmp_path / "dst")])
     assert read_manifest(tmp_path / "dst" / "manifest.csv") == (
-        [str(tmp_path / "dst" / name) for name in ("x/good.mp4", "y/2 good, too.mp4", "x/good.mp4")], ["run, fast", "7", "again"],
-    )  # fmt: skip
+        [
+            str(tmp_path / "dst" / name)
+            for name in ("x/good.mp4", "y/2 good, too.mp4", "x/good.mp4")
+        ],
+        ["run, fast", "7", "again"],
+    )
     table = pd.read_csv(tmp_path / "dst" / "reencode_failed.csv").set_index("path")["reason"]
-    assert sorted(table.index) == [str(folder / name) for name in ("gone.mp4", "pipe.mp4", "text.mp4")]
+    assert sorted(table.index) == [
+        str(folder / name) for name in ("gone.mp4", "pipe.mp4", "text.mp4")
+    ]
     assert table[str(folder / "gone.mp4")] == "No such file or directory"
     assert table[str(folder / "pipe.mp4")] == "not a regular file"
     assert "3 failed" in capsys.readouterr().out
@@ -231,7 +289,9 @@ def test_an_output_that_differs_is_refused(tmp_path, monkeypatch):
     picture = reencode._picture
     monkeypatch.setattr(reencode, "_picture", lambda frame, size: picture(_negative(frame), size))
     with pytest.raises(ReadError, match="verification: frame 0 differs from its source"):
-        reencode.convert(str(tmp_path / "src" / "v.mp4"), str(tmp_path / "dst" / "v.mp4"), 256, 23, "pyav")
+        reencode.convert(
+            str(tmp_path / "src" / "v.mp4"), str(tmp_path / "dst" / "v.mp4"), 256, 23, "pyav"
+        )
     assert not list((tmp_path / "dst").iterdir())
 
 
@@ -256,8 +316,13 @@ def test_a_crash_or_hang_costs_one_job():
     jobs = [(how,) for how in ("a", "crash", "hang", "raise", "b")]
     outcome = {number: (result, reason) for number, result, reason in run_each(_behave, jobs, 2, 1)}
     assert time.monotonic() - begin < 60
-    assert outcome == {0: ("a", ""), 1: (None, "the decoder died (Segmentation fault)"), 2: (None, "no frame in 1 s"),
-                       3: (None, "RuntimeError: first"), 4: ("b", "")}  # fmt: skip
+    assert outcome == {
+        0: ("a", ""),
+        1: (None, "the decoder died (Segmentation fault)"),
+        2: (None, "no frame in 1 s"),
+        3: (None, "RuntimeError: first"),
+        4: ("b", ""),
+    }
 
 
 def test_bad_input_is_one_line(tmp_path):
@@ -266,23 +331,40 @@ def test_bad_input_is_one_line(tmp_path):
     (tmp_path / "file").write_text("x")
     (tmp_path / "empty").mkdir()
     for argv, said in (
-        ([src, src], "lies inside it"), ([src, src / "small"], "lies inside it"), ([tmp_path / "none", tmp_path / "dst"], "not found"),
-        ([tmp_path / "empty", tmp_path / "dst"], "no videos"), ([src, tmp_path / "file"], "cannot be used"),
-        ([src, tmp_path / "dst", "--short_side", "15"], "--short_side 15"), ([src, tmp_path / "dst", "--crf", "60"], "--crf 60"),
-    ):  # fmt: skip
+        ([src, src], "lies inside it"),
+        ([src, src / "small"], "lies inside it"),
+        ([tmp_path / "none", tmp_path / "dst"], "not found"),
+        ([tmp_path / "empty", tmp_path / "dst"], "no videos"),
+        ([src, tmp_path / "file"], "cannot be used"),
+        ([src, tmp_path / "dst", "--short_side", "15"], "--short_side 15"),
+        ([src, tmp_path / "dst", "--crf", "60"], "--crf 60"),
+    ):
         with pytest.raises(UserError, match=said) as raised:
             main([str(word) for word in argv])
         assert "\n" not in str(raised.value)
     (src / "manifest.csv").write_text("v.mp4\n")
     (tmp_path / "list.csv").write_text(f"{src}/v.mp4\n")
-    for manifest, said in ((src / "manifest.csv", "overwritten"), (tmp_path / "list.csv", "is a source")):
+    for manifest, said in (
+        (src / "manifest.csv", "overwritten"),
+        (tmp_path / "list.csv", "is a source"),
+    ):
         with pytest.raises(UserError, match=said):
             main([str(manifest), str(src)])
 
 
 def test_the_program_prints_no_warnings(tmp_path):
     write_folder(tmp_path / "src", videos=2)
-    command = [sys.executable, "-W", "always", "-m", "data.reencode", str(tmp_path / "src"), str(tmp_path / "dst"), "--workers", "2"]
+    command = [
+        sys.executable,
+        "-W",
+        "always",
+        "-m",
+        "data.reencode",
+        str(tmp_path / "src"),
+        str(tmp_path / "dst"),
+        "--workers",
+        "2",
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     warnings = [line for line in done.stderr.splitlines() if "Warning" in line]
     assert done.returncode == 0 and warnings == []

@@ -40,14 +40,24 @@ def plain_clip(path: str) -> torch.Tensor:
     with open_video(path, "pyav", 48) as video:
         spacing = {"num_frames": 4, "sampling_rate": 2}
         start = view_start(video.num_frames, video.fps, **spacing, view=0, views=1)
-        frames = torch.from_numpy(video.read(frame_indices(video.num_frames, video.fps, **spacing, start=start)))
-    return normalize(view_transform(32, 1)(frames.permute(0, 3, 1, 2)).transpose(1, 2), VIDEO_MEAN, VIDEO_STD)
+        frames = torch.from_numpy(
+            video.read(frame_indices(video.num_frames, video.fps, **spacing, start=start))
+        )
+    return normalize(
+        view_transform(32, 1)(frames.permute(0, 3, 1, 2)).transpose(1, 2), VIDEO_MEAN, VIDEO_STD
+    )
 
 
 def saved_model(path: Path) -> MaskedAutoencoderViT:
     """The model of a checkpoint."""
     state = torch.load(path, weights_only=True)
-    model = MaskedAutoencoderViT(**{key: value for key, value in state["config"].items() if key not in ("model", "mean", "std")})
+    model = MaskedAutoencoderViT(
+        **{
+            key: value
+            for key, value in state["config"].items()
+            if key not in ("model", "mean", "std")
+        }
+    )
     model.load_state_dict(state["model"])
     return model.eval()
 
@@ -56,7 +66,10 @@ def plain_knn(train, labels, val):
     """Classes by the 20 nearest, one at a time."""
     classes = []
     for row in val:
-        cosines = [(float(row @ other / row.norm() / other.norm()), int(label)) for other, label in zip(train, labels, strict=True)]
+        cosines = [
+            (float(row @ other / row.norm() / other.norm()), int(label))
+            for other, label in zip(train, labels, strict=True)
+        ]
         votes = dict.fromkeys(labels.tolist(), 0.0)
         for cosine, label in sorted(cosines, reverse=True)[:20]:
             votes[label] += torch.tensor(cosine / 0.07, dtype=torch.float64).exp().item()
@@ -67,8 +80,15 @@ def plain_knn(train, labels, val):
 def plain_ridge(train, labels, val):
     """Classes by least squares on the data with rows sqrt(0.1 n) I below it, the bias not penalised."""
     n, width = train.shape
-    design = torch.cat([torch.cat([train, torch.ones(n, 1)], dim=1), torch.cat([torch.eye(width) * (0.1 * n) ** 0.5, torch.zeros(width, 1)], dim=1)])
-    targets = torch.cat([torch.eye(int(labels.max()) + 1)[labels], torch.zeros(width, int(labels.max()) + 1)]).double()
+    design = torch.cat(
+        [
+            torch.cat([train, torch.ones(n, 1)], dim=1),
+            torch.cat([torch.eye(width) * (0.1 * n) ** 0.5, torch.zeros(width, 1)], dim=1),
+        ]
+    )
+    targets = torch.cat(
+        [torch.eye(int(labels.max()) + 1)[labels], torch.zeros(width, int(labels.max()) + 1)]
+    ).double()
     solution = torch.linalg.lstsq(design.double(), targets).solution
     return (torch.cat([val, torch.ones(len(val), 1)], dim=1).double() @ solution).argmax(1)
 
@@ -91,14 +111,34 @@ def test_features_are_means_of_patch_tokens_in_the_order_of_the_samples():
     batches = [{"clips": clips[part], "index": part, "bad": []} for part in index.split(9)]
     with torch.no_grad():
         torch.nn.init.normal_(model.cls_token)
-        expected = [model.norm(model.encode(normalize(clip, VIDEO_MEAN, VIDEO_STD))[0, 1:].mean(0)) for clip in clips]
-    torch.testing.assert_close(mean_features(model, batches, torch.float32), torch.stack(expected), rtol=1e-4, atol=1e-5)
+        expected = [
+            model.norm(model.encode(normalize(clip, VIDEO_MEAN, VIDEO_STD))[0, 1:].mean(0))
+            for clip in clips
+        ]
+    torch.testing.assert_close(
+        mean_features(model, batches, torch.float32), torch.stack(expected), rtol=1e-4, atol=1e-5
+    )
 
 
-def test_t18_validation_and_probe_equal_a_plain_loop_on_one_and_two_processes(videos, unseen, tmp_path):
-    flags = ["--lr", "0", "--min_lr", "0", "--max_steps", "1", "--val_dirs", str(unseen / "val"), "--probe_dir", str(unseen)]
+def test_t18_validation_and_probe_equal_a_plain_loop_on_one_and_two_processes(
+    videos, unseen, tmp_path
+):
+    flags = [
+        "--lr",
+        "0",
+        "--min_lr",
+        "0",
+        "--max_steps",
+        "1",
+        "--val_dirs",
+        str(unseen / "val"),
+        "--probe_dir",
+        str(unseen),
+    ]
     pretrain.main(command(videos, tmp_path / "one", *flags, "--batch_size_per_gpu", "4"))
-    two = torchrun("pretrain.py", 2, command(videos, tmp_path / "two", *flags, "--batch_size_per_gpu", "2"))
+    two = torchrun(
+        "pretrain.py", 2, command(videos, tmp_path / "two", *flags, "--batch_size_per_gpu", "2")
+    )
     assert two.returncode == 0, two.stderr[-2000:]
     (one,), (other,) = records(tmp_path / "one"), records(tmp_path / "two")
     names = ("val_loss", "probe_knn_acc1", "probe_linear_acc1")
@@ -108,13 +148,17 @@ def test_t18_validation_and_probe_equal_a_plain_loop_on_one_and_two_processes(vi
     losses = []
     with torch.no_grad():
         for number, path in enumerate(find_videos([str(unseen / "val")])):
-            noise = torch.rand(1, model.num_tokens, generator=torch.Generator().manual_seed(sample_seed(number, 5)))
+            noise = torch.rand(
+                1, model.num_tokens, generator=torch.Generator().manual_seed(sample_seed(number, 5))
+            )
             losses.append(model(plain_clip(path), 0.75, "random", noise)[0].item())
         assert len(losses) == 11 and one["val_loss"] == pytest.approx(sum(losses) / 11, rel=1e-6)
         sets = []
         for part in ("train", "val"):
             paths = find_videos([str(unseen / part)])
-            values = torch.cat([model.norm(model.encode(plain_clip(path))[:, 1:].mean(1)) for path in paths]).double()
+            values = torch.cat(
+                [model.norm(model.encode(plain_clip(path))[:, 1:].mean(1)) for path in paths]
+            ).double()
             sets.append((values, torch.tensor([int(Path(path).parent.name[-1]) for path in paths])))
     (train, labels), (val, truth) = sets
     mean, deviation = train.mean(0), ((train - train.mean(0)) ** 2).mean(0).sqrt() + 1e-6
@@ -126,33 +170,67 @@ def test_t18_validation_and_probe_equal_a_plain_loop_on_one_and_two_processes(vi
 
 @pytest.mark.slow
 def test_t18_validation_changes_no_weight_and_resumes(videos, unseen, tmp_path):
-    flags, seen = ["--batch_size_per_gpu", "4"], ["--val_dirs", str(unseen / "val"), "--probe_dir", str(unseen), "--val_every", "2"]
+    flags, seen = (
+        ["--batch_size_per_gpu", "4"],
+        ["--val_dirs", str(unseen / "val"), "--probe_dir", str(unseen), "--val_every", "2"],
+    )
     pretrain.main(command(videos, tmp_path / "without", "--epochs", "5", *flags))
     pretrain.main(command(videos, tmp_path / "whole", "--epochs", "5", *flags, *seen))
     constant = ["--lr", "0.001", "--min_lr", "0.001"]
     for name, runs in (("parts", ("1", "3", "5")), ("once", ("5",))):
         for epochs in runs:
-            pretrain.main(command(videos, tmp_path / name, "--epochs", epochs, *flags, *constant, *seen))
+            pretrain.main(
+                command(videos, tmp_path / name, "--epochs", epochs, *flags, *constant, *seen)
+            )
     without, whole = weights(tmp_path / "without"), weights(tmp_path / "whole")
     assert all(torch.equal(without[name], whole[name]) for name in whole)
-    assert ["val_loss" in record for record in records(tmp_path / "whole")] == [False, True, False, True, True]  # and at the end
-    parts, once = ({r["epoch"]: r["val_loss"] for r in records(tmp_path / name) if "val_loss" in r} for name in ("parts", "once"))
-    assert once.keys() <= parts.keys() and all(parts[epoch] == once[epoch] for epoch in once) and len(set(once.values())) == 3
+    assert ["val_loss" in record for record in records(tmp_path / "whole")] == [
+        False,
+        True,
+        False,
+        True,
+        True,
+    ]  # and at the end
+    parts, once = (
+        {r["epoch"]: r["val_loss"] for r in records(tmp_path / name) if "val_loss" in r}
+        for name in ("parts", "once")
+    )
+    assert (
+        once.keys() <= parts.keys()
+        and all(parts[epoch] == once[epoch] for epoch in once)
+        and len(set(once.values())) == 3
+    )
 
 
 def test_tensorboard_holds_the_tags_that_the_readme_names(videos, unseen, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    seen = ["--val_dirs", str(unseen / "val"), "--probe_dir", str(unseen), "--recon_every", "1", "--max_steps", "2", "--batch_size_per_gpu", "4"]
+    seen = [
+        "--val_dirs",
+        str(unseen / "val"),
+        "--probe_dir",
+        str(unseen),
+        "--recon_every",
+        "1",
+        "--max_steps",
+        "2",
+        "--batch_size_per_gpu",
+        "4",
+    ]
     pretrain.main(command(videos, tmp_path, *seen))
     events = EventAccumulator(str(tmp_path / "tb/run"))
     events.Reload()
     text = (ROOT / "README.md").read_text().split("## Pretraining")[1].split("## On a cluster")[0]
-    named = set(re.findall(r"`((?:train|epoch)/\w+)`", text)) - {"train/skipped", "train/mfu"}  # written under a condition that the README states
+    named = set(re.findall(r"`((?:train|epoch)/\w+)`", text)) - {
+        "train/skipped",
+        "train/mfu",
+    }  # written under a condition that the README states
     assert named == set(events.Tags()["scalars"])
     assert "`recon`" in text and events.Tags()["images"] == ["recon"]
     (record,) = records(tmp_path)
-    assert {f"epoch/{name}" for name in record if name != "epoch"} == {tag for tag in named if tag.startswith("epoch/")}
+    assert {f"epoch/{name}" for name in record if name != "epoch"} == {
+        tag for tag in named if tag.startswith("epoch/")
+    }
     assert events.Scalars("epoch/val_loss")[0].value == pytest.approx(record["val_loss"])
     assert json.loads((tmp_path / "run_args.json").read_text())["probe_dir"] == str(unseen)
 
@@ -163,9 +241,23 @@ def test_bad_input_is_one_line(videos, unseen, tmp_path):
     write_folder(broken / "val", 2)
     (broken / "val/class_1").rename(broken / "val/class_x")
     (broken / "val/class_x/text.mp4").write_text("no video")
-    cases = {"unknown class 'class_x'": ["--probe_dir", str(broken)], "nowhere": ["--val_dirs", str(tmp_path / "nowhere")],
-             "validation file .*text.mp4": ["--val_dirs", str(broken / "val")], "not found: check --probe_dir": ["--probe_dir", videos]}  # fmt: skip
+    cases = {
+        "unknown class 'class_x'": ["--probe_dir", str(broken)],
+        "nowhere": ["--val_dirs", str(tmp_path / "nowhere")],
+        "validation file .*text.mp4": ["--val_dirs", str(broken / "val")],
+        "not found: check --probe_dir": ["--probe_dir", videos],
+    }
     for number, (message, flags) in enumerate(cases.items()):
         with pytest.raises(UserError, match=message) as error:
-            pretrain.main(command(videos, tmp_path / str(number), "--max_steps", "1", "--batch_size_per_gpu", "4", *flags))
+            pretrain.main(
+                command(
+                    videos,
+                    tmp_path / str(number),
+                    "--max_steps",
+                    "1",
+                    "--batch_size_per_gpu",
+                    "4",
+                    *flags,
+                )
+            )
         assert "\n" not in str(error.value)

@@ -146,7 +146,10 @@ def test_clips_equal_the_sequential_decode(case, decoder, indexed, matrix):
         assert video_checks.clip_faults(case, video, reference) == []
 
 
-@pytest.mark.skipif(not decord_installed() or VERSION < 17, reason="without decord, or a PyAV that shows tables of packets")
+@pytest.mark.skipif(
+    not decord_installed() or VERSION < 17,
+    reason="without decord, or a PyAV that shows tables of packets",
+)
 @pytest.mark.parametrize("name", DECORD_CLAIMS)
 def test_decord_itself_reads_what_it_claims(name, matrix):
     with open_video(matrix(NAMED[name])[0], "decord") as video:

@@ -20,7 +20,12 @@ from torch import nn
 
 from util.dist import UserError, print0, run_script
 
-DAMAGE = (zipfile.BadZipFile, zlib.error, EOFError, pickle.UnpicklingError)  # what readers say of bytes that are no whole checkpoint
+DAMAGE = (
+    zipfile.BadZipFile,
+    zlib.error,
+    EOFError,
+    pickle.UnpicklingError,
+)  # what readers say of bytes that are no whole checkpoint
 _locks = {}  # the lock files that this process holds
 
 
@@ -52,7 +57,9 @@ def save(path: Path, checkpoint: dict, keep: int = 1) -> None:
             os.fsync(file.fileno())
     except BaseException as error:
         temporary.unlink(missing_ok=True)
-        cause = next((e for e in (error, error.__cause__, error.__context__) if isinstance(e, OSError)), None)
+        cause = next(
+            (e for e in (error, error.__cause__, error.__context__) if isinstance(e, OSError)), None
+        )
         if cause is not None:  # torch.save may say in its own words that the disk is full
             raise cause from None
         raise
@@ -100,13 +107,28 @@ def load(path: str | Path, check: bool = True, lazily: bool = False) -> dict:
                 if wrong := archive.testzip():
                     raise zipfile.BadZipFile(f"the checksum of {wrong} is wrong")
         with torch.serialization.safe_globals([argparse.Namespace]):  # the ancestors' `args`
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=lazily and zipfile.is_zipfile(path))
-    except Exception as error:  # the unpickler may stumble in any way over bytes that are no checkpoint
-        damaged = isinstance(error, DAMAGE) or "PytorchStreamReader" in str(error) or not zipfile.is_zipfile(path)
+            checkpoint = torch.load(
+                path,
+                map_location="cpu",
+                weights_only=True,
+                mmap=lazily and zipfile.is_zipfile(path),
+            )
+    except (
+        Exception
+    ) as error:  # the unpickler may stumble in any way over bytes that are no checkpoint
+        damaged = (
+            isinstance(error, DAMAGE)
+            or "PytorchStreamReader" in str(error)
+            or not zipfile.is_zipfile(path)
+        )
         kind = Damaged if damaged and not isinstance(error, (OSError, MemoryError)) else UserError
-        raise kind(f"checkpoint {path} cannot be read ({reason(error)}): damaged, or not a checkpoint") from error
+        raise kind(
+            f"checkpoint {path} cannot be read ({reason(error)}): damaged, or not a checkpoint"
+        ) from error
     if not isinstance(checkpoint, dict):
-        raise UserError(f"checkpoint {path} holds a {type(checkpoint).__name__}, not a dictionary: not one of ours")
+        raise UserError(
+            f"checkpoint {path} holds a {type(checkpoint).__name__}, not a dictionary: not one of ours"
+        )
     return checkpoint
 
 
@@ -131,10 +153,14 @@ def claim(args, patience: float = 60) -> None:
     file, deadline = open(path, "a"), time.monotonic() + patience  # noqa: SIM115 (it stays open)
     while True:
         try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process; forked loaders do not inherit it
+            fcntl.lockf(
+                file, fcntl.LOCK_EX | fcntl.LOCK_NB
+            )  # ends with the process; forked loaders do not inherit it
         except (BlockingIOError, PermissionError):
             if time.monotonic() > deadline:
-                raise UserError(f"another process writes {own_checkpoint(args)} (it holds {path}): end it, or use another --save_prefix") from None
+                raise UserError(
+                    f"another process writes {own_checkpoint(args)} (it holds {path}): end it, or use another --save_prefix"
+                ) from None
             time.sleep(0.2)
             continue
         except OSError:  # no locks here
@@ -145,7 +171,10 @@ def claim(args, patience: float = 60) -> None:
 
 def started_again() -> bool:
     """Whether torchrun or SLURM has started this command before, so that it must not begin anew."""
-    return any(os.environ.get(name, "0") != "0" for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
+    return any(
+        os.environ.get(name, "0") != "0"
+        for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
+    )
 
 
 def find_resume(args) -> Path | None:
@@ -164,9 +193,14 @@ def find_resume(args) -> Path | None:
     if path and not path.is_file():
         raise UserError(f"--resume {path}: no such file")
     if newest and not args.overwrite:
-        if path and (path == own or load(newest, check=False, lazily=True).get("args", {}).get("resume") == args.resume):
+        if path and (
+            path == own
+            or load(newest, check=False, lazily=True).get("args", {}).get("resume") == args.resume
+        ):
             return newest
-        raise UserError(f"{own} exists and --resume {args.resume or repr('')} would start over it: use another --save_prefix, or --overwrite")
+        raise UserError(
+            f"{own} exists and --resume {args.resume or repr('')} would start over it: use another --save_prefix, or --overwrite"
+        )
     if path:
         load(path, lazily=True)
     return path
@@ -174,7 +208,14 @@ def find_resume(args) -> Path | None:
 
 def newest_readable(own: Path) -> Path | None:
     """The newest checkpoint of a run that can be read; damaged ones before it are set aside. None if there is none at all. Raises UserError."""
-    candidates, damaged = [path for path in (own, *(previous(own, number) for number in range(1, 100))) if path.exists()], []
+    candidates, damaged = (
+        [
+            path
+            for path in (own, *(previous(own, number) for number in range(1, 100)))
+            if path.exists()
+        ],
+        [],
+    )
     for path in candidates:
         try:
             load(path, lazily=True)
@@ -182,10 +223,14 @@ def newest_readable(own: Path) -> Path | None:
             damaged.append((path, error))
             continue
         for bad, error in damaged:
-            print0(f"warning: {error}; set aside as {set_aside(bad, '.damaged').name}, going on from {path}")
+            print0(
+                f"warning: {error}; set aside as {set_aside(bad, '.damaged').name}, going on from {path}"
+            )
         return path
     if damaged:
-        raise UserError(f"{damaged[0][1]}; nor can any before it: start over with another --save_prefix")
+        raise UserError(
+            f"{damaged[0][1]}; nor can any before it: start over with another --save_prefix"
+        )
     return None
 
 
@@ -203,14 +248,24 @@ def find_eval(args) -> Path | None:
     None where there is none and --extract_features may take the encoder of --finetune. Raises UserError.
     """
     own = own_checkpoint(args)
-    candidates = [own.with_name(f"{args.save_prefix}_best.pth"), own] if args.resume == "auto" else [Path(args.resume)]
+    candidates = (
+        [own.with_name(f"{args.save_prefix}_best.pth"), own]
+        if args.resume == "auto"
+        else [Path(args.resume)]
+    )
     for path in candidates:
         if args.resume and path.is_file():
             return path
     if args.extract_features and args.finetune and args.resume in ("auto", ""):
         return None
-    flag, cure = ("--extract_features", "--resume PATH or --finetune PATH") if args.extract_features else ("--eval", "--resume PATH")
-    raise UserError(f"{flag} found no checkpoint at {' or '.join(map(str, candidates))}: give {cure}")
+    flag, cure = (
+        ("--extract_features", "--resume PATH or --finetune PATH")
+        if args.extract_features
+        else ("--eval", "--resume PATH")
+    )
+    raise UserError(
+        f"{flag} found no checkpoint at {' or '.join(map(str, candidates))}: give {cure}"
+    )
 
 
 def known_config(path: Path | None) -> dict | None:
@@ -219,17 +274,31 @@ def known_config(path: Path | None) -> dict | None:
         return None
     state = load(path, check=False, lazily=True)
     config = state.get("config")
-    if not isinstance(config, dict) or not isinstance(config.get("classes"), list) or not isinstance(state.get("model"), dict):
-        raise UserError(f"{path} is no checkpoint of a finetuning run (it has no classes): give one with --resume, or weights with --finetune")
+    if (
+        not isinstance(config, dict)
+        or not isinstance(config.get("classes"), list)
+        or not isinstance(state.get("model"), dict)
+    ):
+        raise UserError(
+            f"{path} is no checkpoint of a finetuning run (it has no classes): give one with --resume, or weights with --finetune"
+        )
     return config
 
 
 def check_config(path: str | Path, checkpoint: dict, config: dict) -> None:
     """Raises UserError when a checkpoint of ours describes another model than `config`."""
-    changed = {key: (old, config.get(key)) for key, old in checkpoint["config"].items() if config.get(key) != old}
+    changed = {
+        key: (old, config.get(key))
+        for key, old in checkpoint["config"].items()
+        if config.get(key) != old
+    }
     if changed:
-        listing = ", ".join(f"{key} {short(old)} -> {short(new)}" for key, (old, new) in sorted(changed.items()))
-        raise UserError(f"{path} is another model ({listing}): give the flags of that run, or another --save_prefix")
+        listing = ", ".join(
+            f"{key} {short(old)} -> {short(new)}" for key, (old, new) in sorted(changed.items())
+        )
+        raise UserError(
+            f"{path} is another model ({listing}): give the flags of that run, or another --save_prefix"
+        )
 
 
 def load_weights(path: str | Path, model: nn.Module, weights: dict) -> None:
@@ -238,24 +307,43 @@ def load_weights(path: str | Path, model: nn.Module, weights: dict) -> None:
         model.load_state_dict(weights)
     except (RuntimeError, TypeError, AttributeError) as error:
         faults = [line.strip() for line in str(error).splitlines()[1:]] or [reason(error)]
-        raise UserError(f"{path} does not fit the model ({len(faults)} faults): {short(faults[0], 200)}") from None
+        raise UserError(
+            f"{path} does not fit the model ({len(faults)} faults): {short(faults[0], 200)}"
+        ) from None
 
 
 def check_sizes(path: str | Path, config: dict, weights: dict) -> None:
     """Raises UserError where a config asks for another width or depth than its weights have, before a model of that size is built."""
-    first, blocks = weights.get("norm.weight"), sum(str(name).startswith("blocks.") and str(name).endswith(".norm1.weight") for name in weights)
-    deep = sum(str(name).startswith("decoder_blocks.") and str(name).endswith(".norm1.weight") for name in weights)
-    told = {"embed_dim": len(first) if isinstance(first, torch.Tensor) and first.ndim == 1 else None, "depth": blocks, "decoder_depth": deep}
+    first, blocks = (
+        weights.get("norm.weight"),
+        sum(
+            str(name).startswith("blocks.") and str(name).endswith(".norm1.weight")
+            for name in weights
+        ),
+    )
+    deep = sum(
+        str(name).startswith("decoder_blocks.") and str(name).endswith(".norm1.weight")
+        for name in weights
+    )
+    told = {
+        "embed_dim": len(first) if isinstance(first, torch.Tensor) and first.ndim == 1 else None,
+        "depth": blocks,
+        "decoder_depth": deep,
+    }
     for key, value in told.items():
         if key in config and config[key] != value:
-            raise UserError(f"{path} has a config of {key} {short(config[key])}, but weights of {value}: damaged, or not one of ours")
+            raise UserError(
+                f"{path} has a config of {key} {short(config[key])}, but weights of {value}: damaged, or not one of ours"
+            )
 
 
 def load_strictly(path: str | Path, model: nn.Module, config: dict) -> None:
     """Put a finetuned model's weights, head included, into a model of the same config. Raises UserError."""
     loaded = load(path)
     if not isinstance(loaded.get("config"), dict) or not isinstance(loaded.get("model"), dict):
-        raise UserError(f"{path} is no checkpoint of a finetuning run (no config): --eval needs one")
+        raise UserError(
+            f"{path} is no checkpoint of a finetuning run (no config): --eval needs one"
+        )
     check_config(path, loaded, config)
     load_weights(path, model, loaded["model"])
     print0(f"weights from {path}, update {loaded['step']}")

@@ -33,9 +33,7 @@ SYNONYMS = {  # what the field calls a flag: what it is called here, where a scr
 class Parser(argparse.ArgumentParser):
     """An argument parser without abbreviations that reports a bad command line as a UserError."""
 
-    def __init__(
-        self, description: str | None, prog: str | None = None, epilog: str | None = None
-    ):
+    def __init__(self, description: str | None, prog: str | None = None, epilog: str | None = None):
         """Make a parser; the texts of its help are printed as they are."""
         super().__init__(
             prog=prog,

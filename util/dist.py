@@ -17,7 +17,11 @@ from util import stop
 
 OWN_PACKAGES = ("util", "data")
 _terminal = {"progress": False}  # whether its last line is a progress line
-PEAK_TFLOPS = {"H200": 989, "H100": 989, "A100": 312}  # dense bf16 or fp16, from the datasheets of the SXM boards
+PEAK_TFLOPS = {
+    "H200": 989,
+    "H100": 989,
+    "A100": 312,
+}  # dense bf16 or fp16, from the datasheets of the SXM boards
 
 
 class UserError(Exception):
@@ -49,7 +53,12 @@ def _environment(name: str, default: int) -> int:
 def _under_srun() -> bool:
     """Is this one of several tasks of `srun`, without torchrun? (A batch script's own shell is in a job but in no step.)"""
     in_step = "SLURM_STEP_ID" in os.environ or "SLURM_JOB_ID" not in os.environ
-    return "RANK" not in os.environ and "SLURM_PROCID" in os.environ and in_step and _environment("SLURM_NTASKS", 1) > 1
+    return (
+        "RANK" not in os.environ
+        and "SLURM_PROCID" in os.environ
+        and in_step
+        and _environment("SLURM_NTASKS", 1) > 1
+    )
 
 
 def rank() -> int:
@@ -65,8 +74,12 @@ def world_size() -> int:
 def local_world_size() -> int:
     """How many processes of this run share this machine."""
     if _under_srun():
-        tasks = os.environ.get("SLURM_STEP_TASKS_PER_NODE") or os.environ.get("SLURM_TASKS_PER_NODE", "1")
-        return int(tasks.partition("(")[0].partition(",")[0])  # "4(x2),3": four on each of two nodes, three on a third
+        tasks = os.environ.get("SLURM_STEP_TASKS_PER_NODE") or os.environ.get(
+            "SLURM_TASKS_PER_NODE", "1"
+        )
+        return int(
+            tasks.partition("(")[0].partition(",")[0]
+        )  # "4(x2),3": four on each of two nodes, three on a third
     return _environment("LOCAL_WORLD_SIZE", 1)
 
 
@@ -124,9 +137,13 @@ def _adopt_srun() -> None:
     os.environ["LOCAL_WORLD_SIZE"] = str(local_world_size())
     os.environ["WORLD_SIZE"] = os.environ["SLURM_NTASKS"]
     os.environ["LOCAL_RANK"] = os.environ["SLURM_LOCALID"]
-    os.environ.setdefault("MASTER_ADDR", _first_host(os.environ.get("SLURM_STEP_NODELIST", "127.0.0.1")))
+    os.environ.setdefault(
+        "MASTER_ADDR", _first_host(os.environ.get("SLURM_STEP_NODELIST", "127.0.0.1"))
+    )
     os.environ.setdefault("MASTER_PORT", str(20000 + _environment("SLURM_JOB_ID", 0) % 10000))
-    os.environ["RANK"] = os.environ["SLURM_PROCID"]  # last: from here on this is no longer "under srun"
+    os.environ["RANK"] = os.environ[
+        "SLURM_PROCID"
+    ]  # last: from here on this is no longer "under srun"
 
 
 def setup(device: str | None, deterministic: bool = False) -> Place:
@@ -140,7 +157,9 @@ def setup(device: str | None, deterministic: bool = False) -> Place:
         if device == "cpu":
             print0("device: cpu (no CUDA device found; --device cpu says so without this line)")
     if torch.device(device).type == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"--device {device}: PyTorch {torch.__version__} sees no CUDA device here; use --device cpu, or check nvidia-smi")
+        raise UserError(
+            f"--device {device}: PyTorch {torch.__version__} sees no CUDA device here; use --device cpu, or check nvidia-smi"
+        )
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
     torch.use_deterministic_algorithms(deterministic)
@@ -155,7 +174,10 @@ def setup(device: str | None, deterministic: bool = False) -> Place:
         own_gpu_only = srun and visible == 1  # srun --gpus-per-task 1
         index = place.index if place.index is not None else 0 if own_gpu_only else local_rank
         if index >= visible:
-            raise UserError(f"local rank {local_rank} has no GPU: {visible} visible; start at most {visible} processes on this machine", True)
+            raise UserError(
+                f"local rank {local_rank} has no GPU: {visible} visible; start at most {visible} processes on this machine",
+                True,
+            )
         place = torch.device("cuda", index)
         torch.cuda.set_device(place)
     if world_size > 1:
@@ -172,7 +194,10 @@ def peak_flops(device: torch.device) -> float | None:
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    return next((peak * 1e12 for part, peak in PEAK_TFLOPS.items() if part in name and "PCIe" not in name), None)
+    return next(
+        (peak * 1e12 for part, peak in PEAK_TFLOPS.items() if part in name and "PCIe" not in name),
+        None,
+    )
 
 
 def wrap(model: torch.nn.Module, place: Place, static_graph: bool) -> torch.nn.Module:
@@ -184,7 +209,9 @@ def wrap(model: torch.nn.Module, place: Place, static_graph: bool) -> torch.nn.M
         return model
     torch._dynamo.config.optimize_ddp = False  # it would cut the compiled blocks every 25 MB
     devices = [place.device] if place.device.type == "cuda" else None
-    return torch.nn.parallel.DistributedDataParallel(model, devices, gradient_as_bucket_view=True, static_graph=static_graph)
+    return torch.nn.parallel.DistributedDataParallel(
+        model, devices, gradient_as_bucket_view=True, static_graph=static_graph
+    )
 
 
 def warm_up(model: torch.nn.Module, backward: Callable[[], object]) -> None:
@@ -254,7 +281,11 @@ def run_script(main) -> None:
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] in OWN_PACKAGES:
             raise
-        print(f"error: the package {error.name} is not installed: pip install -r requirements.txt", file=sys.stderr, flush=True)
+        print(
+            f"error: the package {error.name} is not installed: pip install -r requirements.txt",
+            file=sys.stderr,
+            flush=True,
+        )
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

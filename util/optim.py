@@ -6,10 +6,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-POSITION_PARAMETERS = ("cls_token", "pos_embed", "pos_embed_spatial", "pos_embed_temporal", "pos_embed_class")
+POSITION_PARAMETERS = (
+    "cls_token",
+    "pos_embed",
+    "pos_embed_spatial",
+    "pos_embed_temporal",
+    "pos_embed_class",
+)
 
 
-def learning_rate(progress: float, *, lr: float, min_lr: float, warmup_epochs: float, epochs: float) -> float:
+def learning_rate(
+    progress: float, *, lr: float, min_lr: float, warmup_epochs: float, epochs: float
+) -> float:
     """Linear warm-up from 0, then half a cosine down to min_lr. `progress` in epochs, fractional (arXiv 1608.03983)."""
     if progress < warmup_epochs:
         return lr * progress / warmup_epochs
@@ -34,13 +42,25 @@ class Plan(NamedTuple):
     def learning_rate(self, step: int, args) -> float:
         """The learning rate of update `step` (0 for the first)."""
         epochs = self.total_steps / self.steps_per_epoch
-        return learning_rate(step / self.steps_per_epoch, lr=self.lr, min_lr=args.min_lr, warmup_epochs=args.warmup_epochs, epochs=epochs)
+        return learning_rate(
+            step / self.steps_per_epoch,
+            lr=self.lr,
+            min_lr=args.min_lr,
+            warmup_epochs=args.warmup_epochs,
+            epochs=epochs,
+        )
 
 
 def amp_dtype(choice: str, device: torch.device) -> torch.dtype:
     """--amp: the autocast type; auto is bf16 where the GPU has it, else fp16, and fp32 on a CPU."""
     if choice == "auto":
-        choice = "fp32" if device.type == "cpu" else "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+        choice = (
+            "fp32"
+            if device.type == "cpu"
+            else "bf16"
+            if torch.cuda.is_bf16_supported(including_emulation=False)
+            else "fp16"
+        )
     return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[choice]
 
 
@@ -67,27 +87,38 @@ def pretrain_groups(model: nn.Module, weight_decay: float, bias_wd: bool = False
     def decays(name: str, parameter: Tensor) -> bool:
         return not name.endswith(".bias") and (parameter.ndim > 1 or bias_wd)
 
-    named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    named = [
+        (name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad
+    ]
     plain = [parameter for name, parameter in named if not decays(name, parameter)]
     decayed = [parameter for name, parameter in named if decays(name, parameter)]
-    return [{"params": plain, "weight_decay": 0.0, "lr_scale": 1.0}, {"params": decayed, "weight_decay": weight_decay, "lr_scale": 1.0}]
+    return [
+        {"params": plain, "weight_decay": 0.0, "lr_scale": 1.0},
+        {"params": decayed, "weight_decay": weight_decay, "lr_scale": 1.0},
+    ]
 
 
-def finetune_groups(model: nn.Module, depth: int, weight_decay: float, layer_decay: float) -> list[dict]:
+def finetune_groups(
+    model: nn.Module, depth: int, weight_decay: float, layer_decay: float
+) -> list[dict]:
     """One group per layer and decay; 1-d parameters, class token and positions do not decay. See `layer_scale`."""
     groups: dict[tuple[float, float], dict] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             decay = 0.0 if parameter.ndim == 1 or name in POSITION_PARAMETERS else weight_decay
             scale = layer_scale(name, depth, layer_decay)
-            groups.setdefault((scale, decay), {"params": [], "weight_decay": decay, "lr_scale": scale})["params"].append(parameter)
+            groups.setdefault(
+                (scale, decay), {"params": [], "weight_decay": decay, "lr_scale": scale}
+            )["params"].append(parameter)
     return list(groups.values())
 
 
 def make_optimizer(groups: list[dict], parameters, betas: tuple[float, float]) -> torch.optim.AdamW:
     """Fused AdamW over groups that hold every trainable parameter exactly once (asserted)."""
     grouped = [id(parameter) for group in groups for parameter in group["params"]]
-    assert sorted(grouped) == sorted(id(parameter) for parameter in parameters if parameter.requires_grad)
+    assert sorted(grouped) == sorted(
+        id(parameter) for parameter in parameters if parameter.requires_grad
+    )
     return torch.optim.AdamW(groups, lr=0.0, betas=betas, fused=True)
 
 
@@ -104,13 +135,20 @@ def backward(loss: Tensor, scaler: torch.amp.GradScaler, accum_iter: int) -> Non
     (scaler.scale(loss / accum_iter) * honest).backward()
 
 
-def update(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, clip_grad: float | None) -> tuple[Tensor, Tensor]:
+def update(
+    optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, clip_grad: float | None
+) -> tuple[Tensor, Tensor]:
     """Clip the gradients by their total norm, step, and clear them. Nothing here waits for the GPU.
 
     A gradient that is not finite, on any rank (DDP has summed it into all of them), makes the fused kernel leave weights
     and moments alone. Returns the norm before clipping, and whether the step was skipped (0. or 1.), both on the device.
     """
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"] if parameter.grad is not None]
+    parameters = [
+        parameter
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+        if parameter.grad is not None
+    ]
     scaler.unscale_(optimizer) if scaler.is_enabled() else None
     norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters], foreach=True)
     if clip_grad is not None:

@@ -14,7 +14,11 @@ import torch.distributed as dist
 
 NAMES = ("SIGTERM", "SIGUSR1", "SIGINT")
 PATIENCE = 120  # seconds that a process has to stop in good order once its launcher is gone
-_word = {"from": "", "at": 0.0, "training": False}  # who asked this process to stop, when, and whether there is anything to lose yet
+_word = {
+    "from": "",
+    "at": 0.0,
+    "training": False,
+}  # who asked this process to stop, when, and whether there is anything to lose yet
 
 
 class Stopped(Exception):
@@ -54,11 +58,16 @@ def deafen() -> None:
     _word["training"] = False
     for name in NAMES:
         if signal.getsignal(getattr(signal, name)) is _leave_word:
-            signal.signal(getattr(signal, name), signal.default_int_handler if name == "SIGINT" else signal.SIG_DFL)
+            signal.signal(
+                getattr(signal, name),
+                signal.default_int_handler if name == "SIGINT" else signal.SIG_DFL,
+            )
 
 
 def _leave_word(number: int, _frame) -> None:
-    again = _word["from"] and time.monotonic() - _word["at"] > 1  # torchrun passes one on within a moment of the terminal's own
+    again = (
+        _word["from"] and time.monotonic() - _word["at"] > 1
+    )  # torchrun passes one on within a moment of the terminal's own
     if number == signal.SIGINT and (again or not _word["training"]):
         raise KeyboardInterrupt
     if not _word["from"]:
@@ -74,7 +83,11 @@ class Ballot:
     """Questions in which any rank's yes is everybody's. They travel between the hosts (gloo): no device is waited for."""
 
     def __init__(self):
-        self.group = dist.new_group(backend="gloo", timeout=timedelta(minutes=30)) if dist.is_initialized() else None  # a collective call
+        self.group = (
+            dist.new_group(backend="gloo", timeout=timedelta(minutes=30))
+            if dist.is_initialized()
+            else None
+        )  # a collective call
         self.under_way = None
 
     def any(self, *wishes: bool) -> list[bool]:

@@ -18,10 +18,25 @@ from PIL import Image
 from torch import Tensor
 
 from util import __version__, checkpoint
-from util.dist import UserError, gather_objects, on_rank0, peak_flops, print0, rank, show_progress, sum_over_ranks, world_size
+from util.dist import (
+    UserError,
+    gather_objects,
+    on_rank0,
+    peak_flops,
+    print0,
+    rank,
+    show_progress,
+    sum_over_ranks,
+    world_size,
+)
 from util.optim import Plan
 
-COUNTS = ("updates", "skipped", "shares", "replaced")  # shares: updates of a rank that were not skipped; replaced: frames
+COUNTS = (
+    "updates",
+    "skipped",
+    "shares",
+    "replaced",
+)  # shares: updates of a rank that were not skipped; replaced: frames
 LONG_SECONDS = 10  # an epoch that takes less gets no line of its own
 
 
@@ -34,7 +49,10 @@ class StallClock:
 
     def __init__(self, device: torch.device):
         self.cuda = device.type == "cuda"
-        self.marks, self.counted = [], 0.0  # marks: [work handed over, next batch here]; counted: seconds before the last pause
+        self.marks, self.counted = (
+            [],
+            0.0,
+        )  # marks: [work handed over, next batch here]; counted: seconds before the last pause
         self.since = time.perf_counter()
 
     def _mark(self):
@@ -65,7 +83,9 @@ class StallClock:
     def read(self) -> tuple[float, float]:
         """Seconds since the last reading, and the share of them spent waiting. On CUDA after a synchronisation only."""
         closed = [mark for mark in self.marks if mark[1] is not None]
-        idle = sum(begin.elapsed_time(end) / 1000 if self.cuda else end - begin for begin, end in closed)
+        idle = sum(
+            begin.elapsed_time(end) / 1000 if self.cuda else end - begin for begin, end in closed
+        )
         now = time.perf_counter()
         seconds, self.since, self.counted = self.counted + now - self.since, now, 0.0
         self.marks = [mark for mark in self.marks if mark[1] is None]
@@ -76,7 +96,9 @@ def memory_gib(device: torch.device) -> float:
     """Peak memory of this process so far in GiB: the GPU's where there is one, else resident host memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS, in KiB on Linux
+    unit = (
+        1 if sys.platform == "darwin" else 1024
+    )  # ru_maxrss is in bytes on macOS, in KiB on Linux
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
@@ -89,8 +111,12 @@ class Tally:
     def __init__(self, names: tuple[str, ...], device: torch.device):
         """names: of what is summed; what an update adds has as many values."""
         self.names, self.device, self.streak = names, device, 0  # streak: skipped updates in a row
-        self.on_device = torch.zeros(len(names) + 1, dtype=torch.float64, device=device)  # the last: replaced frames
-        self.unread: list[tuple[Tensor, list[str]]] = []  # of each update since the last reading: skipped (0. or 1.), this rank's files
+        self.on_device = torch.zeros(
+            len(names) + 1, dtype=torch.float64, device=device
+        )  # the last: replaced frames
+        self.unread: list[
+            tuple[Tensor, list[str]]
+        ] = []  # of each update since the last reading: skipped (0. or 1.), this rank's files
         self.forget()
 
     def forget(self) -> None:
@@ -119,7 +145,12 @@ class Tally:
         flags = torch.stack([skipped for skipped, _ in self.unread])
         values = sum_over_ranks(torch.cat([self.on_device, flags.double()])).tolist()
         count = len(self.names)
-        first, values, replaced, flags = step - len(self.unread) + 1, values[:count], values[count], values[count + 1 :]
+        first, values, replaced, flags = (
+            step - len(self.unread) + 1,
+            values[:count],
+            values[count],
+            values[count + 1 :],
+        )
         bad = {first + place: self.unread[place][1] for place, flag in enumerate(flags) if flag}
         self.unread = []
         self.on_device.zero_()
@@ -132,8 +163,10 @@ class Tally:
         for place, flag in enumerate(flags):
             self.streak = self.streak + 1 if flag else 0
             if self.streak >= max_bad_steps:
-                raise UserError(f"{self.streak} updates in a row without a finite loss and gradient, up to update {first + place}: lower --lr, "
-                                f"or try --amp bf16; their files are in {run.folder / 'nonfinite.jsonl'}")  # fmt: skip
+                raise UserError(
+                    f"{self.streak} updates in a row without a finite loss and gradient, up to update {first + place}: lower --lr, "
+                    f"or try --amp bf16; their files are in {run.folder / 'nonfinite.jsonl'}"
+                )
 
     def means(self, part: str) -> dict[str, float]:
         """Means per update that was not skipped, the number of skipped ones and of replaced frames; part: "epoch", or "line", which
@@ -142,11 +175,16 @@ class Tally:
         used = max(sums["shares"], 1)
         if part == "line":
             self.sums[part] = dict.fromkeys(sums, 0.0)
-        return {name: sums[name] / used for name in self.names} | {name: int(sums[name]) for name in ("skipped", "replaced")}
+        return {name: sums[name] / used for name in self.names} | {
+            name: int(sums[name]) for name in ("skipped", "replaced")
+        }
 
     def state(self) -> dict:
         """What a checkpoint keeps of it, after `read`."""
-        return {"sums": {part: dict(sums) for part, sums in self.sums.items()}, "streak": self.streak}
+        return {
+            "sums": {part: dict(sums) for part, sums in self.sums.items()},
+            "streak": self.streak,
+        }
 
     def load_state(self, state: dict | None) -> None:
         """Go on from `state()`; None: from a file that has none."""
@@ -165,10 +203,15 @@ class Run:
     def __init__(self, args, suffix: str = ""):
         """suffix: follows --save_prefix in the names of all files. Nothing is written before `begin`."""
         self.args, self.folder, self.prefix = args, Path(args.output_dir), args.save_prefix + suffix
-        self.checkpoint, self.best = self.folder / f"{self.prefix}.pth", self.folder / f"{self.prefix}_best.pth"
+        self.checkpoint, self.best = (
+            self.folder / f"{self.prefix}.pth",
+            self.folder / f"{self.prefix}_best.pth",
+        )
         self.marker = self.folder / f"{self.prefix}.PREEMPTED"
         self.first = None  # step and time of the first progress line, for the ETA
-        self.said = self.epoch_said = time.monotonic()  # when progress, and the results of an epoch, were last printed
+        self.said = self.epoch_said = (
+            time.monotonic()
+        )  # when progress, and the results of an epoch, were last printed
         self.unreadable: dict[str, str] = {}
         self.damaged: dict[str, str] = {}  # files that are read, but with many frames replaced
         self.board, self.purge = None, None
@@ -197,9 +240,14 @@ class Run:
                     replace_text(log, "".join(kept)) if kept != lines else None
                 elif log.exists():
                     checkpoint.set_aside(log, ".before")
-            replace_text(self.folder / f"{self.prefix}_args.json", json.dumps(vars(self.args), indent=2, sort_keys=True) + "\n")
+            replace_text(
+                self.folder / f"{self.prefix}_args.json",
+                json.dumps(vars(self.args), indent=2, sort_keys=True) + "\n",
+            )
         except OSError as error:
-            raise UserError(f"cannot write to {self.folder} ({error.strerror}): make room, or give another --output_dir") from error
+            raise UserError(
+                f"cannot write to {self.folder} ({error.strerror}): make room, or give another --output_dir"
+            ) from error
         self.purge = step + 1 if step else None
 
     @contextlib.contextmanager
@@ -216,7 +264,11 @@ class Run:
         from torch.utils.tensorboard import SummaryWriter
 
         with self.writing("to TensorBoard"):
-            board, self.board = self.board or SummaryWriter(str(self.folder / "tb" / self.prefix), purge_step=self.purge), None
+            board, self.board = (
+                self.board
+                or SummaryWriter(str(self.folder / "tb" / self.prefix), purge_step=self.purge),
+                None,
+            )
             yield board
             self.board = board
 
@@ -230,12 +282,25 @@ class Run:
         """List skipped updates {number: this rank's files} with the files of all ranks. A collective call."""
         shares = gather_objects(bad)
         if rank() == 0:
-            with self.writing("nonfinite.jsonl"), open(self.folder / "nonfinite.jsonl", "a") as file:
+            with (
+                self.writing("nonfinite.jsonl"),
+                open(self.folder / "nonfinite.jsonl", "a") as file,
+            ):
                 for step in bad:
                     files = [path for share in shares for path in share[step]]
-                    file.write(json.dumps({"run": self.prefix, "update": step, "files": files}) + "\n")
+                    file.write(
+                        json.dumps({"run": self.prefix, "update": step, "files": files}) + "\n"
+                    )
 
-    def progress(self, step: int, plan: Plan, values: dict[str, float], clips: int, clock: StallClock, device: torch.device) -> None:
+    def progress(
+        self,
+        step: int,
+        plan: Plan,
+        values: dict[str, float],
+        clips: int,
+        clock: StallClock,
+        device: torch.device,
+    ) -> None:
         """One progress line and the same numbers in TensorBoard. A terminal's line is overwritten, a file's is not.
 
         clips: how many went through all processes since the last call.
@@ -247,15 +312,25 @@ class Run:
         self.first = self.first or (step, time.time())
         done, elapsed = step - self.first[0], time.time() - self.first[1]
         left = timedelta(seconds=int(elapsed / done * (plan.total_steps - step))) if done else "?"
-        values = {name: value for name, value in values.items() if name not in ("skipped", "replaced") or value}
+        values = {
+            name: value
+            for name, value in values.items()
+            if name not in ("skipped", "replaced") or value
+        }
         speed, memory = clips / max(seconds, 1e-9), memory_gib(device)
         each, peak = speed / world_size(), peak_flops(device)
-        rates = {"clips_per_second": speed, "tflops": each * plan.flops / 1e12, "data_wait": waited, "memory_gib": memory}
+        rates = {
+            "clips_per_second": speed,
+            "tflops": each * plan.flops / 1e12,
+            "data_wait": waited,
+            "memory_gib": memory,
+        }
         rates |= {"mfu": each * plan.flops / peak} if peak else {}
         line = (
             f"epoch {step / plan.steps_per_epoch:.2f}  update {step}/{plan.total_steps}  "
             + "  ".join(f"{name} {value:.4g}" for name, value in values.items())
-            + f"  {speed:.1f} clips/s ({each:.1f} per device, {rates['tflops']:.3g} TFLOP/s" + (f", mfu {rates['mfu']:.1%})" if peak else ")")
+            + f"  {speed:.1f} clips/s ({each:.1f} per device, {rates['tflops']:.3g} TFLOP/s"
+            + (f", mfu {rates['mfu']:.1%})" if peak else ")")
             + f"  data wait {waited:.0%}  mem {memory:.2f} GiB  eta {left}"
         )
         show_progress(line)
@@ -281,7 +356,9 @@ class Run:
         with self.writing(log.name), open(log, "a+b") as file:
             if file.tell():
                 file.seek(-1, os.SEEK_END)
-                file.write(b"" if file.read() == b"\n" else b"\n")  # after a line that found no room
+                file.write(
+                    b"" if file.read() == b"\n" else b"\n"
+                )  # after a line that found no room
             file.write(json.dumps(record).encode() + b"\n")
         with self.showing() as board:
             for name, value in record.items():
@@ -292,7 +369,9 @@ class Run:
     def picture(self, name: str, image: Tensor, epoch: int, numbered: bool = True) -> None:
         """Save a picture (3, H, W) uint8 as {prefix}_{name}[_{epoch}].png and show it in TensorBoard."""
         if rank() == 0:
-            file = f"{self.prefix}_{name}_{epoch:05d}.png" if numbered else f"{self.prefix}_{name}.png"
+            file = (
+                f"{self.prefix}_{name}_{epoch:05d}.png" if numbered else f"{self.prefix}_{name}.png"
+            )
             with self.writing(file):
                 Image.fromarray(image.permute(1, 2, 0).numpy()).save(self.folder / file)
             with self.showing() as board:
@@ -316,8 +395,13 @@ class Run:
         path, reason = next(iter(self.unreadable.items()))
         tail = f"for example {path}: {reason}; all in {self.folder / 'bad_videos.csv'}"
         if batch["clips"] is None:
-            raise UserError(f"no readable file found in {len(batch['bad'])} tries, {tail}", this_rank_only=True)
-        raise UserError(f"{len(self.unreadable)} files cannot be read, more than --max_bad_frac allows, {tail}", this_rank_only=True)
+            raise UserError(
+                f"no readable file found in {len(batch['bad'])} tries, {tail}", this_rank_only=True
+            )
+        raise UserError(
+            f"{len(self.unreadable)} files cannot be read, more than --max_bad_frac allows, {tail}",
+            this_rank_only=True,
+        )
 
     def gather_unreadable(self) -> int:
         """Put all ranks' unreadable videos together (a collective call), list the new ones, return how many there are. Damaged ones
@@ -365,8 +449,12 @@ def replace_text(path: Path, text: str) -> None:
 
 def say_versions() -> None:
     """Print one line with the versions and the git revision that this run uses."""
-    packages = ", ".join(f"{name} {installed(name)}" for name in ("torch", "torchvision", "av", "decord"))
-    print0(f"st-mae {__version__} (revision {revision()}), python {platform.python_version()}, {packages}")
+    packages = ", ".join(
+        f"{name} {installed(name)}" for name in ("torch", "torchvision", "av", "decord")
+    )
+    print0(
+        f"st-mae {__version__} (revision {revision()}), python {platform.python_version()}, {packages}"
+    )
 
 
 def revision() -> str:
