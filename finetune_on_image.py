@@ -1,48 +1,62 @@
-"""Finetune a pretrained video encoder to classify images, each shown as a static clip; evaluate it.
+"""Finetune a pretrained video encoder to classify images, each as a static clip; evaluate it.
 
-one process       python finetune_on_image.py --train_data_path TRAIN --val_data_path VAL --finetune runs/a/PREFIX.pth --num_classes 1000
-one machine       torchrun --standalone --nproc_per_node 8 finetune_on_image.py --train_data_path TRAIN --val_data_path VAL ...
-smoke test (CPU)  python finetune_on_image.py --train_data_path samples/images/train --val_data_path samples/images/val --num_classes 10
-                  --model vit_micro_patch16 --img_size 32 --num_frames 4 --max_steps 4 --batch_size_per_gpu 4
+one process    python finetune_on_image.py --train_data_path TRAIN --val_data_path VAL
+               --finetune runs/a/PREFIX.pth --num_classes 1000
+one machine    torchrun --standalone --nproc_per_node 8 finetune_on_image.py
+               --train_data_path TRAIN --val_data_path VAL ...
+smoke test     python finetune_on_image.py --train_data_path samples/images/train
+               --val_data_path samples/images/val --num_classes 10 --model vit_micro_patch16
+               --img_size 32 --num_frames 4 --max_steps 4 --batch_size_per_gpu 4
 
-The same command continues an interrupted run (--resume auto).
+The same command resumes an interrupted run (--resume auto). More: docs/finetuning.md.
 """
 
+import argparse
 from pathlib import Path
+from typing import NamedTuple
 
 import engine_finetune
-from data.index import (
+from data.datasets import SUBSTITUTES, ImageDataset
+from data.loader import WorkerSettings, eval_loader, train_loader
+from data.manifest import (
     IMAGE_EXTENSIONS,
     check_classes,
-    class_names,
-    class_numbers,
-    find_labelled,
+    class_indices,
+    find_labeled,
     keep_stratified,
     write_classes,
 )
-from data.loaders import SUBSTITUTES, ImageDataset, eval_feed, train_feed
-from data.transforms import IMAGE_MEAN, IMAGE_STD, image_transform
-from engine_finetune import Task
+from data.samplers import EpochSampler
+from data.transforms import image_transform
+from engine_finetune import EvalData, TrainData
 from util import args as flags
 from util import dist
 from util.cli import fraction
-from util.dist import UserError, print0
-from util.saver import digest
+from util.dist import DistEnv, UserError, print0
+from util.pixels import IMAGE_MEAN, IMAGE_STD
+from util.train_state import dataset_fingerprint
+
+
+class Split(NamedTuple):
+    """Paths and labels of the training or validation images."""
+
+    paths: list[str]
+    labels: list[int]  # class indices
 
 
 def get_parser() -> flags.ScriptParser:
-    """The flags of this script."""
+    """Return the parser of this script's flags."""
     parser = flags.ScriptParser(__doc__, retired=("--bias_wd",))
     model = flags.add_model(parser, model="vit_large_patch16", num_frames=32)
     model.add_argument(
         "--static_clip",
         choices=("exact", "folded"),
         default="exact",
-        help="repeat the image, or embed it once by weights summed over time: same result, less work (default: exact)",
+        help="repeat the image, or embed it once by weights summed over time: "
+        "same result, less work (default: exact)",
     )
-    flags.add_classifier(
-        model, flags.add_optimisation(parser, epochs=50, batch_size=64), smoothing=0.0
-    )
+    optimization = flags.add_optimization(parser, epochs=50, batch_size=64)
+    flags.add_classifier(model, optimization, smoothing=0.0)
     group = parser.add_argument_group("data (changes results)")
     group.add_argument(
         "--train_data_path", default="", help="training images, one subfolder per class"
@@ -60,89 +74,106 @@ def get_parser() -> flags.ScriptParser:
     return parser
 
 
-def list_images(
-    args, known: dict | None
-) -> tuple[tuple[list[str], list[int]], tuple[list[str], list[int]], list[str]]:
-    """Training and validation images (paths, class numbers) and the class names; call on one rank.
+def labeled_images(folder: str, flag: str) -> tuple[list[str], list[str]]:
+    """Return paths and class names of the images below a folder. Raises UserError."""
+    if not folder:
+        raise UserError(f"no images given: {flag} FOLDER with one subfolder per class")
+    return find_labeled(folder, IMAGE_EXTENSIONS, flag)
 
-    known: the config of the checkpoint that the run goes on from or evaluates, whose classes stay valid.
+
+def list_images(args: argparse.Namespace, saved: dict | None) -> tuple[Split, Split, list[str]]:
+    """Return training images, validation images and the class names. Call on one rank.
+
+    saved: the config of the checkpoint that is evaluated or resumed; its classes are kept.
     """
-    for flag, folder in (
-        ("--val_data_path", args.val_data_path),
-        ("--train_data_path", args.train_data_path),
-    ):
-        if not folder and not (
-            (args.eval or args.extract_features) and flag == "--train_data_path"
-        ):
-            raise UserError(f"no images given: {flag} FOLDER with one subfolder per class")
-    val = find_labelled(args.val_data_path, IMAGE_EXTENSIONS, "--val_data_path")
-    if args.eval or args.extract_features:
-        classes = known["classes"] if known else class_names(val[1])
-        return ([], []), (val[0], class_numbers(val[1], classes, args.val_data_path)), classes
-    paths, labels = find_labelled(args.train_data_path, IMAGE_EXTENSIONS, "--train_data_path")
-    classes = check_classes(labels, val[1], args.num_classes, args.val_data_path)
-    write_classes(Path(args.output_dir, f"{args.save_prefix}_classes.json"), classes)
-    numbers = class_numbers(labels, classes, args.train_data_path)
-    kept = keep_stratified(numbers, args.frac_retained, args.seed)
-    if len(kept) < len(paths):
-        print0(
-            f"--frac_retained {args.frac_retained}: {len(kept)} of {len(paths)} images, at least one of each class"
-        )
-    train = [paths[place] for place in kept], [numbers[place] for place in kept]
-    return train, (val[0], class_numbers(val[1], classes, args.val_data_path)), classes
+    val_paths, val_names = labeled_images(args.val_data_path, "--val_data_path")
+    if args.eval:
+        assert saved is not None  # --eval has found a checkpoint
+        classes = saved["classes"]
+        train = Split([], [])
+    else:
+        paths, names = labeled_images(args.train_data_path, "--train_data_path")
+        classes = check_classes(names, val_names, args.num_classes, args.val_data_path)
+        write_classes(Path(args.output_dir, f"{args.save_prefix}_classes.json"), classes)
+        labels = class_indices(names, classes, args.train_data_path)
+        train = keep_part(Split(paths, labels), args.frac_retained, args.seed)
+    val = Split(val_paths, class_indices(val_names, classes, args.val_data_path))
+    return train, val, classes
 
 
-def build_task(args, place: dist.Place, train, val, classes: list[str]) -> Task:
-    """Loaders of the training and validation images."""
-    views = ImageDataset(
-        paths=val[0],
-        labels=val[1],
-        transform=image_transform(args.img_size, train=False),
-        seed=0,
-        substitutes=0,
-    )
-    still_frames = args.num_frames if args.static_clip == "exact" else 1
-    task = Task(
-        classes,
-        val[0],
-        eval_feed(views, args.batch_size_per_gpu, args, place),
-        1,
-        val[1],
-        still_frames,
-    )
-    if args.eval or args.extract_features:
-        return task
-    transform = image_transform(args.img_size, True, args.flip, flags.augmentation(args))
+def keep_part(train: Split, share: float, seed: int) -> Split:
+    """Return a random part of each class, at least one image of each (--frac_retained)."""
+    kept = keep_stratified(train.labels, share, seed)
+    count = len(train.paths)
+    if len(kept) < count:
+        print0(f"--frac_retained {share}: {len(kept)} of {count} images, at least one per class")
+    return Split([train.paths[i] for i in kept], [train.labels[i] for i in kept])
+
+
+def worker_settings(args: argparse.Namespace) -> WorkerSettings:
+    """Return how loader workers read files."""
+    quarantine = Path(args.output_dir, "quarantine.csv")
+    return WorkerSettings(args.num_workers, args.pin_mem, args.read_timeout, quarantine)
+
+
+def build_eval_data(
+    args: argparse.Namespace, env: DistEnv, val: Split, classes: list[str]
+) -> EvalData:
+    """Return the validation images."""
+    transform = image_transform(args.img_size, train=False)
     dataset = ImageDataset(
-        paths=train[0],
-        labels=train[1],
-        transform=transform,
+        paths=val.paths, labels=val.labels, transform=transform, seed=0, substitutes=0
+    )
+    batches = eval_loader(dataset, args.batch_size_per_gpu, worker_settings(args), env)
+    still_frames = args.num_frames if args.static_clip == "exact" else 1
+    return EvalData(classes, val.paths, batches, views=1, still_frames=still_frames)
+
+
+def build_train_data(args: argparse.Namespace, env: DistEnv, train: Split) -> TrainData | None:
+    """Return the training images, or None with --eval."""
+    if args.eval:
+        return None
+    sampler = EpochSampler(
+        len(train.paths),
+        batch_size=args.batch_size_per_gpu,
+        accum_iter=args.accum_iter,
+        env=env,
+        seed=args.seed,
+    )
+    total_steps = flags.total_steps(args, sampler.updates_per_epoch)
+    dataset = ImageDataset(
+        paths=train.paths,
+        labels=train.labels,
+        transform=image_transform(args.img_size, True, args.flip, flags.augmentation(args)),
         seed=args.seed,
         substitutes=SUBSTITUTES,
     )
-    updates_per_epoch, train_batches = train_feed(dataset, args, place)
-    return task._replace(
-        data=digest(*train), updates_per_epoch=updates_per_epoch, train_batches=train_batches
+    return TrainData(
+        fingerprint=dataset_fingerprint(train.paths, train.labels),
+        updates_per_epoch=sampler.updates_per_epoch,
+        batches=train_loader(dataset, sampler, total_steps, worker_settings(args), env.device),
     )
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the script on a command line (sys.argv by default). Raises UserError for bad input."""
+    """Run the script on a command line (default: sys.argv). Raises UserError for bad input."""
     args = flags.parse(get_parser(), argv)
-    place, path, known = engine_finetune.prepare(args)
-    train, val, classes = dist.on_rank0(lambda: list_images(args, known))
+    env, path, saved = engine_finetune.setup(args)
+    train, val, classes = dist.on_rank0(lambda: list_images(args, saved))
     print0(
-        f"{len(train[0])} images to train on, {len(val[0])} to validate on, {len(classes)} classes"
+        f"{len(train.paths)} images to train on, {len(val.paths)} to validate on, "
+        f"{len(classes)} classes"
     )
-    model = engine_finetune.build_model(args, place.device, known)
+    model = engine_finetune.build_model(args, env, saved)
+    train_data = build_train_data(args, env, train)
+    eval_data = build_eval_data(args, env, val, classes)
     config = model.config | {
         "model": args.model,
         "mean": IMAGE_MEAN,
         "std": IMAGE_STD,
         "classes": classes,
     }
-    task = build_task(args, place, train, val, classes)
-    engine_finetune.work(args, place, model, config, task, path)
+    engine_finetune.run(args, env, model, config, (train_data, eval_data), path)
 
 
 if __name__ == "__main__":

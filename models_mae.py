@@ -1,7 +1,9 @@
-"""Spatiotemporal masked autoencoder: the encoder sees few tubelets of a clip, a small decoder predicts the hidden ones.
+"""Spatiotemporal masked autoencoder.
 
-Shapes as in models_vit.py, and: V visible and K hidden tokens (V + K = L), E decoder width, u = t * pred_t_dim / T
-predicted frames per tubelet, P = u * p * p * C values per token, ordered (frame, row, column, colour).
+The encoder sees a few tubelets of a clip, and a small decoder predicts the pixels of the hidden
+ones. Shapes as in models_vit.py, and: V visible and K hidden tokens (V + K = L), E decoder width,
+u = t * pred_t_dim / T predicted frames per tubelet, P = u * p * p * C values per token, in the
+order (frame, row, column, color).
 
 Feichtenhofer et al. 2022, arXiv 2205.09113; He et al. 2021, arXiv 2111.06377.
 """
@@ -9,53 +11,72 @@ Feichtenhofer et al. 2022, arXiv 2205.09113; He et al. 2021, arXiv 2111.06377.
 import torch
 from torch import Tensor, nn
 
-from models_vit import Block, VideoEncoder, block_flops, tubelets
+from models_vit import Block, VideoEncoder, block_flops, patchify, prepend_token
 
 MASK_TYPES = ("random", "tube", "temporal", "boundary")
 
 
-def split_tokens(
+def make_mask(
     noise: Tensor, grid: tuple[int, int, int], mask_ratio: float, mask_type: str
 ) -> tuple[Tensor, Tensor]:
-    """Which tokens stay and which are hidden: token numbers (B, V) and (B, K), each in token order.
+    """Return the indices of the visible tokens (B, V) and the hidden ones (B, K), in token order.
 
-    noise (B, L) float32 decides for `random`: the smallest stay. `tube` sorts its first h*w columns and keeps the same
-    places in every tubelet; `temporal` keeps the earliest tokens, `boundary` the first and the last ones.
-    int(n * (1 - mask_ratio)) of n stay. Raises ValueError if that is none, or for an unknown type.
+    MAE's random masking, and three other types. noise: (B, L) float32; grid: (t', h, w).
+    int(n * (1 - mask_ratio)) of n tokens stay visible:
+
+    * random: those with the smallest noise
+    * tube: the same positions in every tubelet, by the noise of the first h * w tokens
+    * temporal: the first tokens (predict the future)
+    * boundary: the first and last tokens (interpolate)
+
+    Raises ValueError for an unknown type, and for a ratio that leaves no token visible or hidden.
     """
     b, n = noise.shape
-    t, space = grid[0], grid[1] * grid[2]
+    grid_t, h, w = grid
     order = torch.arange(n, device=noise.device)
     if mask_type == "tube":
-        n, noise = space, noise[:, :space]
+        n = h * w
+        noise = noise[:, :n]
     elif mask_type == "temporal":
         noise = order.expand(b, n)
     elif mask_type == "boundary":
         noise = torch.minimum(order, n - 1 - order).expand(b, n)
     elif mask_type != "random":
-        raise ValueError(f"unknown mask type {mask_type!r}: choose one of {', '.join(MASK_TYPES)}")
+        raise ValueError(f"unknown mask type {mask_type!r}. Choose one of {', '.join(MASK_TYPES)}.")
     keep = int(n * (1 - mask_ratio))
     if not 0 < mask_ratio < 1 or not keep:
         raise ValueError(
-            f"mask_ratio {mask_ratio} keeps {keep} of {n} tokens: it must lie in (0, 1) and leave at least one"
+            f"mask_ratio {mask_ratio} keeps {keep} of {n} tokens. "
+            "Choose one between 0 and 1 that keeps at least one token."
         )
     ranked = noise.argsort(dim=1, stable=True)
-    visible, hidden = ranked[:, :keep].sort(dim=1).values, ranked[:, keep:].sort(dim=1).values
+    visible = ranked[:, :keep].sort(dim=1).values
+    hidden = ranked[:, keep:].sort(dim=1).values
     if mask_type == "tube":
-        start = (torch.arange(t, device=noise.device) * space)[:, None]  # (t', 1)
-        visible, hidden = ((start + ids[:, None]).flatten(1) for ids in (visible, hidden))
+        first_token = torch.arange(grid_t, device=noise.device)[:, None] * (h * w)  # (t', 1)
+        visible = (first_token + visible[:, None]).flatten(1)
+        hidden = (first_token + hidden[:, None]).flatten(1)
     return visible, hidden
 
 
-def untubelets(tokens: Tensor, grid: tuple[int, int, int], u: int, p: int) -> Tensor:
-    """Tokens (B, L, P) back to frames (B, C, t' * u, H, W)."""
+def unpatchify(tokens: Tensor, grid: tuple[int, int, int], u: int, p: int) -> Tensor:
+    """Return frames (B, C, t' * u, H, W) from the pixels of all tokens (B, L, P)."""
     t, h, w = grid
     x = tokens.view(len(tokens), t, h, w, u, p, p, 3)
     return x.permute(0, 7, 1, 4, 2, 5, 3, 6).reshape(len(tokens), 3, t * u, h * p, w * p)
 
 
+def hidden_mask(visible: Tensor, num_tokens: int) -> Tensor:
+    """Return the mask (B, L) bool, True = hidden, for the indices of visible tokens (B, V)."""
+    mask = torch.ones(len(visible), num_tokens, dtype=torch.bool, device=visible.device)
+    return mask.scatter_(1, visible, False)
+
+
 class MaskedAutoencoderViT(VideoEncoder):
-    """The encoder, plus a narrow decoder that reconstructs the pixels of the hidden tokens."""
+    """The encoder, and a narrow decoder that reconstructs the pixels of the hidden tokens.
+
+    Raises ValueError for sizes that do not fit each other.
+    """
 
     def __init__(
         self,
@@ -95,8 +116,9 @@ class MaskedAutoencoderViT(VideoEncoder):
         )
         if pred_t_dim < 1 or (t_patch_size * pred_t_dim) % num_frames:
             raise ValueError(
-                f"pred_t_dim {pred_t_dim} does not fit num_frames {num_frames} and t_patch_size {t_patch_size}: "
-                f"t_patch_size * pred_t_dim / num_frames must be a whole number of frames per tubelet"
+                f"pred_t_dim {pred_t_dim} does not fit num_frames {num_frames} and "
+                f"t_patch_size {t_patch_size}. Make t_patch_size * pred_t_dim / num_frames "
+                "a whole number of frames per tubelet."
             )
         self.config |= {
             "decoder_embed_dim": decoder_embed_dim,
@@ -105,124 +127,162 @@ class MaskedAutoencoderViT(VideoEncoder):
             "pred_t_dim": pred_t_dim,
             "norm_pix_loss": norm_pix_loss,
         }
-        self.norm_pix_loss, self.pred_t_dim = norm_pix_loss, pred_t_dim
-        self.u = t_patch_size * pred_t_dim // num_frames
-
-        if cls_embed:
-            self.decoder_cls_token = nn.Parameter(torch.zeros(1, 1, decoder_embed_dim))
-        for name in [name for name in self._parameters if name.startswith("pos_embed")]:
-            self.register_parameter(
-                name, self._parameters.pop(name)
-            )  # optimizer states index parameters in this order
-        self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_embed_dim))
-        self.add_positions("decoder_", decoder_embed_dim)
-        self.decoder_embed = nn.Linear(embed_dim, decoder_embed_dim)
-        self.decoder_blocks = nn.ModuleList(
-            Block(decoder_embed_dim, decoder_num_heads, mlp_ratio, not no_qkv_bias, attn)
-            for _ in range(decoder_depth)
-        )
-        self.decoder_norm = nn.LayerNorm(decoder_embed_dim, eps=1e-6)
-        self.decoder_pred = nn.Linear(decoder_embed_dim, self.u * patch_size * patch_size * 3)
+        self.norm_pix_loss = norm_pix_loss
+        self.pred_t_dim = pred_t_dim
+        self.pred_frames_per_tubelet = t_patch_size * pred_t_dim // num_frames
+        self.add_decoder(attn)
         self.init_weights(trunc_init)
 
+    def add_decoder(self, attn: str) -> None:
+        """Register the modules and parameters of the decoder that `config` describes.
+
+        Optimizer states index parameters in the order of registration: do not change it.
+        """
+        c = self.config
+        width = c["decoder_embed_dim"]
+        if self.cls_embed:
+            self.decoder_cls_token = nn.Parameter(torch.zeros(1, 1, width))
+        positions = [name for name in self._parameters if name.startswith("pos_embed")]
+        for name in positions:  # move them behind decoder_cls_token
+            self.register_parameter(name, self._parameters.pop(name))
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.add_positions("decoder_", width)
+        self.decoder_embed = nn.Linear(c["embed_dim"], width)
+        num_heads = c["decoder_num_heads"]
+        qkv_bias = not c["no_qkv_bias"]
+        self.decoder_blocks = nn.ModuleList(
+            Block(width, num_heads, c["mlp_ratio"], qkv_bias, attn)
+            for _ in range(c["decoder_depth"])
+        )
+        self.decoder_norm = nn.LayerNorm(width, eps=1e-6)
+        num_values = self.pred_frames_per_tubelet * self.patch_size**2 * 3  # P
+        self.decoder_pred = nn.Linear(width, num_values)
+
     def check_mask(self, mask_ratio: float, mask_type: str) -> None:
-        """Raises ValueError for a mask that this model cannot make."""
-        split_tokens(torch.zeros(1, self.num_tokens), self.grid, mask_ratio, mask_type)
+        """Raise ValueError for a mask that this model cannot make."""
+        self.mask_sizes(mask_ratio, mask_type)
+
+    def mask_sizes(self, mask_ratio: float, mask_type: str) -> tuple[int, int]:
+        """Return the numbers of visible and hidden tokens. Raises ValueError as `make_mask`."""
+        noise = torch.zeros(1, self.num_tokens)
+        visible, hidden = make_mask(noise, self.grid, mask_ratio, mask_type)
+        return visible.shape[1], hidden.shape[1]
 
     def flops_per_clip(self, mask_ratio: float, mask_type: str) -> float:
-        """FLOPs of a training step per clip, see `training_flops`: visible tokens in the encoder, hidden ones predicted."""
-        visible, hidden = (
-            ids.shape[1]
-            for ids in split_tokens(
-                torch.zeros(1, self.num_tokens), self.grid, mask_ratio, mask_type
-            )
-        )
-        c, tokens = self.config, self.num_tokens + int(self.cls_embed)
-        decoder = block_flops(tokens, c["decoder_embed_dim"], c["decoder_depth"], c["mlp_ratio"])
-        ends = 6 * (
-            visible * self.decoder_embed.weight.numel() + hidden * self.decoder_pred.weight.numel()
-        )
-        return self.training_flops(visible) + decoder + ends
+        """Return the FLOPs of a training step per clip, see `training_flops`.
+
+        The encoder processes the visible tokens, the decoder all, and only the hidden ones are
+        predicted.
+        """
+        c = self.config
+        visible, hidden = self.mask_sizes(mask_ratio, mask_type)
+        sequence = self.num_tokens + int(self.cls_embed)
+        decoder = block_flops(sequence, c["decoder_embed_dim"], c["decoder_depth"], c["mlp_ratio"])
+        decoder_embed = 6 * visible * self.decoder_embed.weight.numel()
+        decoder_pred = 6 * hidden * self.decoder_pred.weight.numel()
+        return self.training_flops(visible) + decoder + decoder_embed + decoder_pred
 
     def compile_parts(self) -> None:
-        """torch.compile in place: the blocks, and the loss."""
+        """Compile the blocks and the loss in place."""
         super().compile_parts()
-        self.reconstruction_loss = torch.compile(
-            self.reconstruction_loss, fullgraph=True, dynamic=False
-        )
+        compiled = torch.compile(self.reconstruction_loss, fullgraph=True, dynamic=False)
+        self.reconstruction_loss = compiled  # type: ignore[method-assign]
 
     def decode(self, latent: Tensor, visible: Tensor, hidden: Tensor) -> Tensor:
-        """Decoder output of every token, visible ones first: latent (B, [1 +] V, D) -> (B, V + K, E), after the norm.
+        """Return the decoder's output for all tokens, visible ones first: (B, V + K, E).
 
-        The tokens are not put back in place: each carries its position, and attention does not care about order.
+        latent: (B, [1 +] V, D), after the norm; visible, hidden: as `make_mask` returns them. The
+        tokens are not sorted: each one carries its position, and attention ignores the order.
         """
+        first_patch = int(self.cls_embed)
         positions, class_position = self.positions("decoder_")
-        x = self.decoder_embed(latent[:, int(self.cls_embed) :]) + positions[visible]
+        x = self.decoder_embed(latent[:, first_patch:]) + positions[visible]
         masked = self.mask_token + positions[hidden]
         x = torch.cat([x, masked.to(x.dtype)], dim=1)
-        if self.cls_embed:
-            x = torch.cat(
-                [(self.decoder_cls_token + class_position).expand(len(x), -1, -1).to(x.dtype), x],
-                dim=1,
-            )
-        return self.through(self.decoder_blocks, x)[:, int(self.cls_embed) :]
+        if class_position is not None:
+            x = prepend_token(self.decoder_cls_token + class_position, x)
+        return self.run_blocks(self.decoder_blocks, x)[:, first_patch:]
 
     def predict(self, x: Tensor) -> Tensor:
-        """Decoder tokens (B, N, E) -> pixels (B, N, P)."""
+        """Return the pixels (B, N, P) of decoder tokens (B, N, E)."""
         return self.decoder_pred(self.decoder_norm(x))
 
     def target_frames(self, clips: Tensor) -> Tensor:
-        """The frames that are predicted: (B, C, T, H, W) -> (B, C, pred_t_dim, H, W), evenly spread, ends included."""
-        frames = clips.shape[2]
-        if self.pred_t_dim == frames:
+        """Return the frames to predict (B, C, pred_t_dim, H, W) of clips (B, C, T, H, W).
+
+        They are evenly spaced and include the first and the last frame.
+        """
+        num_frames = clips.shape[2]
+        if self.pred_t_dim == num_frames:
             return clips
-        steps = max(self.pred_t_dim - 1, 1)  # floor(i (T - 1) / (pred_t_dim - 1)), in whole numbers
-        index = torch.arange(self.pred_t_dim, device=clips.device) * (frames - 1) // steps
+        # floor(i * (T - 1) / (pred_t_dim - 1)), in integers
+        steps = max(self.pred_t_dim - 1, 1)
+        index = torch.arange(self.pred_t_dim, device=clips.device) * (num_frames - 1) // steps
         return clips.index_select(2, index)
 
-    def targets(self, clips: Tensor, ids: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Pixels to predict (B, N, P) of the tokens `ids`, or of all, with the mean and deviation (B, N, 1) taken out.
+    def patch_targets(
+        self, clips: Tensor, ids: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the pixels to predict (B, N, P), and the mean and std of each patch (B, N, 1).
 
-        Without norm_pix_loss these are the plain pixels, 0 and 1. arXiv 2111.06377, section 3 ("Reconstruction target").
+        ids: indices (B, N) of the tokens; None: all. With norm_pix_loss the pixels are normalized
+        by that mean and std. Without it they are the plain pixels, and mean and std are 0 and 1.
+        arXiv 2111.06377, section 3 ("Reconstruction target").
         """
-        values = tubelets(
-            self.target_frames(clips), self.u, self.patch_size, ids
-        )  # (B, N, C, u, p, p)
-        values = values.permute(0, 1, 3, 4, 5, 2).flatten(2)
+        frames = self.target_frames(clips)
+        values = patchify(frames, self.pred_frames_per_tubelet, self.patch_size, ids)
+        values = values.permute(0, 1, 3, 4, 5, 2).flatten(2)  # (B, N, C, u, p, p) -> (B, N, P)
         values = values.to(torch.promote_types(values.dtype, torch.float32))
         if not self.norm_pix_loss:
             zero = values.new_zeros(1, 1, 1)
             return values, zero, zero + 1
         mean = values.mean(dim=2, keepdim=True)
-        deviation = (values.var(dim=2, keepdim=True) + 1e-6).sqrt()
-        return (values - mean) / deviation, mean, deviation
+        std = (values.var(dim=2, keepdim=True) + 1e-6).sqrt()
+        return (values - mean) / std, mean, std
 
     def reconstruction_loss(self, pred: Tensor, clips: Tensor, hidden: Tensor) -> Tensor:
-        """Mean squared error of pred (B, K, P) over the hidden tokens: a scalar, in float32 at least."""
-        target, _, _ = self.targets(clips, hidden)
-        return (pred.to(target.dtype) - target).square().mean()
+        """Return the mean squared error (scalar) of the hidden tokens' pixels pred (B, K, P).
 
-    def forward(
+        It is computed in float32 or wider.
+        """
+        return self.squared_errors(pred, clips, hidden).mean()
+
+    def squared_errors(self, pred: Tensor, clips: Tensor, hidden: Tensor) -> Tensor:
+        """Return the squared error (B, K, P) of each predicted value of the hidden tokens."""
+        target, _, _ = self.patch_targets(clips, hidden)
+        return (pred.to(target.dtype) - target).square()
+
+    def encode_and_decode(
+        self, clips: Tensor, mask_ratio: float, mask_type: str, noise: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Mask the clips, encode what is visible, and decode all tokens.
+
+        noise: (B, L) float32 for `make_mask`, drawn here if None; in training the data set draws
+        it. Returns decoder tokens (B, V + K, E), and the indices of the visible tokens (B, V) and
+        the hidden ones (B, K).
+        """
+        if noise is None:
+            noise = torch.rand(len(clips), self.num_tokens, device=clips.device)
+        visible, hidden = make_mask(noise, self.grid, mask_ratio, mask_type)
+        latent = self.norm(self.encode(clips, visible))
+        return self.decode(latent, visible, hidden), visible, hidden
+
+    def forward(  # type: ignore[override]  # besides clips it takes a mask
         self,
         clips: Tensor,
         mask_ratio: float = 0.9,
         mask_type: str = "random",
         noise: Tensor | None = None,
-    ):
-        """One pass of masked reconstruction.
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Mask, encode, decode, and compare with the pixels of the hidden tokens.
 
-        clips (B, C, T, H, W) float; noise (B, L) float32, the draw that a random mask sorts (made here if None).
-        Returns loss (scalar), pred (B, K, P) of the hidden tokens in token order, mask (B, L) bool, True = hidden.
+        clips: (B, C, T, H, W) float; noise: see `encode_and_decode`. Returns loss (scalar), pred
+        (B, K, P) of the hidden tokens in token order, and mask (B, L) bool, True = hidden.
         """
-        if noise is None:
-            noise = torch.rand(len(clips), self.num_tokens, device=clips.device)
-        visible, hidden = split_tokens(noise, self.grid, mask_ratio, mask_type)
-        latent = self.norm(self.encode(clips, visible))
-        pred = self.predict(self.decode(latent, visible, hidden)[:, visible.shape[1] :])
-        mask = torch.ones(noise.shape, dtype=torch.bool, device=clips.device).scatter_(
-            1, visible, False
-        )
-        return self.reconstruction_loss(pred, clips, hidden), pred, mask
+        decoded, visible, hidden = self.encode_and_decode(clips, mask_ratio, mask_type, noise)
+        pred = self.predict(decoded[:, visible.shape[1] :])
+        loss = self.reconstruction_loss(pred, clips, hidden)
+        return loss, pred, hidden_mask(visible, self.num_tokens)
 
     @torch.no_grad()
     def reconstruct(
@@ -232,31 +292,22 @@ class MaskedAutoencoderViT(VideoEncoder):
         mask_type: str = "random",
         noise: Tensor | None = None,
         true_statistics: bool = True,
-    ):
-        """Pictures of what the model does: frames (B, C, pred_t_dim, H, W) original, predicted (every token, visible
-        ones too) and hidden (bool, True where the encoder saw nothing).
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return original, predicted and hidden frames, each (B, C, pred_t_dim, H, W).
 
-        With norm_pix_loss each predicted patch gets the true mean and deviation back, or with true_statistics=False stays as
-        it is predicted, with mean 0 and deviation 1.
+        All tokens are predicted, the visible ones too. hidden is bool, True where the encoder saw
+        nothing. With norm_pix_loss the predicted patches get the mean and std of the true patches;
+        true_statistics=False leaves them as predicted, with mean 0 and std 1.
         """
-        if noise is None:
-            noise = torch.rand(len(clips), self.num_tokens, device=clips.device)
-        visible, hidden = split_tokens(noise, self.grid, mask_ratio, mask_type)
-        decoded = self.decode(self.norm(self.encode(clips, visible)), visible, hidden)
-        place = torch.cat([visible, hidden], dim=1).argsort(
-            dim=1
-        )  # where token i stands in the decoder's sequence
-        decoded = decoded.gather(1, place[:, :, None].expand_as(decoded))
+        decoded, visible, hidden = self.encode_and_decode(clips, mask_ratio, mask_type, noise)
+        ids_restore = torch.cat([visible, hidden], dim=1).argsort(dim=1)  # (B, L)
+        decoded = decoded.gather(1, ids_restore[:, :, None].expand_as(decoded))
         pred = self.predict(decoded).float()
         if true_statistics:
-            _, mean, deviation = self.targets(clips)
-            pred = pred * deviation + mean
-        mask = torch.ones(noise.shape, dtype=torch.bool, device=clips.device).scatter_(
-            1, visible, False
-        )
-        mask = mask[:, :, None].expand_as(pred)
-        return (
-            self.target_frames(clips),
-            untubelets(pred, self.grid, self.u, self.patch_size),
-            untubelets(mask, self.grid, self.u, self.patch_size),
-        )
+            _, mean, std = self.patch_targets(clips)
+            pred = pred * std + mean
+        mask = hidden_mask(visible, self.num_tokens)[:, :, None].expand_as(pred)
+        u = self.pred_frames_per_tubelet
+        p = self.patch_size
+        predicted = unpatchify(pred, self.grid, u, p)
+        return self.target_frames(clips), predicted, unpatchify(mask, self.grid, u, p)

@@ -1,15 +1,19 @@
-"""Video vision transformer: tubelet embedding, attention, blocks, the encoder trunk, and the classifier on top of it.
+"""Video vision transformer: tubelet embedding, attention, blocks, the encoder, and a classifier.
 
-Shapes: B clips, C colours (3), T frames, H = W pixels; t, p = tubelet length (frames) and patch side (pixels);
-L = T/t * H/p * W/p tokens (time, then rows, then columns), N tokens in a sequence, D width, A attention heads, K = D/A.
+Shapes: B clips, C colors (3), T frames, H = W pixels; t, p = tubelet length (frames) and patch side
+(pixels); t' = T/t, h = H/p, w = W/p; L = t' * h * w tokens (time, then rows, then columns),
+N tokens in a sequence, D width, A attention heads, K = D/A.
 
-    encoder = VideoEncoder(img_size=224, num_frames=16, t_patch_size=2, **named_size("vit_large_patch16"))
+    encoder = VideoEncoder(
+        img_size=224, num_frames=16, t_patch_size=2, **named_size("vit_large_patch16")
+    )
     tokens = encoder.encode(clips)  # (B, 1 + L, D)
 
 Feichtenhofer et al. 2022, "Masked Autoencoders As Spatiotemporal Learners", arXiv 2205.09113.
 """
 
 import re
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +26,7 @@ try:  # optional: needs CUDA to build
 except ImportError:
     flash_attn_qkvpacked_func = None
 
-SIZES = {  # name: (width, depth, heads); the head counts are part of the weights' meaning
+SIZES = {  # name: (width, depth, heads); weights are only valid with their number of heads
     "micro": (64, 2, 2),
     "tiny": (192, 12, 3),
     "small": (384, 12, 6),
@@ -31,7 +35,7 @@ SIZES = {  # name: (width, depth, heads); the head counts are part of the weight
     "huge": (1280, 32, 16),
 }
 
-ATTENTION = {  # --attn: which kernels PyTorch may use, first choice first
+SDPA_BACKENDS = {  # --attn: the kernels that PyTorch may use, in order of priority
     "sdpa": [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH],
     "cudnn": [SDPBackend.CUDNN_ATTENTION],
     "math": [SDPBackend.MATH],
@@ -39,15 +43,17 @@ ATTENTION = {  # --attn: which kernels PyTorch may use, first choice first
 
 
 def named_size(name: str, patch_size: int | None = None) -> dict[str, int]:
-    """Constructor arguments of a model name such as "vit_large_patch16" or "mae_vit_tiny_patch16".
+    """Return the constructor arguments of a model name such as "vit_large_patch16".
 
-    patch_size overrides the one in the name. Raises ValueError, with the known names, for an unknown one.
+    "mae_vit_large_patch16" gives the same. patch_size overrides the one in the name. Raises
+    ValueError, with the known names, for an unknown one.
     """
     match = re.fullmatch(rf"(?:mae_)?vit_({'|'.join(SIZES)})_patch(14|16)", name)
     if not match or (match[2] == "14" and match[1] != "huge"):
         known = [f"vit_{size}_patch16" for size in SIZES] + ["vit_huge_patch14"]
         raise ValueError(
-            f"unknown model {name!r}: choose one of {', '.join(known)} (with mae_ in front for pretraining)"
+            f"unknown model {name!r}. Choose one of {', '.join(known)} "
+            "(with the prefix mae_ for pretraining)."
         )
     embed_dim, depth, num_heads = SIZES[match[1]]
     return {
@@ -58,72 +64,94 @@ def named_size(name: str, patch_size: int | None = None) -> dict[str, int]:
     }
 
 
-def choose_attention(attn: str, device: str, dtype: torch.dtype, head_dim: int) -> tuple[str, str]:
-    """Which attention runs for tensors of this kind, and why: ("flash_attn" or a key of ATTENTION, reason).
+def flash_attn_obstacle(device_type: str, dtype: torch.dtype, head_dim: int) -> str | None:
+    """Return why the flash-attn package cannot run for such tensors, or None if it can."""
+    if flash_attn_qkvpacked_func is None:
+        return "the flash-attn package is not installed"
+    if device_type != "cuda":
+        return f"the flash-attn package needs CUDA, not {device_type}"
+    if dtype not in (torch.float16, torch.bfloat16):
+        return f"the flash-attn package needs float16 or bfloat16, not {dtype}"
+    if head_dim > 256 or head_dim % 8:
+        return f"the flash-attn package needs head widths up to 256 in steps of 8, not {head_dim}"
+    return None
 
-    Raises ValueError for an unknown name, or for "flash_attn" where the package or the tensors do not allow it.
+
+def choose_attention(
+    attn: str, device_type: str, dtype: torch.dtype, head_dim: int
+) -> tuple[str, str]:
+    """Return the attention kernel for such tensors, and the reason for the choice.
+
+    The kernel is "flash_attn" (the flash-attn package) or a key of SDPA_BACKENDS. Raises
+    ValueError for an unknown name, and for "flash_attn" where it cannot run.
     """
-    if attn not in ("auto", "flash_attn", *ATTENTION):
-        raise ValueError(
-            f"unknown attention {attn!r}: choose one of auto, flash_attn, {', '.join(ATTENTION)}"
-        )
-    if attn in ATTENTION:
-        return attn, "as asked"
-    obstacle = (
-        "the flash-attn package is not installed"
-        if flash_attn_qkvpacked_func is None
-        else f"the flash-attn package needs CUDA, not {device}"
-        if device != "cuda"
-        else f"the flash-attn package needs float16 or bfloat16, not {dtype}"
-        if dtype not in (torch.float16, torch.bfloat16)
-        else f"the flash-attn package takes head widths up to 256 in steps of 8, not {head_dim}"
-        if head_dim > 256 or head_dim % 8
-        else None
-    )
+    if attn not in ("auto", "flash_attn", *SDPA_BACKENDS):
+        known = ", ".join(SDPA_BACKENDS)
+        raise ValueError(f"unknown attention {attn!r}. Choose one of auto, flash_attn, {known}.")
+    if attn in SDPA_BACKENDS:
+        return attn, "as requested"
+    obstacle = flash_attn_obstacle(device_type, dtype, head_dim)
     if obstacle is None:
-        return "flash_attn", "the flash-attn package is installed and takes these tensors"
-    if attn == "flash_attn":
-        cure = (
-            "pip install --no-build-isolation -r requirements-flash.txt, or "
-            if flash_attn_qkvpacked_func is None
-            else ""
-        )
-        raise ValueError(
-            f"attention 'flash_attn' cannot run: {obstacle}; {cure}use --attn auto or sdpa"
-        )
-    return "sdpa", f"PyTorch's own FlashAttention-2: {obstacle}"
+        return "flash_attn", "the flash-attn package is installed and supports these tensors"
+    if attn == "auto":
+        return "sdpa", f"PyTorch's own FlashAttention-2: {obstacle}"
+    cure = "Use --attn auto or sdpa."
+    if flash_attn_qkvpacked_func is None:
+        install = "pip install --no-build-isolation -r requirements-flash.txt"
+        cure = f"Install it ({install}), or use --attn auto or sdpa."
+    raise ValueError(f"attention 'flash_attn' cannot run: {obstacle}. {cure}")
 
 
-def attend(qkv: Tensor, attn: str) -> Tensor:
-    """softmax(q k^T / sqrt(K)) v. qkv (B, N, 3, A, K) -> (B, N, A, K)."""
-    kernel, _ = choose_attention(attn, qkv.device.type, qkv.dtype, qkv.shape[-1])
+def attend(qkv: Tensor, kernel: str) -> Tensor:
+    """Return softmax(q k^T / sqrt(K)) v: qkv (B, N, 3, A, K) -> (B, N, A, K).
+
+    kernel: as `choose_attention` returns it.
+    """
     if kernel == "flash_attn":
-        return flash_attn_qkvpacked_func(
-            qkv, deterministic=torch.are_deterministic_algorithms_enabled()
-        )
+        deterministic = torch.are_deterministic_algorithms_enabled()
+        return flash_attn_qkvpacked_func(qkv, deterministic=deterministic)
     q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, A, N, K)
-    with sdpa_kernel(ATTENTION[kernel], set_priority=True):
+    with sdpa_kernel(SDPA_BACKENDS[kernel], set_priority=True):
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention. One product makes q, k and v; their parameters stay three, as in the checkpoints."""
+    """Multi-head self-attention.
+
+    One matrix product computes q, k and v. Their parameters stay separate, as in the checkpoints.
+    """
 
     def __init__(self, width: int, num_heads: int, qkv_bias: bool, attn: str):
         super().__init__()
         if width % num_heads:
             raise ValueError(f"width {width} is not divisible by {num_heads} attention heads")
-        self.num_heads, self.attn = num_heads, attn
-        self.q, self.k, self.v = (nn.Linear(width, width, bias=qkv_bias) for _ in range(3))
+        self.num_heads = num_heads
+        self.head_dim = width // num_heads
+        # Device and dtype are unknown here. Raise early what would be an error with any of them.
+        choose_attention(attn, "cuda", torch.bfloat16, self.head_dim)
+        self.attn = attn
+        self.kernel = attn
+        if attn == "auto":
+            self.kernel = "sdpa"  # suits all tensors; set_kernel may find a better one
+        self.q = nn.Linear(width, width, bias=qkv_bias)
+        self.k = nn.Linear(width, width, bias=qkv_bias)
+        self.v = nn.Linear(width, width, bias=qkv_bias)
         self.proj = nn.Linear(width, width)
 
+    def set_kernel(self, device_type: str, dtype: torch.dtype) -> str:
+        """Choose the kernel for such inputs and return the reason. Raises ValueError."""
+        self.kernel, reason = choose_attention(self.attn, device_type, dtype, self.head_dim)
+        return reason
+
     def forward(self, x: Tensor) -> Tensor:
-        """(B, N, D) -> (B, N, D)."""
+        """Return (B, N, D) for tokens (B, N, D)."""
         parts = (self.q, self.k, self.v)
-        bias = None if self.q.bias is None else torch.cat([part.bias for part in parts])
-        qkv = F.linear(x, torch.cat([part.weight for part in parts]), bias)  # (B, N, 3 D)
-        qkv = qkv.unflatten(2, (3, self.num_heads, -1))  # (B, N, 3, A, K)
-        return self.proj(attend(qkv, self.attn).flatten(2))
+        weight = torch.cat([part.weight for part in parts])  # (3 D, D)
+        bias = None
+        if self.q.bias is not None:
+            bias = torch.cat([part.bias for part in parts])
+        qkv = F.linear(x, weight, bias).unflatten(2, (3, self.num_heads, -1))  # (B, N, 3, A, K)
+        return self.proj(attend(qkv, self.kernel).flatten(2))
 
 
 class Mlp(nn.Module):
@@ -135,12 +163,17 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, N, D) -> (B, N, D)."""
+        """Return (B, N, D) for tokens (B, N, D)."""
         return self.fc2(F.gelu(self.fc1(x)))
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block; in training each branch of a clip is dropped with probability `drop_path`."""
+    """Pre-norm transformer block with stochastic depth.
+
+    In training each branch is dropped for each clip with probability `drop_path`.
+    """
+
+    keep_prob: Tensor | None  # a buffer
 
     def __init__(
         self,
@@ -156,65 +189,98 @@ class Block(nn.Module):
         self.attn = Attention(width, num_heads, qkv_bias, attn)
         self.norm2 = nn.LayerNorm(width, eps=1e-6)
         self.mlp = Mlp(width, int(width * mlp_ratio))
-        # a tensor and not a number, so that blocks with different rates share one compiled graph; never saved
-        self.register_buffer(
-            "keep_prob", torch.tensor(1.0 - drop_path) if drop_path else None, persistent=False
-        )
+        keep_prob = None
+        if drop_path:
+            # a tensor, so that blocks with different rates share one compiled graph
+            keep_prob = torch.tensor(1.0 - drop_path)
+        self.register_buffer("keep_prob", keep_prob, persistent=False)
 
     def drop_path(self, branch: Tensor) -> Tensor:
-        """Zero the branch for some clips and divide the others by the probability to keep (Huang et al. 2016)."""
+        """Zero the branch (B, N, D) of random clips; divide the others by the keep probability.
+
+        Huang et al. 2016, "Deep Networks with Stochastic Depth", arXiv 1603.09382.
+        """
         if self.keep_prob is None or not self.training:
             return branch
         kept = torch.rand(len(branch), 1, 1, device=branch.device) < self.keep_prob  # (B, 1, 1)
         return branch * (kept / self.keep_prob).to(branch.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, N, D) -> (B, N, D)."""
+        """Return (B, N, D) for tokens (B, N, D)."""
         x = x + self.drop_path(self.attn(self.norm1(x)))
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
 class TubeletEmbed(nn.Module):
-    """The linear map of a tubelet's pixels to a token; its weight is stored in the shape of a 3-d convolution's."""
+    """Linear map of a tubelet's pixels to a token.
+
+    The weight has the shape of a 3-d convolution's, as in the checkpoints.
+    """
 
     def __init__(self, width: int, t_patch_size: int, patch_size: int):
         super().__init__()
         kernel = (t_patch_size, patch_size, patch_size)
-        self.proj = nn.Conv3d(
-            3, width, kernel_size=kernel, stride=kernel
-        )  # holds the parameters, is never called
+        # only holds the parameters and is never called
+        self.proj = nn.Conv3d(3, width, kernel_size=kernel, stride=kernel)
 
     def forward(self, tubelets: Tensor) -> Tensor:
-        """(B, N, C, t, p, p) -> (B, N, D)."""
+        """Return tokens (B, N, D) of tubelets (B, N, C, t, p, p)."""
         return F.linear(tubelets.flatten(2), self.proj.weight.flatten(1), self.proj.bias)
 
-    def static(self, patches: Tensor) -> Tensor:
-        """Patches (B, N, C, 1, p, p) that stand for t equal frames -> (B, N, D): the weights summed over time."""
-        return F.linear(patches.flatten(2), self.proj.weight.sum(dim=2).flatten(1), self.proj.bias)
+    def embed_static(self, patches: Tensor) -> Tensor:
+        """Return tokens (B, N, D) of patches (B, N, C, 1, p, p) that are repeated for t frames.
+
+        Summing the weights over time gives the same tokens as repeating the pixels.
+        """
+        weight = self.proj.weight.sum(dim=2)  # (D, C, p, p)
+        return F.linear(patches.flatten(2), weight.flatten(1), self.proj.bias)
 
 
-def tubelets(frames: Tensor, t: int, p: int, ids: Tensor | None = None) -> Tensor:
-    """Cut (B, C, T, H, W) into tubelets (B, N, C, t, p, p): the tokens `ids` (B, N), or all L in token order."""
-    b, c, frames_count, height, width = frames.shape
-    h, w = height // p, width // p
-    grid = frames.view(b, c, frames_count // t, t, h, p, w, p)
+def patchify(frames: Tensor, t: int, p: int, ids: Tensor | None = None) -> Tensor:
+    """Cut frames (B, C, T, H, W) into tubelets (B, N, C, t, p, p).
+
+    ids: indices (B, N) of the tokens to cut; None: all L in token order.
+    """
+    b, c, num_frames, height, width = frames.shape
+    h = height // p
+    w = width // p
+    grid = frames.view(b, c, num_frames // t, t, h, p, w, p)
     if ids is None:
         return grid.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(1, 3)
     clip = torch.arange(b, device=frames.device)[:, None]
-    return grid[
-        clip, :, ids // (h * w), :, ids // w % h, :, ids % w
-    ]  # reads the wanted pixels only
+    # reads only the pixels of these tokens
+    return grid[clip, :, ids // (h * w), :, ids // w % h, :, ids % w]
+
+
+def token_grid(
+    img_size: int, patch_size: int, num_frames: int, t_patch_size: int
+) -> tuple[int, int, int]:
+    """Return the numbers of tokens (t', h, w) of a clip. Raises ValueError for a remainder."""
+    if img_size % patch_size:
+        raise ValueError(f"img_size {img_size} is not divisible by patch_size {patch_size}")
+    if num_frames % t_patch_size:
+        raise ValueError(f"num_frames {num_frames} is not divisible by t_patch_size {t_patch_size}")
+    side = img_size // patch_size
+    return num_frames // t_patch_size, side, side
+
+
+def prepend_token(token: Tensor, x: Tensor) -> Tensor:
+    """Return tokens (B, 1 + N, D): the token (1, 1, D) in front of x (B, N, D) of each clip."""
+    return torch.cat([token.expand(len(x), -1, -1).to(x.dtype), x], dim=1)
 
 
 def block_flops(tokens: int, width: int, depth: int, mlp_ratio: float) -> float:
-    """FLOPs of forward and backward of `depth` blocks per sequence of N tokens: products with weights, and with N x N."""
-    return depth * (6 * tokens * width**2 * (4 + 2 * mlp_ratio) + 12 * tokens**2 * width)
+    """Return the FLOPs of forward and backward of `depth` blocks per sequence of N tokens."""
+    weight_products = 6 * tokens * width**2 * (4 + 2 * mlp_ratio)
+    attention_products = 12 * tokens**2 * width  # q k^T and its product with v
+    return depth * (weight_products + attention_products)
 
 
 class VideoEncoder(nn.Module):
-    """The trunk: tubelet embedding, class token, positions, blocks and the final norm. See the file's legend for shapes.
+    """Tubelet embedding, class token, positions, blocks and the final norm.
 
-    Raises ValueError for sizes that do not fit each other. `config` holds the constructor's arguments.
+    Raises ValueError for sizes that do not fit each other. `config` holds the arguments of the
+    constructor that define the function of the weights.
     """
 
     def __init__(
@@ -235,13 +301,7 @@ class VideoEncoder(nn.Module):
         attn: str = "auto",
     ):
         super().__init__()
-        if img_size % patch_size:
-            raise ValueError(f"img_size {img_size} is not divisible by patch_size {patch_size}")
-        if num_frames % t_patch_size:
-            raise ValueError(
-                f"num_frames {num_frames} is not divisible by t_patch_size {t_patch_size}"
-            )
-        self.config = {
+        self.config: dict[str, Any] = {
             "img_size": img_size,
             "patch_size": patch_size,
             "embed_dim": embed_dim,
@@ -254,129 +314,162 @@ class VideoEncoder(nn.Module):
             "cls_embed": cls_embed,
             "no_qkv_bias": no_qkv_bias,
         }
-        self.t_patch_size, self.patch_size = t_patch_size, patch_size
+        self.t_patch_size = t_patch_size
+        self.patch_size = patch_size
+        self.sep_pos_embed = sep_pos_embed
+        self.cls_embed = cls_embed
         self.activation_checkpointing = False  # set it to save memory
-        self.grid = (
-            num_frames // t_patch_size,
-            img_size // patch_size,
-            img_size // patch_size,
-        )  # t', h, w
-        self.num_tokens = self.grid[0] * self.grid[1] * self.grid[2]
-        self.sep_pos_embed, self.cls_embed = sep_pos_embed, cls_embed
+        self.grid = token_grid(img_size, patch_size, num_frames, t_patch_size)  # (t', h, w)
 
         if cls_embed:
             self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.add_positions("", embed_dim)
         self.patch_embed = TubeletEmbed(embed_dim, t_patch_size, patch_size)
-        rates = [
-            drop_path_rate * i / max(depth - 1, 1) for i in range(depth)
-        ]  # growing linearly from 0
-        self.blocks = nn.ModuleList(
-            Block(embed_dim, num_heads, mlp_ratio, not no_qkv_bias, attn, rate) for rate in rates
-        )
+        self.blocks = nn.ModuleList()
+        for i in range(depth):
+            drop_path = drop_path_rate * i / max(depth - 1, 1)  # grows linearly from 0
+            block = Block(embed_dim, num_heads, mlp_ratio, not no_qkv_bias, attn, drop_path)
+            self.blocks.append(block)
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
 
+    @property
+    def num_tokens(self) -> int:
+        """The number of patch tokens L of a clip."""
+        steps, h, w = self.grid
+        return steps * h * w
+
     def add_positions(self, prefix: str, width: int) -> None:
-        """Register a set of position embeddings; `positions` reads it."""
-        shapes = {"pos_embed": (int(self.cls_embed) + self.num_tokens, width)}
+        """Register position embeddings with this name prefix; `positions` returns them."""
+        steps, h, w = self.grid
+        shapes = {}
         if self.sep_pos_embed:
-            shapes = {
-                "pos_embed_spatial": (self.grid[1] * self.grid[2], width),
-                "pos_embed_temporal": (self.grid[0], width),
-            }
+            shapes["pos_embed_spatial"] = (h * w, width)
+            shapes["pos_embed_temporal"] = (steps, width)
             if self.cls_embed:
                 shapes["pos_embed_class"] = (1, width)
+        else:
+            shapes["pos_embed"] = (int(self.cls_embed) + self.num_tokens, width)
         for name, shape in shapes.items():
             self.register_parameter(prefix + name, nn.Parameter(torch.zeros(1, *shape)))
 
     def positions(self, prefix: str = "") -> tuple[Tensor, Tensor | None]:
-        """Positions of the tokens (L, D) and of the class token (1, 1, D), or None without one."""
+        """Return the positions of the tokens (L, D) and of the class token (1, 1, D).
+
+        The latter is None without a class token.
+        """
         if self.sep_pos_embed:
-            space = getattr(self, prefix + "pos_embed_spatial")  # (1, hw, D)
+            space = getattr(self, prefix + "pos_embed_spatial")  # (1, h w, D)
             time = getattr(self, prefix + "pos_embed_temporal")  # (1, t', D)
-            patches = (time[0][:, None] + space).flatten(0, 1)  # (t', 1, D) + (1, hw, D) -> (L, D)
-            return patches, getattr(self, prefix + "pos_embed_class") if self.cls_embed else None
-        joint = getattr(self, prefix + "pos_embed")
-        return (joint[0, 1:], joint[:, :1]) if self.cls_embed else (joint[0], None)
+            tokens = (time[0][:, None] + space).flatten(0, 1)  # (t', 1, D) + (1, h w, D) -> (L, D)
+            return tokens, getattr(self, prefix + "pos_embed_class", None)
+        joint = getattr(self, prefix + "pos_embed")  # (1, [1 +] L, D)
+        if self.cls_embed:
+            return joint[0, 1:], joint[:, :1]
+        return joint[0], None
 
     def embed(self, clips: Tensor, ids: Tensor | None = None) -> Tensor:
-        """Tokens before the blocks: clips (B, C, T, H, W) float, ids (B, N) or None for all -> (B, [1 +] N, D).
+        """Return the tokens before the blocks (B, [1 +] N, D) of clips (B, C, T, H, W) float.
 
-        Clips of one frame (B, C, 1, H, W) stand for T equal frames: same tokens, for 1/T of the work.
+        ids: indices (B, N) of the tokens; None: all. Clips of one frame (B, C, 1, H, W) are static
+        clips of T equal frames: same tokens, for 1/T of the work. Raises ValueError for other
+        shapes.
         """
-        frames, side = self.config["num_frames"], self.config["img_size"]
-        static = clips.shape[2] == 1 < frames and ids is None
-        if clips.shape[1:] != (3, 1 if static else frames, side, side):
+        num_frames = self.config["num_frames"]
+        side = self.config["img_size"]
+        expected_shape = (3, num_frames, side, side)
+        is_static = clips.shape[2] == 1 < num_frames and ids is None
+        if is_static:
+            expected_shape = (3, 1, side, side)
+        if clips.shape[1:] != expected_shape:
             raise ValueError(
-                f"clips of shape {tuple(clips.shape)}: this model takes (B, 3, {frames}, {side}, {side})"
+                f"clips of shape {tuple(clips.shape)}: "
+                f"this model takes (B, 3, {num_frames}, {side}, {side})"
             )
         positions, class_position = self.positions()
-        if static:
-            x = self.patch_embed.static(tubelets(clips, 1, self.patch_size)).repeat(
-                1, self.grid[0], 1
-            )  # (B, hw, D) -> (B, L, D)
+        if ids is not None:
+            positions = positions[ids]
+        if is_static:
+            patches = patchify(clips, 1, self.patch_size)
+            frame_tokens = self.patch_embed.embed_static(patches)  # (B, h w, D)
+            x = frame_tokens.repeat(1, self.grid[0], 1)  # (B, L, D)
         else:
-            x = self.patch_embed(tubelets(clips, self.t_patch_size, self.patch_size, ids))
-        x = x + (positions if ids is None else positions[ids])
-        if self.cls_embed:
-            x = torch.cat(
-                [(self.cls_token + class_position).expand(len(x), -1, -1).to(x.dtype), x], dim=1
-            )
+            x = self.patch_embed(patchify(clips, self.t_patch_size, self.patch_size, ids))
+        x = x + positions
+        if class_position is not None:
+            x = prepend_token(self.cls_token + class_position, x)
         return x
 
     def encode(self, clips: Tensor, ids: Tensor | None = None) -> Tensor:
-        """Tokens after the blocks, before the norm: (B, [1 +] N, D)."""
-        x = self.embed(clips, ids)
-        return self.through(self.blocks, x)
+        """Return the tokens after the blocks, before the norm: (B, [1 +] N, D)."""
+        return self.run_blocks(self.blocks, self.embed(clips, ids))
 
-    def through(self, blocks: nn.ModuleList, x: Tensor) -> Tensor:
-        """(B, N, D) through the blocks; with activation_checkpointing each is computed again in the backward pass."""
+    def run_blocks(self, blocks: nn.ModuleList, x: Tensor) -> Tensor:
+        """Apply the blocks to tokens (B, N, D).
+
+        With activation_checkpointing the backward pass recomputes each block.
+        """
+        recompute = self.activation_checkpointing and self.training
         for block in blocks:
-            x = (
-                checkpoint(block, x, use_reentrant=False)
-                if self.activation_checkpointing and self.training
-                else block(x)
-            )
+            if recompute:
+                x = checkpoint(block, x, use_reentrant=False)
+            else:
+                x = block(x)
         return x
 
     def forward(self, clips: Tensor) -> Tensor:
-        """Normed tokens (B, [1 +] L, D) of clips (B, C, T, H, W) float."""
+        """Return the tokens after the norm (B, [1 +] L, D) of clips (B, C, T, H, W) float."""
         return self.norm(self.encode(clips))
 
-    def training_flops(self, tokens: int) -> float:
-        """FLOPs of forward and backward of embedding and blocks per clip, for so many patch tokens in the sequence.
+    def set_attention(self, device_type: str, dtype: torch.dtype) -> list[str]:
+        """Choose the attention kernels for this device and (autocast) dtype, and describe them.
 
-        Counted are matrix products, attention included, without recomputation; 2 per multiplication, and the backward pass
-        makes two products for each of the forward pass (one for the embedding: pixels need no gradient).
+        Call it once after building the model; without it "auto" is PyTorch's SDPA. Returns one line
+        per head width, with the reason. Raises ValueError where the requested kernel cannot run.
+        """
+        lines = {}
+        for module in self.modules():
+            if isinstance(module, Attention):
+                reason = module.set_kernel(device_type, dtype)
+                width = module.head_dim
+                lines[width] = f"attention with head width {width}: {module.kernel} ({reason})"
+        return list(lines.values())
+
+    def training_flops(self, tokens: int) -> float:
+        """Return the FLOPs of forward and backward per clip, of embedding and blocks.
+
+        tokens: patch tokens in the sequence. Counts matrix products, attention included, without
+        recomputation: 2 per multiplication. The backward pass has two products for each one of the
+        forward pass. For the embedding it has one, since pixels need no gradient.
         """
         c = self.config
-        embedding = 4 * tokens * 3 * self.t_patch_size * self.patch_size**2 * c["embed_dim"]
-        return embedding + block_flops(
-            tokens + int(self.cls_embed), c["embed_dim"], c["depth"], c["mlp_ratio"]
-        )
+        pixels = 3 * self.t_patch_size * self.patch_size**2
+        embedding = 4 * tokens * pixels * c["embed_dim"]
+        sequence = tokens + int(self.cls_embed)
+        return embedding + block_flops(sequence, c["embed_dim"], c["depth"], c["mlp_ratio"])
 
     def compile_parts(self) -> None:
-        """torch.compile in place: one graph for all blocks of a width. State dict names do not change."""
+        """Compile the blocks in place: one graph per width. State dict names do not change."""
         for module in self.modules():
             if isinstance(module, Block):
                 module.compile(fullgraph=True, dynamic=False)
 
     @torch.no_grad()
     def init_weights(self, trunc_init: bool = False) -> None:
-        """Initialise every parameter.
+        """Initialize every parameter.
 
-        | parameter                                  | default               | trunc_init               |
-        | ------------------------------------------ | --------------------- | ------------------------ |
-        | linear weights                             | Xavier uniform        | truncated normal 0.02    |
-        | tubelet embedding, as (D, C t p p)         | Xavier uniform        | truncated normal 1.0     |
-        | biases                                     | 0                     | 0                        |
-        | LayerNorm weight, bias                     | 1, 0                  | 1, 0                     |
-        | class token, position embeddings           | truncated normal 0.02 | truncated normal 0.02    |
-        | mask_token                                 | normal 0.02           | truncated normal 0.02    |
-        | decoder_cls_token                          | 0                     | 0                        |
-        | head.weight (classifier)                   | normal 0.02           | normal 0.02              |
+        | parameter                          | default               | trunc_init            |
+        | ---------------------------------- | --------------------- | --------------------- |
+        | linear weights                     | Xavier uniform        | truncated normal 0.02 |
+        | tubelet embedding, as (D, C t p p) | Xavier uniform        | truncated normal 1.0  |
+        | biases                             | 0                     | 0                     |
+        | LayerNorm weight, bias             | 1, 0                  | 1, 0                  |
+        | class token, position embeddings   | truncated normal 0.02 | truncated normal 0.02 |
+        | mask_token                         | normal 0.02           | truncated normal 0.02 |
+        | decoder_cls_token                  | 0                     | 0                     |
+        | head.weight (classifier)           | normal 0.02           | normal 0.02           |
 
-        Truncation is at +-2, torch's default. Source: arXiv 2205.09113, appendix, and the released configurations.
+        Truncation is at +-2, torch's default. Source: arXiv 2205.09113, appendix, and the
+        released configurations.
         """
         for name, parameter in self.named_parameters():
             if name == "head.weight" or (name == "mask_token" and not trunc_init):
@@ -385,10 +478,10 @@ class VideoEncoder(nn.Module):
                 nn.init.zeros_(parameter)
             elif parameter.ndim == 1:  # LayerNorm
                 nn.init.ones_(parameter)
+            elif name == "patch_embed.proj.weight" and trunc_init:
+                nn.init.trunc_normal_(parameter, std=1.0)
             elif name == "patch_embed.proj.weight":
-                nn.init.trunc_normal_(
-                    parameter, std=1.0
-                ) if trunc_init else nn.init.xavier_uniform_(parameter.flatten(1))
+                nn.init.xavier_uniform_(parameter.flatten(1))
             elif parameter.ndim == 2 and not trunc_init:
                 nn.init.xavier_uniform_(parameter)
             else:
@@ -396,7 +489,10 @@ class VideoEncoder(nn.Module):
 
 
 class VisionTransformer(VideoEncoder):
-    """The encoder as a classifier: mean of the patch tokens (`global_pool`) or class token -> norm -> dropout -> head."""
+    """Classifier: mean of the patch tokens or class token -> norm -> dropout -> head.
+
+    global_pool: use the mean of the patch tokens.
+    """
 
     def __init__(
         self,
@@ -435,7 +531,7 @@ class VisionTransformer(VideoEncoder):
         )
         if not (global_pool or cls_embed):
             raise ValueError(
-                "the class-token read-out needs a class token: use global_pool, or cls_embed"
+                "reading out the class token needs a class token. Use global_pool or cls_embed."
             )
         self.config |= {"num_classes": num_classes, "global_pool": global_pool}
         self.global_pool = global_pool
@@ -444,15 +540,18 @@ class VisionTransformer(VideoEncoder):
         self.init_weights()
 
     def forward_features(self, clips: Tensor) -> Tensor:
-        """Pooled, normed features (B, D) of clips (B, C, T, H, W) float: what enters dropout and head."""
+        """Return the pooled features (B, D) before dropout and head of clips (B, C, T, H, W)."""
         x = self.encode(clips)
-        pooled = x[:, int(self.cls_embed) :].mean(dim=1) if self.global_pool else x[:, 0]
+        if self.global_pool:
+            pooled = x[:, int(self.cls_embed) :].mean(dim=1)
+        else:
+            pooled = x[:, 0]
         return self.norm(pooled)
 
     def forward(self, clips: Tensor) -> Tensor:
-        """Logits (B, classes) of clips (B, C, T, H, W) float."""
+        """Return logits (B, classes) of clips (B, C, T, H, W) float."""
         return self.head(self.dropout(self.forward_features(clips)))
 
     def flops_per_clip(self) -> float:
-        """FLOPs of a training step per clip, see `training_flops`."""
+        """Return the FLOPs of a training step per clip, see `training_flops`."""
         return self.training_flops(self.num_tokens) + 6 * self.head.weight.numel()

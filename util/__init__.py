@@ -1,3 +1,3 @@
-"""What scripts, engines and tools share."""
+"""Shared code of the scripts, engines and tools."""
 
 __version__ = "0.2.0"

@@ -1,13 +1,18 @@
 """Flags shared by the three scripts, one add_* function per topic; each script adds its own.
 
-Flags that may change results stand in the groups "model", "optimisation" and "data"; those of "run" and "system" should not.
+The groups "model", "optimization" and "data" hold the flags that may change results. The flags of
+"run" and "system" should not.
 """
 
 import argparse
+import math
 import os
 
-from util.cli import Parser, at_least_two, natural, positive
-from util.dist import UserError, local_world_size, print0, usable_cores
+import torch
+
+from util.cli import Parser, min_two, nonnegative_int, positive_int
+from util.dist import UserError, available_cpus, local_world_size, print0
+from util.optim import Schedule
 
 RETIRED = (
     "--local_rank",
@@ -22,15 +27,16 @@ RETIRED = (
     "--train_jitter_scales",
     "--start_epoch",
 )
-EFFECTIVE = "batch_size_per_gpu * accum_iter * processes"
-SWITCH = argparse.BooleanOptionalAction  # --x / --no-x
+EFFECTIVE_BATCH = "batch_size_per_gpu * accum_iter * processes"
+BoolFlag = argparse.BooleanOptionalAction  # --x / --no-x
+MAX_DEFAULT_WORKERS = 16  # loader processes
 
 
 class ScriptParser(Parser):
-    """The parser of one of the three scripts, which accepts flags of the ancestors that have no effect any more."""
+    """The parser of one of the three scripts. It accepts retired flags, which have no effect."""
 
     def __init__(self, description: str, retired: tuple[str, ...] = ()):
-        """retired: flags without effect beside RETIRED."""
+        """Create the parser. retired: flags without effect in addition to RETIRED."""
         super().__init__(description)
         self.retired = RETIRED + retired
         for flag in self.retired:
@@ -38,7 +44,7 @@ class ScriptParser(Parser):
 
 
 def add_model(parser: ScriptParser, *, model: str, num_frames: int) -> argparse._ArgumentGroup:
-    """Architecture flags that all scripts have. Returns the group, for the script's own."""
+    """Add the architecture flags of all scripts. Return the group, for the script's own flags."""
     group = parser.add_argument_group("model (changes results)")
     group.add_argument(
         "--model",
@@ -48,30 +54,36 @@ def add_model(parser: ScriptParser, *, model: str, num_frames: int) -> argparse.
     group.add_argument(
         "--img_size",
         "--input_size",
-        type=positive,
+        type=positive_int,
         default=224,
         help="frame side in pixels (default: %(default)s)",
     )
     group.add_argument(
         "--patch_size",
-        type=positive,
-        help="patch side in pixels (default: the one in the model's name)",
+        type=positive_int,
+        help="patch side in pixels (default: as in the model's name)",
     )
     group.add_argument(
         "--num_frames",
-        type=positive,
+        type=positive_int,
         default=num_frames,
         help="frames per clip (default: %(default)s)",
     )
     group.add_argument(
-        "--t_patch_size", type=positive, default=2, help="frames per tubelet (default: %(default)s)"
+        "--t_patch_size",
+        type=positive_int,
+        default=2,
+        help="frames per tubelet (default: %(default)s)",
     )
     group.add_argument(
-        "--cls_embed", action=SWITCH, default=True, help="class token in the encoder (default: on)"
+        "--cls_embed",
+        action=BoolFlag,
+        default=True,
+        help="class token in the encoder (default: on)",
     )
     group.add_argument(
         "--sep_pos_embed",
-        action=SWITCH,
+        action=BoolFlag,
         default=True,
         help="separate space and time positions (default: on)",
     )
@@ -79,29 +91,34 @@ def add_model(parser: ScriptParser, *, model: str, num_frames: int) -> argparse.
     return group
 
 
-def add_optimisation(
-    parser: ScriptParser, *, epochs: int, batch_size: int, effective: str = EFFECTIVE
+def add_optimization(
+    parser: ScriptParser, *, epochs: int, batch_size: int, effective: str = EFFECTIVE_BATCH
 ) -> argparse._ArgumentGroup:
-    """Schedule and optimizer flags. `effective` names the factors of the effective batch, for the help text."""
-    group = parser.add_argument_group("optimisation (changes results)")
+    """Add the schedule and optimizer flags. effective: formula of the effective batch, for --help.
+
+    Return the group, for the script's own flags.
+    """
+    group = parser.add_argument_group("optimization (changes results)")
     group.add_argument(
         "--epochs",
-        type=positive,
+        type=positive_int,
         default=epochs,
         help="passes over the data (default: %(default)s)",
     )
     group.add_argument(
-        "--max_steps", type=positive, help="run length in optimizer updates, instead of --epochs"
+        "--max_steps",
+        type=positive_int,
+        help="length of the run in optimizer updates, instead of --epochs",
     )
     group.add_argument(
         "--batch_size_per_gpu",
-        type=positive,
+        type=positive_int,
         default=batch_size,
         help="videos per process and micro-step (default: %(default)s)",
     )
     group.add_argument(
         "--accum_iter",
-        type=positive,
+        type=positive_int,
         default=1,
         help="micro-steps per update (default: %(default)s)",
     )
@@ -114,7 +131,10 @@ def add_optimisation(
         "--blr", type=float, default=1e-3, help="base learning rate (default: %(default)s)"
     )
     group.add_argument(
-        "--min_lr", type=float, default=1e-5, help="where the cosine ends (default: %(default)s)"
+        "--min_lr",
+        type=float,
+        default=1e-5,
+        help="learning rate at the end of the cosine (default: %(default)s)",
     )
     group.add_argument(
         "--warmup_epochs",
@@ -126,53 +146,63 @@ def add_optimisation(
     group.add_argument(
         "--clip_grad", type=float, help="largest total gradient norm (default: no clipping)"
     )
-    group.add_argument("--seed", type=natural, default=0, help="(default: %(default)s)")
+    group.add_argument("--seed", type=nonnegative_int, default=0, help="(default: %(default)s)")
     return group
 
 
 def add_classifier(
-    model: argparse._ArgumentGroup, optimisation: argparse._ArgumentGroup, *, smoothing: float
+    model: argparse._ArgumentGroup, optimization: argparse._ArgumentGroup, *, smoothing: float
 ) -> None:
-    """Classification flags, in the groups of `add_model` and `add_optimisation`."""
-    model.add_argument(
+    """Add the classification flags to the groups of `add_model` and `add_optimization`."""
+    _add_classifier_model(model)
+    _add_regularization(optimization, smoothing)
+    _add_rand_aug(optimization)
+
+
+def _add_classifier_model(group: argparse._ArgumentGroup) -> None:
+    """Add the flags of the head, the read-out and the initial weights."""
+    group.add_argument(
         "--num_classes",
-        type=positive,
+        type=positive_int,
         default=700,
         help="size of the classifier (default: %(default)s)",
     )
-    model.add_argument(
+    group.add_argument(
         "--global_pool",
-        action=SWITCH,
+        action=BoolFlag,
         default=True,
         help="classify the mean of the patch tokens (default: on)",
     )
-    model.add_argument(
+    group.add_argument(
         "--cls_token",
         action="store_false",
         dest="global_pool",
         help="classify the class token: same as --no-global_pool",
     )
-    model.add_argument(
+    group.add_argument(
         "--dropout", type=float, default=0.3, help="before the head (default: %(default)s)"
     )
-    model.add_argument(
+    group.add_argument(
         "--drop_path_rate",
         type=float,
         default=0.1,
         help="stochastic depth of the last block (default: %(default)s)",
     )
-    model.add_argument(
+    group.add_argument(
         "--finetune",
         default="",
         metavar="PATH",
         help="start from this checkpoint's encoder; '': from scratch (default: '')",
     )
-    model.add_argument(
+    group.add_argument(
         "--freeze_backbone",
         action="store_true",
         help="train the head alone (linear probe; without drop path)",
     )
-    group = optimisation
+
+
+def _add_regularization(group: argparse._ArgumentGroup, smoothing: float) -> None:
+    """Add layer decay, label smoothing, MixUp and CutMix."""
     group.add_argument(
         "--layer_decay",
         type=float,
@@ -200,9 +230,13 @@ def add_classifier(
         default=1.0,
         help="share of batches that are mixed (default: %(default)s)",
     )
+
+
+def _add_rand_aug(group: argparse._ArgumentGroup) -> None:
+    """Add RandAugment and random erasing."""
     group.add_argument(
         "--rand_aug",
-        action=SWITCH,
+        action=BoolFlag,
         default=False,
         help="RandAugment (--aa) and random erasing (--reprob) (default: off)",
     )
@@ -222,86 +256,86 @@ def add_classifier(
         "--remode",
         choices=("const", "rand", "pixel"),
         default="pixel",
-        help="what fills the box (default: %(default)s)",
+        help="content of the erased box (default: %(default)s)",
     )
     group.add_argument(
-        "--recount", type=positive, default=1, help="boxes per erased clip (default: %(default)s)"
+        "--recount",
+        type=positive_int,
+        default=1,
+        help="boxes per erased clip (default: %(default)s)",
     )
 
 
 def add_eval(run: argparse._ArgumentGroup) -> None:
-    """--eval and --extract_features, in the group of `add_run`."""
+    """Add --eval to the group of `add_run`."""
     run.add_argument(
         "--eval",
-        action=SWITCH,
+        action=BoolFlag,
         default=False,
         help="only evaluate the checkpoint of --resume (auto: best, else newest)",
-    )
-    run.add_argument(
-        "--extract_features",
-        action=SWITCH,
-        default=False,
-        help="only write the validation set's features, by the weights of --resume as for --eval; if none, --finetune's",
     )
 
 
 def add_shared_data(group: argparse._ArgumentGroup) -> None:
-    """Data flags of videos and images."""
+    """Add the data flags that videos and images share."""
     group.add_argument(
-        "--flip", action=SWITCH, default=True, help="mirror half of the clips (default: on)"
+        "--flip", action=BoolFlag, default=True, help="mirror half of the clips (default: on)"
     )
     group.add_argument(
         "--max_bad_frac",
         type=float,
         default=0.1,
-        help="stop when more of the files cannot be read (default: %(default)s)",
+        help="stop if a larger share of the files is unreadable (default: %(default)s)",
     )
 
 
 def add_video(
     parser: ScriptParser, *, sampling_rate: int, repeat_aug: int, scales: tuple[float, float]
 ) -> argparse._ArgumentGroup:
-    """Flags of the video pipeline."""
+    """Add the flags of the video pipeline. Return the group, for the script's own flags."""
     group = parser.add_argument_group("data (changes results)")
     group.add_argument(
         "--sampling_rate",
-        type=positive,
+        type=positive_int,
         default=sampling_rate,
-        help="distance of frames at --target_fps (default: %(default)s)",
+        help="spacing of the frames at --target_fps (default: %(default)s)",
     )
     group.add_argument(
         "--target_fps",
         type=float,
         default=30,
-        help="videos are read as if at this rate (default: %(default)s)",
+        help="frame rate to which videos are resampled (default: %(default)s)",
     )
     group.add_argument(
         "--repeat_aug",
-        type=positive,
+        type=positive_int,
         default=repeat_aug,
-        help="clips taken from each video it reads (default: %(default)s)",
+        help="clips per video that is read (default: %(default)s)",
     )
     group.add_argument(
         "--repeat_windows",
-        type=positive,
+        type=positive_int,
         default=1,
-        help="time windows these come from, one decode each (default: %(default)s)",
+        help="time windows of these clips, one decode each (default: %(default)s)",
     )
     group.add_argument(
         "--short_side",
-        type=positive,
+        type=positive_int,
         help="decode at this short side, never enlarged (default: 256, more if img_size > 224)",
     )
-    span = {"type": float, "nargs": 2, "metavar": ("MIN", "MAX")}
     group.add_argument(
         "--jitter_scales_relative",
-        **span,
+        type=float,
+        nargs=2,
+        metavar=("MIN", "MAX"),
         default=scales,
         help="area of the crop (default: %(default)s)",
     )
     group.add_argument(
         "--jitter_aspect_relative",
-        **span,
+        type=float,
+        nargs=2,
+        metavar=("MIN", "MAX"),
         default=(0.75, 1.3333),
         help="aspect of the crop (default: %(default)s)",
     )
@@ -309,7 +343,7 @@ def add_video(
         "--color_jitter",
         type=float,
         default=0.0,
-        help="strength of colour jitter, 0 = off (default: %(default)s)",
+        help="strength of color jitter, 0 = off (default: %(default)s)",
     )
     group.add_argument(
         "--decoder",
@@ -318,12 +352,12 @@ def add_video(
         help="auto is pyav, which is faster (default: %(default)s)",
     )
     add_shared_data(group)
-    group.add_argument("--datafile_dir", help="where the manifests go (default: --output_dir)")
+    group.add_argument("--datafile_dir", help="folder of the manifests (default: --output_dir)")
     return group
 
 
 def add_run(parser: ScriptParser) -> argparse._ArgumentGroup:
-    """Flags about the files of a run."""
+    """Add the flags about the files of a run. Return the group, for the script's own flags."""
     group = parser.add_argument_group("run (should not change results)")
     group.add_argument(
         "--output_dir",
@@ -331,56 +365,56 @@ def add_run(parser: ScriptParser) -> argparse._ArgumentGroup:
         help="checkpoints, log, TensorBoard, pictures (default: %(default)s)",
     )
     group.add_argument(
-        "--save_prefix", default="", help="names the run's files (default: the model's name)"
+        "--save_prefix", default="", help="prefix of the run's files (default: the model's name)"
     )
     group.add_argument(
         "--resume",
         default="auto",
         metavar="PATH",
-        help="go on from a checkpoint; auto: this run's newest, if any (default: auto)",
+        help="resume from a checkpoint; auto: this run's newest, if any (default: auto)",
     )
     group.add_argument(
         "--overwrite",
         action="store_true",
-        help="allow --resume '' and --visualize to write over files of this prefix",
+        help="allow --resume '' to overwrite files of this prefix",
     )
     group.add_argument(
         "--checkpoint_period",
-        type=positive,
+        type=positive_int,
         default=1,
         help="epochs between checkpoints (default: %(default)s)",
     )
     group.add_argument(
         "--checkpoint_every_steps",
-        type=positive,
+        type=positive_int,
         help="updates between further checkpoints (default: none)",
     )
     group.add_argument(
         "--checkpoint_every_minutes",
         type=float,
         default=30,
-        help="minutes between further ones, 0 = none (default: %(default)s)",
+        help="minutes between further checkpoints, 0 = none (default: %(default)s)",
     )
     group.add_argument(
         "--keep",
-        type=at_least_two,
+        type=min_two,
         default=2,
-        help="newest checkpoints to keep, at least 2 (default: %(default)s)",
+        help="number of newest checkpoints to keep, at least 2 (default: %(default)s)",
     )
     group.add_argument(
         "--force_resume",
         action="store_true",
-        help="go on even if data, global batch or model settings are not the checkpoint's",
+        help="resume even if data, global batch or model settings differ from the checkpoint's",
     )
     group.add_argument(
         "--log_every",
-        type=positive,
+        type=positive_int,
         default=20,
         help="updates between log lines (default: %(default)s)",
     )
     group.add_argument(
         "--max_bad_steps",
-        type=positive,
+        type=positive_int,
         default=50,
         help="stop after this many non-finite updates in a row (default: %(default)s)",
     )
@@ -388,10 +422,10 @@ def add_run(parser: ScriptParser) -> argparse._ArgumentGroup:
 
 
 def add_system(parser: ScriptParser) -> argparse._ArgumentGroup:
-    """Flags about the machine."""
+    """Add the flags about the machine. Return the group, for the script's own flags."""
     group = parser.add_argument_group("system (should not change results, up to rounding)")
     group.add_argument("--device", help="cuda or cpu (default: cuda if there is one)")
-    group.add_argument("--compile", action=SWITCH, help="torch.compile (default: on with CUDA)")
+    group.add_argument("--compile", action=BoolFlag, help="torch.compile (default: on with CUDA)")
     group.add_argument(
         "--amp",
         choices=("auto", "bf16", "fp16", "fp32"),
@@ -406,29 +440,29 @@ def add_system(parser: ScriptParser) -> argparse._ArgumentGroup:
     )
     group.add_argument(
         "--activation_checkpointing",
-        action=SWITCH,
+        action=BoolFlag,
         default=False,
-        help="compute blocks twice, to save memory (default: off)",
+        help="recompute blocks in the backward pass, to save memory (default: off)",
     )
     group.add_argument(
         "--deterministic",
-        action=SWITCH,
+        action=BoolFlag,
         default=False,
-        help="only kernels that repeat bit by bit; slower (default: off)",
+        help="only kernels with bit-identical results; slower (default: off)",
     )
     group.add_argument(
         "--read_timeout",
         type=float,
         default=60,
-        help="seconds that a file may take before it is set aside (default: %(default)s)",
+        help="seconds that a file may take before it is quarantined (default: %(default)s)",
     )
     group.add_argument(
         "--num_workers",
-        type=natural,
-        help="loader processes (default: this machine's cores / processes, at most 16)",
+        type=nonnegative_int,
+        help="loader processes (default: available CPUs / processes per machine, at most 16)",
     )
     group.add_argument(
-        "--pin_mem", action=SWITCH, default=True, help="pinned host memory (default: on)"
+        "--pin_mem", action=BoolFlag, default=True, help="pinned host memory (default: on)"
     )
     group.add_argument(
         "--no_pin_mem", action="store_false", dest="pin_mem", help="same as --no-pin_mem"
@@ -437,48 +471,79 @@ def add_system(parser: ScriptParser) -> argparse._ArgumentGroup:
 
 
 def parse(parser: ScriptParser, argv: list[str] | None) -> argparse.Namespace:
-    """Parse a command line and fill in the defaults that depend on the machine. Raises UserError."""
+    """Parse a command line and set the defaults that depend on other flags or the machine.
+
+    argv: None for sys.argv. --compile stays None until `resolve_compile`. Raises UserError.
+    """
     args = parser.parse_args(argv)
     for flag in parser.retired:
-        if vars(args).pop(flag[2:]) is not None:
-            print0(f"note: {flag} has no effect any more and can be dropped")
+        value = vars(args).pop(flag.removeprefix("--"))
+        if value is not None:
+            print0(f"note: {flag} no longer has an effect. Remove it.")
     args.save_prefix = args.save_prefix or args.model
     if os.path.basename(args.save_prefix) != args.save_prefix:
         raise UserError(
-            f"--save_prefix {args.save_prefix!r} must be a file name, not a path: the folder is --output_dir"
+            f"--save_prefix {args.save_prefix!r} is a path, not a file name. "
+            f"Use --output_dir for the folder."
         )
-    if vars(args).get("datafile_dir", "") is None:  # the image script has no manifests
+    if getattr(args, "datafile_dir", "") is None:  # the image script has no such flag
         args.datafile_dir = args.output_dir
     if args.num_workers is None:
-        args.num_workers = max(1, min(16, usable_cores() // local_world_size()))
+        cpus_per_process = available_cpus() // local_world_size()
+        args.num_workers = max(1, min(MAX_DEFAULT_WORKERS, cpus_per_process))
     return args
 
 
+def resolve_compile(args: argparse.Namespace, device: torch.device) -> None:
+    """Set the default of --compile, which depends on the device: on with CUDA."""
+    if args.compile is None:
+        args.compile = device.type == "cuda"
+
+
+def total_steps(args: argparse.Namespace, updates_per_epoch: int) -> int:
+    """Return the length of the run in updates: --max_steps, or that of --epochs."""
+    return args.max_steps or args.epochs * updates_per_epoch
+
+
 def augmentation(args: argparse.Namespace) -> str:
-    """The RandAugment policy in use, "" for none; says once what of it is not supported."""
-    if args.rand_aug and "mstd" in args.aa:
-        print0(f"note: --aa {args.aa}: mstd (noise on the magnitude) is not supported and left out")
-    return args.aa if args.rand_aug else ""
+    """Return the RandAugment policy in use, "" for none; print a note about an unsupported part."""
+    if not args.rand_aug:
+        return ""
+    if "mstd" in args.aa:
+        print0(f"note: --aa {args.aa}: mstd (noise on the magnitude) is not supported and ignored")
+    return args.aa
 
 
 def effective_lr(args: argparse.Namespace, world_size: int, factors: dict[str, int]) -> float:
-    """--lr, or --blr * effective batch / 256; says on rank 0 how the effective batch came about."""
+    """Return --lr, or --blr * effective batch / 256, and print how it results.
+
+    factors: the script's own factors of the effective batch, by name.
+    """
     factors = {
         "batch_size_per_gpu": args.batch_size_per_gpu,
         "accum_iter": args.accum_iter,
         "processes": world_size,
         **factors,
     }
-    batch = 1
-    for value in factors.values():
-        batch *= value
-    lr = args.blr * batch / 256 if args.lr is None else args.lr
-    print0(
-        f"effective batch {batch} = "
-        + " x ".join(f"{value} {name}" for name, value in factors.items())
-    )
-    print0(
-        f"learning rate {lr:.4g}"
-        + (f" = blr {args.blr:g} x {batch} / 256" if args.lr is None else " (--lr)")
-    )
+    batch = math.prod(factors.values())
+    product = " x ".join(f"{value} {name}" for name, value in factors.items())
+    print0(f"effective batch {batch} = {product}")
+    if args.lr is not None:
+        print0(f"learning rate {args.lr:.4g} (--lr)")
+        return args.lr
+    lr = args.blr * batch / 256
+    print0(f"learning rate {lr:.4g} = blr {args.blr:g} x {batch} / 256")
     return lr
+
+
+def make_schedule(
+    args: argparse.Namespace, world_size: int, factors: dict[str, int], updates_per_epoch: int
+) -> Schedule:
+    """Return the learning rates of a run. factors: see `effective_lr`."""
+    return Schedule(
+        lr=effective_lr(args, world_size, factors),
+        min_lr=args.min_lr,
+        warmup_epochs=args.warmup_epochs,
+        steps_per_epoch=updates_per_epoch,
+        total_steps=total_steps(args, updates_per_epoch),
+    )

@@ -1,12 +1,13 @@
-"""Command lines: a parser whose errors are one line that names the nearest flag, and number types."""
+"""Command lines: a parser that reports errors in one line, and the number types of flags."""
 
 import argparse
 import difflib
 import re
+from typing import NoReturn
 
 from util.dist import UserError
 
-SYNONYMS = {  # what the field calls a flag: what it is called here, where a script has it
+SYNONYMS = {  # a flag's name in other repositories: its name here
     "--batch": "--batch_size_per_gpu",
     "--bs": "--batch_size_per_gpu",
     "--checkpoint": "--finetune",
@@ -34,71 +35,82 @@ class Parser(argparse.ArgumentParser):
     """An argument parser without abbreviations that reports a bad command line as a UserError."""
 
     def __init__(self, description: str | None, prog: str | None = None, epilog: str | None = None):
-        """Make a parser; the texts of its help are printed as they are."""
+        """Create the parser. description and epilog: printed by --help without wrapping."""
+        usage = None
+        if prog is None:
+            usage = "%(prog)s [--flag value ...]"
         super().__init__(
             prog=prog,
-            usage="%(prog)s [--flag value ...]" if prog is None else None,
+            usage=usage,
             description=description,
             epilog=epilog,
             allow_abbrev=False,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
 
-    def error(self, message: str) -> None:
+    def error(self, message: str) -> NoReturn:
         """Raise a UserError; argparse calls this for a bad command line."""
         raise UserError(f"{message} ({self.prog} --help lists the flags)")
 
     def parse_args(self, args=None, namespace=None):
-        """Parse a command line. Raises UserError, for an unknown flag with the nearest one."""
+        """Parse a command line. Raises UserError; for an unknown flag it names the nearest one."""
         parsed, unknown = self.parse_known_args(args, namespace)
         if not unknown:
             return parsed
         flags = [word for word in unknown if re.match("--?[A-Za-z]", word)]
         if not flags:
-            self.error(f"{unknown[0]!r} belongs to no flag")
+            self.error(f"unexpected argument {unknown[0]!r}")
         flag = flags[0].partition("=")[0]
-        near = self.nearest(flag)
-        if near is None:
+        suggestion = self.nearest(flag)
+        if suggestion is None:
             self.error(f"unknown flag {flag}")
-        raise UserError(f"unknown flag {flag}: did you mean {near}?")
+        raise UserError(f"unknown flag {flag}: did you mean {suggestion}?")
 
     def nearest(self, flag: str) -> str | None:
-        """Return the flag of this parser that an unknown one is most likely meant to be."""
-        shown = [action for action in self._actions if action.help != argparse.SUPPRESS]
-        known = [name for action in shown for name in action.option_strings]
+        """Return the flag of this parser that an unknown flag most likely means, or None."""
+        known: list[str] = []
+        for action in self._actions:
+            if action.help != argparse.SUPPRESS:
+                known += action.option_strings
         flag = "--" + flag.strip("-").replace("-", "_").lower()
         if flag in known:
             return flag
         if SYNONYMS.get(flag) in known:
             return SYNONYMS[flag]
-        longer = [name for name in known if name.startswith(flag)]
-        near = difflib.get_close_matches(flag, known, n=1, cutoff=0.6)
-        return (longer or near or [None])[0]
+        for name in known:
+            if name.startswith(flag):
+                return name
+        similar = difflib.get_close_matches(flag, known, n=1, cutoff=0.6)
+        return next(iter(similar), None)
 
 
-def positive(text: str) -> int:
-    """Return an integer of at least 1."""
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive whole number")
-    return int(text)
+def positive_int(text: str) -> int:
+    """Return an integer of at least 1. Raises ArgumentTypeError."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive integer")
+    return value
 
 
-def natural(text: str) -> int:
-    """Return an integer of at least 0."""
-    if int(text) < 0:
+def nonnegative_int(text: str) -> int:
+    """Return an integer of at least 0. Raises ArgumentTypeError."""
+    value = int(text)
+    if value < 0:
         raise argparse.ArgumentTypeError(f"{text} is negative")
-    return int(text)
+    return value
 
 
-def at_least_two(text: str) -> int:
-    """Return an integer of at least 2."""
-    if int(text) < 2:
-        raise argparse.ArgumentTypeError(f"{text} is less than 2: the newest may be damaged")
-    return int(text)
+def min_two(text: str) -> int:
+    """Return an integer of at least 2. Raises ArgumentTypeError."""
+    value = int(text)
+    if value < 2:
+        raise argparse.ArgumentTypeError(f"{text} is less than 2: the newest file may be corrupt")
+    return value
 
 
 def fraction(text: str) -> float:
-    """Return a number in (0, 1]."""
-    if not 0 < float(text) <= 1:
-        raise argparse.ArgumentTypeError(f"{text} does not lie in (0, 1]")
-    return float(text)
+    """Return a number in (0, 1]. Raises ArgumentTypeError."""
+    value = float(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not in (0, 1]")
+    return value

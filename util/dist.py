@@ -1,42 +1,47 @@
-"""Where this process runs: device, rank, process group. Driven by torchrun's or SLURM's environment; one process without either.
+"""Devices and processes: the process group, this process's rank and device, collectives, printing.
 
-`print0` is the only way this project prints. `UserError` is the only way it says that the input is at fault:
-one line that names the thing, the value and the cure, then exit code 2.
+The launcher's environment (torchrun's or SLURM's variables) describes the processes; without
+either there is one process. All printing goes through this module. `UserError` is raised for every
+user error: one line on stderr, then exit code 2.
 """
 
 import os
 import sys
 from collections.abc import Callable
 from datetime import timedelta
-from typing import NamedTuple
+from typing import NamedTuple, TextIO, TypeVar
 
 import torch
 import torch.distributed as dist
 
-from util import stop
+from util import preemption
 
-OWN_PACKAGES = ("util", "data")
-_terminal = {"progress": False}  # whether its last line is a progress line
-PEAK_TFLOPS = {
+Item = TypeVar("Item")  # any picklable object
+
+OWN_PACKAGES = ("util", "data", "tools")
+GROUP_TIMEOUT = timedelta(minutes=10)
+PEAK_TFLOPS = {  # dense bf16 or fp16, from the datasheets of the SXM boards
     "H200": 989,
     "H100": 989,
     "A100": 312,
-}  # dense bf16 or fp16, from the datasheets of the SXM boards
+}
+_progress_line_open = False  # the terminal's last line is a progress line
 
 
 class UserError(Exception):
-    """Bad input. The message is one line: what is wrong, with its value, and what to do about it.
+    """Bad input. The message is one line: what is wrong, with its value, and how to fix it.
 
-    this_rank_only: other ranks do not raise it, so this one has to say it whichever rank it is.
+    print_on_any_rank: only this rank raises the error, so it prints the message even if it is
+    not rank 0.
     """
 
-    def __init__(self, message: str, this_rank_only: bool = False):
+    def __init__(self, message: str, print_on_any_rank: bool = False):
         super().__init__(message)
-        self.this_rank_only = this_rank_only
+        self.print_on_any_rank = print_on_any_rank
 
 
-class Place(NamedTuple):
-    """Where this process stands: its device, its rank among `world_size` processes, its rank on this machine."""
+class DistEnv(NamedTuple):
+    """This process's device, rank among `world_size` processes, and rank on this machine."""
 
     device: torch.device
     rank: int = 0
@@ -45,82 +50,58 @@ class Place(NamedTuple):
     local_world_size: int = 1
 
 
-def _environment(name: str, default: int) -> int:
-    """This environment variable as an integer."""
-    return int(os.environ[name]) if os.environ.get(name, "").isdigit() else default
+# ---- The launcher's environment ----
 
 
-def _under_srun() -> bool:
-    """Is this one of several tasks of `srun`, without torchrun? (A batch script's own shell is in a job but in no step.)"""
+def _int_from_env(name: str, default: int) -> int:
+    """Return this environment variable as an integer, or the default where it is not one."""
+    value = os.environ.get(name, "")
+    if value.isdigit():
+        return int(value)
+    return default
+
+
+def _is_srun_task() -> bool:
+    """Return whether `srun` started this process as one of several tasks, without torchrun."""
+    # The shell of a batch script is in a job, but in no step
     in_step = "SLURM_STEP_ID" in os.environ or "SLURM_JOB_ID" not in os.environ
-    return (
-        "RANK" not in os.environ
-        and "SLURM_PROCID" in os.environ
-        and in_step
-        and _environment("SLURM_NTASKS", 1) > 1
-    )
+    has_slurm_rank = "RANK" not in os.environ and "SLURM_PROCID" in os.environ
+    return has_slurm_rank and in_step and _int_from_env("SLURM_NTASKS", 1) > 1
 
 
 def rank() -> int:
-    """This process's rank, readable before and without a process group."""
-    return _environment("SLURM_PROCID" if _under_srun() else "RANK", 0)
+    """Return this process's rank, also before the process group exists and without one."""
+    if _is_srun_task():
+        return _int_from_env("SLURM_PROCID", 0)
+    return _int_from_env("RANK", 0)
 
 
 def world_size() -> int:
-    """How many processes take part."""
-    return dist.get_world_size() if dist.is_initialized() else 1
+    """Return the number of processes of this run."""
+    if dist.is_initialized():
+        return dist.get_world_size()
+    return 1
 
 
 def local_world_size() -> int:
-    """How many processes of this run share this machine."""
-    if _under_srun():
-        tasks = os.environ.get("SLURM_STEP_TASKS_PER_NODE") or os.environ.get(
-            "SLURM_TASKS_PER_NODE", "1"
-        )
-        return int(
-            tasks.partition("(")[0].partition(",")[0]
-        )  # "4(x2),3": four on each of two nodes, three on a third
-    return _environment("LOCAL_WORLD_SIZE", 1)
+    """Return the number of processes of this run on this machine."""
+    if not _is_srun_task():
+        return _int_from_env("LOCAL_WORLD_SIZE", 1)
+    job_tasks = os.environ.get("SLURM_TASKS_PER_NODE", "1")
+    tasks = os.environ.get("SLURM_STEP_TASKS_PER_NODE") or job_tasks
+    # "4(x2),3" means 4 tasks on each of two nodes and 3 on another one
+    return int(tasks.partition("(")[0].partition(",")[0])
 
 
-def usable_cores() -> int:
-    """How many cores this process may use; macOS cannot say, and has them all."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def print0(*values: object, sep: str = " ") -> None:
-    """Print on rank 0 only, at once."""
-    if rank() == 0:
-        end_progress()
-        print(*values, sep=sep, flush=True)
-
-
-def print_here(*values: object) -> None:
-    """Print on whichever rank this is: for what concerns only one of them."""
-    end_progress()
-    print(*values, file=sys.stderr, flush=True)
-
-
-def show_progress(line: str) -> None:
-    """Show how far the work is, on rank 0: a terminal's line replaces the one before, a file gets each."""
-    if rank() != 0:
-        return
-    if sys.stdout.isatty():
-        print(f"\r\033[K{line}", end="", flush=True)
-        _terminal["progress"] = True
-    else:
-        print(line, flush=True)
-
-
-def end_progress() -> None:
-    """End a terminal's progress line, if there is one, so that what follows begins a line of its own."""
-    if _terminal["progress"]:
-        print(flush=True)
-        _terminal["progress"] = False
+def available_cpus() -> int:
+    """Return the number of CPUs that this process may use; on macOS, which has no affinity, all."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _first_host(nodelist: str) -> str:
-    """First host of a SLURM node list: "gpu[07-09,12],x1" -> "gpu07", "login1" -> "login1"."""
+    """Return the first host of a SLURM node list: "gpu[07-09,12],x1" -> "gpu07"."""
     head, bracket, tail = nodelist.partition("[")
     if not bracket or "," in head:
         return head.split(",")[0]
@@ -132,96 +113,127 @@ def _first_host(nodelist: str) -> str:
     return head + digits
 
 
-def _adopt_srun() -> None:
-    """Give a bare `srun` task the variables that torchrun would have set. MASTER_ADDR/MASTER_PORT of the user win."""
+def _set_torchrun_variables() -> None:
+    """Set torchrun's variables from srun's; MASTER_ADDR and MASTER_PORT of the user are kept."""
+    first_host = _first_host(os.environ.get("SLURM_STEP_NODELIST", "127.0.0.1"))
+    port = 20000 + _int_from_env("SLURM_JOB_ID", 0) % 10000
     os.environ["LOCAL_WORLD_SIZE"] = str(local_world_size())
     os.environ["WORLD_SIZE"] = os.environ["SLURM_NTASKS"]
     os.environ["LOCAL_RANK"] = os.environ["SLURM_LOCALID"]
-    os.environ.setdefault(
-        "MASTER_ADDR", _first_host(os.environ.get("SLURM_STEP_NODELIST", "127.0.0.1"))
-    )
-    os.environ.setdefault("MASTER_PORT", str(20000 + _environment("SLURM_JOB_ID", 0) % 10000))
-    os.environ["RANK"] = os.environ[
-        "SLURM_PROCID"
-    ]  # last: from here on this is no longer "under srun"
+    os.environ.setdefault("MASTER_ADDR", first_host)
+    os.environ.setdefault("MASTER_PORT", str(port))
+    os.environ["RANK"] = os.environ["SLURM_PROCID"]  # last: _is_srun_task is False from here on
 
 
-def setup(device: str | None, deterministic: bool = False) -> Place:
-    """Join the process group that the launcher describes and pick this process's device.
+# ---- Printing ----
 
-    device: "cuda", "cpu", or None for cuda where there is a GPU. deterministic: only kernels that repeat bit by bit.
-    Raises UserError for "cuda" without a GPU, or for more processes on a machine than it has GPUs.
+
+def _print_line(stream: TextIO, *values: object, sep: str = " ") -> None:
+    """Print a line at once, below a progress line that is open."""
+    end_progress()
+    print(*values, sep=sep, file=stream, flush=True)
+
+
+def print0(*values: object, sep: str = " ") -> None:
+    """Print on rank 0 only."""
+    if rank() == 0:
+        _print_line(sys.stdout, *values, sep=sep)
+
+
+def print_rank(*values: object) -> None:
+    """Print to stderr on the calling rank, for events that concern only this rank."""
+    _print_line(sys.stderr, *values)
+
+
+def show_progress(line: str) -> None:
+    """Show progress on rank 0: overwrite the progress line of a terminal, add a line to a file."""
+    global _progress_line_open
+    if rank() != 0:
+        return
+    if not sys.stdout.isatty():
+        print(line, flush=True)
+        return
+    print(f"\r\033[K{line}", end="", flush=True)
+    _progress_line_open = True
+
+
+def end_progress() -> None:
+    """End a terminal's progress line, if one is open, so that the next output starts a line."""
+    global _progress_line_open
+    if _progress_line_open:
+        print(flush=True)
+        _progress_line_open = False
+
+
+# ---- Setup ----
+
+
+def setup(device: str | None, deterministic: bool = False) -> DistEnv:
+    """Join the process group that the launcher describes and choose this process's device.
+
+    device: "cuda", "cpu", or None for cuda if there is a GPU. deterministic: use only kernels with
+    bit-identical results. Raises UserError for "cuda" without a GPU, and for more processes on a
+    machine than it has GPUs.
     """
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        if device == "cpu":
-            print0("device: cpu (no CUDA device found; --device cpu says so without this line)")
-    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
-        raise UserError(
-            f"--device {device}: PyTorch {torch.__version__} sees no CUDA device here; use --device cpu, or check nvidia-smi"
-        )
+    chosen = _choose_device(device)
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
     torch.use_deterministic_algorithms(deterministic)
-    stop.follow_launcher()
-    srun = _under_srun()
-    if srun:
-        _adopt_srun()
-    local_rank, world_size = _environment("LOCAL_RANK", 0), _environment("WORLD_SIZE", 1)
-    place = torch.device(device)
-    if place.type == "cuda":
-        visible = torch.cuda.device_count()
-        own_gpu_only = srun and visible == 1  # srun --gpus-per-task 1
-        index = place.index if place.index is not None else 0 if own_gpu_only else local_rank
-        if index >= visible:
-            raise UserError(
-                f"local rank {local_rank} has no GPU: {visible} visible; start at most {visible} processes on this machine",
-                True,
-            )
-        place = torch.device("cuda", index)
-        torch.cuda.set_device(place)
-    if world_size > 1:
-        dist.init_process_group(
-            "nccl" if place.type == "cuda" else "gloo",
-            device_id=place if place.type == "cuda" else None,
-            timeout=timedelta(minutes=10),
+    preemption.start_launcher_watchdog()
+    started_by_srun = _is_srun_task()
+    if started_by_srun:
+        _set_torchrun_variables()
+    local_rank = _int_from_env("LOCAL_RANK", 0)
+    processes = _int_from_env("WORLD_SIZE", 1)
+    if chosen.type == "cuda":
+        chosen = _select_gpu(chosen, local_rank, started_by_srun)
+    if processes > 1:
+        _init_process_group(chosen)
+    return DistEnv(chosen, rank(), processes, local_rank, local_world_size())
+
+
+def _choose_device(name: str | None) -> torch.device:
+    """Return the device of this name, by default cuda if there is a GPU. Raises UserError."""
+    has_gpu = torch.cuda.is_available()
+    if name is None and has_gpu:
+        return torch.device("cuda")
+    if name is None:
+        print0("device: cpu (no CUDA device found; pass --device cpu to hide this line)")
+        return torch.device("cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and not has_gpu:
+        raise UserError(
+            f"--device {name}: PyTorch {torch.__version__} finds no CUDA device. "
+            f"Use --device cpu, or check nvidia-smi."
         )
-    return Place(place, rank(), world_size, local_rank, local_world_size())
+    return device
 
 
-def peak_flops(device: torch.device) -> float | None:
-    """What this device could do per second by its datasheet, or None where that is not known."""
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
-    return next(
-        (peak * 1e12 for part, peak in PEAK_TFLOPS.items() if part in name and "PCIe" not in name),
-        None,
-    )
+def _select_gpu(device: torch.device, local_rank: int, started_by_srun: bool) -> torch.device:
+    """Return this process's GPU, and make it current. Raises UserError if there are too few."""
+    visible = torch.cuda.device_count()
+    index = local_rank
+    if started_by_srun and visible == 1:  # srun --gpus-per-task 1
+        index = 0
+    if device.index is not None:
+        index = device.index
+    if index >= visible:
+        raise UserError(
+            f"local rank {local_rank} has no GPU ({visible} visible). "
+            f"Start at most {visible} processes on this machine.",
+            print_on_any_rank=True,
+        )
+    gpu = torch.device("cuda", index)
+    torch.cuda.set_device(gpu)
+    return gpu
 
 
-def wrap(model: torch.nn.Module, place: Place, static_graph: bool) -> torch.nn.Module:
-    """DistributedDataParallel around the model, or the model itself for one process.
-
-    static_graph is for runs without accumulation: DDP asserts on a first update that accumulates.
-    """
-    if place.world_size == 1:
-        return model
-    torch._dynamo.config.optimize_ddp = False  # it would cut the compiled blocks every 25 MB
-    devices = [place.device] if place.device.type == "cuda" else None
-    return torch.nn.parallel.DistributedDataParallel(
-        model, devices, gradient_as_bucket_view=True, static_graph=static_graph
-    )
-
-
-def warm_up(model: torch.nn.Module, backward: Callable[[], object]) -> None:
-    """Let DDP settle before the first update of a process: it arranges its buckets anew after its first passes (two with static_graph) and then sums
-    in another order. So a run that was started again adds up, from its first update on, as one that was not. backward: any pass, whose gradients are
-    thrown away."""
-    if dist.is_initialized():
-        for _ in range(2):
-            backward()
-            model.zero_grad(set_to_none=True)
+def _init_process_group(device: torch.device) -> None:
+    """Join the process group: NCCL for GPUs, gloo for CPUs."""
+    if device.type == "cuda":
+        dist.init_process_group("nccl", device_id=device, timeout=GROUP_TIMEOUT)
+    else:
+        dist.init_process_group("gloo", timeout=GROUP_TIMEOUT)
 
 
 def cleanup() -> None:
@@ -230,61 +242,117 @@ def cleanup() -> None:
         dist.destroy_process_group()
 
 
+def peak_flops(device: torch.device) -> float | None:
+    """Return the device's peak FLOP/s by its datasheet, or None if it is not in PEAK_TFLOPS."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    if "PCIe" in name:  # slower than the SXM boards of the table
+        return None
+    for board, tflops in PEAK_TFLOPS.items():
+        if board in name:
+            return tflops * 1e12
+    return None
+
+
+# ---- DistributedDataParallel ----
+
+
+def wrap_ddp(model: torch.nn.Module, env: DistEnv, static_graph: bool) -> torch.nn.Module:
+    """Wrap the model in DistributedDataParallel; return the model itself for one process.
+
+    static_graph: only for runs without gradient accumulation. With it, DDP fails an assertion
+    if the first update accumulates.
+    """
+    if env.world_size == 1:
+        return model
+    torch._dynamo.config.optimize_ddp = False  # it would split the compiled blocks every 25 MB
+    device_ids = None
+    if env.device.type == "cuda":
+        device_ids = [env.device]
+    return torch.nn.parallel.DistributedDataParallel(
+        model, device_ids, gradient_as_bucket_view=True, static_graph=static_graph
+    )
+
+
+def settle_ddp_buckets(model: torch.nn.Module, backward: Callable[[], object]) -> None:
+    """Run two throw-away backward passes, before the first update of a process.
+
+    DDP rebuilds its buckets after the first passes (two with static_graph), which changes the
+    summation order; after this, resumed and uninterrupted runs add up alike. backward: runs any
+    forward and backward pass.
+    """
+    if not dist.is_initialized():
+        return
+    for _ in range(2):
+        backward()
+        model.zero_grad(set_to_none=True)
+
+
+# ---- Collectives (call on every rank) ----
+
+
 def barrier() -> None:
     """Wait for all ranks."""
     if dist.is_initialized():
         dist.barrier()
 
 
-def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
-    """Sum of `values` over all ranks, on every rank; `values` itself is left alone."""
+def all_reduce_sum(values: torch.Tensor) -> torch.Tensor:
+    """Return the sum of `values` over all ranks, on every rank; `values` is not changed."""
     total = values.clone()
     if dist.is_initialized():
         dist.all_reduce(total)
     return total
 
 
-def gather_objects(item: object) -> list:
-    """One picklable object of each rank, in rank order, on every rank."""
+def all_gather_object(item: Item) -> list[Item]:
+    """Return the picklable objects of all ranks, in rank order, on every rank."""
     if not dist.is_initialized():
         return [item]
-    gathered = [None] * dist.get_world_size()
+    gathered = [item] * dist.get_world_size()  # the next line replaces all of them
     dist.all_gather_object(gathered, item)
     return gathered
 
 
-def on_rank0(make):
-    """Call `make()` on rank 0 and hand its result, or its UserError, to every rank."""
+def on_rank0(function: Callable[[], Item]) -> Item:
+    """Call `function()` on rank 0; return its result, or raise its UserError, on every rank."""
     if not dist.is_initialized():
-        return make()
-    outcome = [None, None]
+        return function()
+    outcome: list = [None, None]  # result, message of the error
     if rank() == 0:
         try:
-            outcome[0] = make()
+            outcome[0] = function()
         except UserError as error:
             outcome[1] = str(error)
     dist.broadcast_object_list(outcome, src=0)
-    if outcome[1] is not None:
-        raise UserError(outcome[1])
-    return outcome[0]
+    result, error_message = outcome
+    if error_message is not None:
+        raise UserError(error_message)
+    return result
 
 
-def run_script(main) -> None:
-    """Run a script's `main()`: a UserError or a missing package becomes one line on stderr and exit code 2, Ctrl-C exit code 130."""
+# ---- Running a script ----
+
+
+def run_script(main: Callable[[], object]) -> None:
+    """Run a script's `main()` and exit with a code.
+
+    A UserError or a missing package becomes one line on stderr and exit code 2, Ctrl-C exit
+    code 130.
+    """
     try:
         main()
     except UserError as error:
-        if rank() == 0 or error.this_rank_only:
-            end_progress()
-            print(f"error: {error}", file=sys.stderr, flush=True)
+        if rank() == 0 or error.print_on_any_rank:
+            print_rank(f"error: {error}")
         sys.exit(2)
     except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] in OWN_PACKAGES:
+        package = error.name or ""
+        if package.partition(".")[0] in OWN_PACKAGES:
             raise
-        print(
-            f"error: the package {error.name} is not installed: pip install -r requirements.txt",
-            file=sys.stderr,
-            flush=True,
+        print_rank(
+            f"error: the package {package} is not installed. Run: pip install -r requirements.txt"
         )
         sys.exit(2)
     except KeyboardInterrupt:

@@ -1,0 +1,251 @@
+"""Save a run when due, resume it, and stop it gracefully."""
+
+import contextlib
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from util import checkpoint, preemption, resume
+from util.bad_files import BadFiles
+from util.dist import UserError, on_rank0, print0, rank
+from util.logger import RunLogger
+from util.train_state import TrainState
+
+
+class Checkpointer:
+    """Writes a run's checkpoints, and decides on all ranks alike when to save and to stop."""
+
+    def __init__(
+        self,
+        state: TrainState,
+        logger: RunLogger,
+        bad_files: BadFiles,
+        *,
+        keep: int,
+        every_steps: int | None,
+        every_minutes: float,
+    ):
+        """Prepare to save; nothing is written before `start`. Call on every rank.
+
+        keep: number of checkpoints to keep. every_steps, every_minutes: save within an epoch every
+        so many updates and minutes; None and 0 turn that off.
+        """
+        self.state = state
+        self.logger = logger
+        self.bad_files = bad_files
+        self.keep = keep
+        self.every_steps = every_steps
+        self.every_seconds = every_minutes * 60
+        self.any_rank = preemption.AnyRank()
+        self.last_saved_step = 0
+        # attempts include saves that failed: a full disk is not tried again after every update
+        self.last_attempt_step = 0
+        self.last_attempt_time = time.monotonic()
+
+    def start(self, path: Path | None, force: bool) -> None:
+        """Resume from a checkpoint if there is one, and start logging. Call on every rank.
+
+        force: accept other data, another batch or another model (--force_resume). Raises UserError
+        if the checkpoint is of another run or cannot be read.
+        """
+        if path is not None:
+            self._resume(path, force)
+        on_rank0(self._prepare_folder)
+        state = self.state
+        self.logger.open(state.flags, state.step, epoch_is_open=state.metrics.updates > 0)
+
+    def _resume(self, path: Path, force: bool) -> None:
+        state = self.state
+        saved = load_on_rank(path)
+        current = {
+            "config": state.config,
+            "args": state.flags,
+            "data": state.data,
+            "global_batch": state.global_batch,
+        }
+        resume.check_same_run(path, saved, current, force)
+        checkpoint.load_weights(path, state.model, saved["model"])
+        try:
+            state.restore_progress(saved)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(
+                f"{path} does not fit ({checkpoint.first_line(error)}): --layer_decay, "
+                "--weight_decay, --bias_wd and --freeze_backbone must group the parameters as in "
+                "that run"
+            ) from error
+        self.bad_files.unreadable.update(saved.get("unreadable", {}))
+        self.last_saved_step = state.step
+        self.last_attempt_step = state.step
+        print0(f"resumed from {path} at update {state.step}")
+
+    def _prepare_folder(self) -> None:
+        """Lock the run and remove partial files left by a crash."""
+        files = self.logger.files
+        try:
+            files.folder.mkdir(parents=True, exist_ok=True)
+            resume.lock_run(files)
+            for path in (files.checkpoint, files.best):
+                checkpoint.remove_stale_tmp(path)
+        except OSError as error:
+            raise UserError(
+                f"cannot write to {files.folder} ({error.strerror}): "
+                "make room, or give another --output_dir"
+            ) from error
+
+    def save_or_stop_if_due(self) -> None:
+        """Stop or save after an update if any rank wants to. Call on every rank.
+
+        The ranks' wishes are combined one update later: no rank blocks here. Raises
+        preemption.Stopped on every rank.
+        """
+        step = self.state.step
+        waited = time.monotonic() - self.last_attempt_time
+        overdue = rank() == 0 and self.every_seconds > 0 and waited >= self.every_seconds
+        stop_requested = preemption.stop_reason() != ""
+        stop_requested, overdue = self.any_rank.deferred(stop_requested, overdue)
+        if stop_requested:
+            raise preemption.Stopped
+        if step <= self.last_attempt_step + 1:
+            overdue = False  # this wish is older than the last save
+        due = self.every_steps is not None and step % self.every_steps == 0
+        if overdue or due:
+            self.save()
+
+    def end_epoch(self, record: dict, checkpoint_period: int) -> None:
+        """Log a finished epoch; save if the run is complete, and every checkpoint_period epochs."""
+        state = self.state
+        epoch, _ = state.position()
+        self.logger.log_epoch(record | {"epoch": epoch, "step": state.step})
+        state.metrics.reset()
+        last = state.is_last_step()
+        due = last or (epoch + 1) % checkpoint_period == 0
+        written = due and self.save(epoch)
+        if last and not written:
+            raise UserError(
+                "the run is complete, but its last checkpoint could not be written: make room in "
+                f"{self.logger.files.folder} and run the same command again; it resumes from the "
+                "previous checkpoint"
+            )
+
+    def save(self, epoch: int | None = None, path: Path | None = None) -> bool:
+        """Write the newest checkpoint, or another one to `path`. Call on every rank.
+
+        epoch: None for the current one. Returns whether the file was written: a full disk does not
+        end the run. Raises UserError if the weights are not finite.
+        """
+        state = self.state
+        reduce_metrics(state, self.logger)
+        self.bad_files.gather()
+        if epoch is None:
+            epoch, _ = state.position()
+        written = on_rank0(lambda: self._write(path, epoch))
+        if path is None:
+            self.last_attempt_time = time.monotonic()
+            self.last_attempt_step = state.step
+            if written:
+                self.last_saved_step = state.step
+        return written
+
+    def _write(self, path: Path | None, epoch: int) -> bool:
+        """Write a checkpoint on rank 0."""
+        contents = self.state.state_dict(epoch)
+        contents["unreadable"] = dict(self.bad_files.unreadable)
+        if not all_finite(contents["model"]):
+            raise UserError(
+                f"the weights are not finite at update {self.state.step} and were not saved: "
+                "lower --lr and resume from the previous checkpoint"
+            )
+        target = path or self.logger.files.checkpoint
+        keep = self.keep if path is None else 1  # the best checkpoint has no history
+        try:
+            checkpoint.save(target, contents, keep)
+        except OSError as error:
+            print0(
+                f"warning: could not save {target} at update {self.state.step} ({error.strerror}); "
+                "the run continues, the previous checkpoint is untouched"
+            )
+            return False
+        return True
+
+    def stop_between_batches(self, batches: Iterator[dict]) -> Iterator[dict]:
+        """Yield a rank's validation batches. Call on every rank.
+
+        Raises preemption.Stopped on every rank at the same batch index, even if ranks have
+        different numbers of batches.
+        """
+        batches = iter(batches)
+        while True:
+            batch = next(batches, None)
+            stop_requested = preemption.stop_reason() != ""
+            stop_requested, any_left = self.any_rank.now(stop_requested, batch is not None)
+            if stop_requested:
+                raise preemption.Stopped
+            if batch is not None:
+                yield batch
+            elif not any_left:
+                return
+
+    @contextlib.contextmanager
+    def graceful_shutdown(self) -> Iterator[None]:
+        """Wrap the training loop: when it is stopped, save and write the .PREEMPTED marker.
+
+        Raises UserError if the checkpoint cannot be written.
+        """
+        preemption.mark_training_started()
+        try:
+            yield
+            self.any_rank.drain()
+        except preemption.Stopped:
+            self.any_rank.drain()
+            self._save_stopped_run()
+        finally:
+            preemption.restore_signal_handlers()
+
+    def _save_stopped_run(self) -> None:
+        step = self.state.step
+        files = self.logger.files
+        written = step == self.last_saved_step or self.save()
+        if not written:
+            raise UserError(
+                f"stopped at update {step}, but the checkpoint could not be written: the run will "
+                f"resume from update {self.last_saved_step}; make room in {files.folder}"
+            ) from None
+        self.logger.mark_preempted(step)
+        reason = preemption.stop_reason() or "a signal to another rank"
+        print0(
+            f"stopped at update {step} ({reason}); checkpoint saved (marker: {files.marker}). "
+            "Run the same command to resume."
+        )
+
+
+def load_on_rank(path: Path) -> dict:
+    """Load a checkpoint that rank 0 found readable. Raises UserError, printed on any rank."""
+    try:
+        return checkpoint.load(path, check=False)
+    except UserError as error:  # the file may be missing on this machine only
+        raise UserError(f"rank {rank()}: {error}", print_on_any_rank=True) from error
+
+
+def all_finite(weights: dict[str, torch.Tensor]) -> bool:
+    """Return whether all floating-point weights are finite."""
+    floats = [value for value in weights.values() if value.is_floating_point()]
+    return bool(torch.stack([value.isfinite().all() for value in floats]).all())
+
+
+def reduce_metrics(state: TrainState, logger: RunLogger) -> None:
+    """Sum the metrics over the ranks and list skipped updates. Call on every rank.
+
+    Raises UserError after too many skipped updates in a row.
+    """
+    metrics = state.metrics
+    skipped = metrics.all_reduce(state.step)
+    if skipped:
+        logger.log_skipped(skipped)
+    if metrics.failed_step is not None:
+        raise UserError(
+            f"{metrics.max_bad_steps} updates in a row without a finite loss and gradient, up to "
+            f"update {metrics.failed_step}: lower --lr, or try --amp bf16; their files are in "
+            f"{logger.files.folder / 'nonfinite.jsonl'}"
+        )

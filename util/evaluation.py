@@ -1,0 +1,264 @@
+"""Exact evaluation: every sample exactly once over all ranks. Scores, losses, features, and probes.
+
+A model sees batches of a fixed size only, and results are sorted by sample index. So they depend
+neither on the number of processes nor on the other samples of a batch. Shapes as in models_vit.py,
+and: R clips (views) per sample, n samples, K classes.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models_mae import MaskedAutoencoderViT
+from models_vit import VideoEncoder
+from util.dist import UserError, all_gather_object
+from util.optim import autocast
+from util.pixels import VIDEO_MEAN, VIDEO_STD, normalize
+from util.seeds import VALIDATION_NOISE_STREAM, derive_seed
+
+EVAL_CLIPS_PER_FORWARD = 8  # in pretraining's validation, for any training batch size
+NEIGHBORS = 20
+TEMPERATURE = 0.07
+RIDGE = 0.1
+
+
+class Scores(NamedTuple):
+    """Totals of an evaluation, and the best classes of each sample in validation set order."""
+
+    loss: float
+    acc1: float  # percent
+    acc5: float  # percent
+    labels: Tensor  # (n,)
+    top: Tensor  # (n, min(5, K)) classes, best first
+    top_scores: Tensor  # (n, min(5, K)) probabilities
+
+
+def pad_to(tensor: Tensor, length: int) -> Tensor:
+    """Return a tensor (N, ...) padded to (length, ...) with copies of its last element."""
+    missing = length - len(tensor)
+    padding = tensor[-1:].expand(missing, *tensor.shape[1:])
+    return torch.cat([tensor, padding])
+
+
+def padded_batches(
+    batches, clips_per_forward: int, compute: Callable[[Tensor, Tensor], Tensor]
+) -> Iterator[tuple[dict, Tensor]]:
+    """Yield each batch of clips (B, R, C, T, H, W) with the outputs of `compute`, (B, R, ...).
+
+    compute: clips (clips_per_forward, C, T, H, W) uint8 and their sample indices
+    (clips_per_forward,) -> (clips_per_forward, ...). Raises UserError for an unreadable file.
+    """
+    for batch in batches:
+        if batch["clips"] is None:
+            path, reason = batch["bad"][0]
+            raise UserError(
+                f"validation file {path} cannot be read ({reason}). "
+                "Repair it or remove it from the set.",
+                print_on_any_rank=True,
+            )
+        views = batch["clips"].shape[1]
+        clip_parts = batch["clips"].flatten(0, 1).split(clips_per_forward)
+        index_parts = batch["index"].repeat_interleave(views).split(clips_per_forward)
+        outputs = []
+        for clips, index in zip(clip_parts, index_parts, strict=True):
+            output = compute(pad_to(clips, clips_per_forward), pad_to(index, clips_per_forward))
+            outputs.append(output[: len(clips)])
+        yield batch, torch.cat(outputs).unflatten(0, (-1, views))
+
+
+def concatenate(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Concatenate the tensors of the same name; return {} for no rows."""
+    if not rows:
+        return {}
+    return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
+
+
+def gather_sorted(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Return {name: (n, ...)} of all ranks on every rank, sorted by sample index.
+
+    rows: {"index": (B,), name: (B, ...)} of each batch of this rank, on the CPU. Call it on every
+    rank.
+    """
+    shares = all_gather_object(concatenate(rows))
+    table = concatenate([share for share in shares if share])
+    order = table["index"].argsort()
+    return {name: values[order] for name, values in table.items()}
+
+
+def score_samples(batch: dict, logits: Tensor) -> dict[str, Tensor]:
+    """Return loss and best classes of a batch's samples, on the CPU. logits: (B, R, K) of views."""
+    probabilities = logits.softmax(2).mean(1)  # (B, K)
+    label_probabilities = probabilities.gather(1, batch["labels"][:, None])  # (B, 1)
+    top_scores, top = probabilities.topk(min(5, probabilities.shape[1]))
+    return {
+        "index": batch["index"].cpu(),
+        "label": batch["labels"].cpu(),
+        "loss": -label_probabilities.clamp(min=1e-30).log().cpu(),
+        "top": top.cpu(),
+        "top_scores": top_scores.cpu(),
+    }
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    batches,
+    clips_per_forward: int,
+    prepare: Callable[[Tensor], Tensor],
+    amp: torch.dtype,
+) -> Scores:
+    """Evaluate a classifier; the probabilities of a sample's views are averaged.
+
+    model: unwrapped; prepare: clips (B, C, T, H, W) uint8 -> the input of the model. Raises
+    UserError for an unreadable file. Call it on every rank.
+    """
+    model.eval()
+
+    def compute_logits(clips: Tensor, _index: Tensor) -> Tensor:
+        with autocast(clips.device, amp):
+            return model(prepare(clips)).float()
+
+    rows = []
+    for batch, logits in padded_batches(batches, clips_per_forward, compute_logits):
+        rows.append(score_samples(batch, logits))
+    table = gather_sorted(rows)
+    hits = table["top"] == table["label"][:, None]  # (n, min(5, K))
+    return Scores(
+        loss=table["loss"].double().mean().item(),
+        acc1=percent(hits[:, 0]),
+        acc5=percent(hits.any(1)),
+        labels=table["label"],
+        top=table["top"],
+        top_scores=table["top_scores"],
+    )
+
+
+def percent(correct: Tensor) -> float:
+    """Return the share of True in a bool tensor, in percent."""
+    return 100 * correct.double().mean().item()
+
+
+def fixed_noise(index: Tensor, tokens: int) -> Tensor:
+    """Return mask noise (B, L) for sample indices (B,), the same in every run."""
+    noise = []
+    for sample in index.tolist():
+        generator = torch.Generator().manual_seed(derive_seed(sample, VALIDATION_NOISE_STREAM))
+        noise.append(torch.rand(tokens, generator=generator))
+    return torch.stack(noise).to(index.device)
+
+
+@torch.no_grad()
+def validation_loss(
+    model: MaskedAutoencoderViT, batches, mask_ratio: float, mask_type: str, amp: torch.dtype
+) -> float:
+    """Return the mean reconstruction loss of the samples, each with its `fixed_noise`.
+
+    model: unwrapped. Raises UserError for an unreadable file. Call it on every rank.
+    """
+    model.eval()
+
+    def compute_losses(clips: Tensor, index: Tensor) -> Tensor:
+        clips = normalize(clips, VIDEO_MEAN, VIDEO_STD)
+        noise = fixed_noise(index, model.num_tokens)
+        with autocast(clips.device, amp):
+            _, pred, mask = model(clips, mask_ratio, mask_type, noise)
+        hidden = mask.nonzero()[:, 1].view(len(clips), -1)  # (B, K) hidden tokens
+        return model.squared_errors(pred, clips, hidden).mean(dim=(1, 2))
+
+    rows = []
+    with torch.compiler.set_stance("force_eager"):
+        for batch, losses in padded_batches(batches, EVAL_CLIPS_PER_FORWARD, compute_losses):
+            rows.append({"index": batch["index"].cpu(), "loss": losses.cpu()})
+    return gather_sorted(rows)["loss"].double().mean().item()
+
+
+@torch.no_grad()
+def features(
+    pool: Callable[[Tensor], Tensor], batches, clips_per_forward: int, amp: torch.dtype
+) -> Tensor:
+    """Return features (n, D) float32 of all samples on the CPU, averaged over the views.
+
+    pool: clips (B, C, T, H, W) uint8 -> (B, D). Raises UserError for an unreadable file. Call it
+    on every rank.
+    """
+
+    def compute_features(clips: Tensor, _index: Tensor) -> Tensor:
+        with autocast(clips.device, amp):
+            return pool(clips).float()
+
+    rows = []
+    with torch.compiler.set_stance("force_eager"):
+        for batch, values in padded_batches(batches, clips_per_forward, compute_features):
+            rows.append({"index": batch["index"].cpu(), "features": values.mean(1).cpu()})
+    return gather_sorted(rows)["features"]
+
+
+def mean_features(model: VideoEncoder, batches, amp: torch.dtype) -> Tensor:
+    """Return features (n, D) of an encoder: the mean of the patch tokens, then the norm.
+
+    The classifier pools in the same way with global_pool.
+    """
+    model.eval()
+    first_patch = int(model.cls_embed)
+
+    def pool(clips: Tensor) -> Tensor:
+        tokens = model.encode(normalize(clips, VIDEO_MEAN, VIDEO_STD))
+        return model.norm(tokens[:, first_patch:].mean(dim=1))
+
+    return features(pool, batches, EVAL_CLIPS_PER_FORWARD, amp)
+
+
+def standardize(train: Tensor, val: Tensor) -> tuple[Tensor, Tensor]:
+    """Return both sets (n, D) as float64, standardized by the mean and std of the training set."""
+    train = train.double()
+    mean = train.mean(0)
+    std = train.std(0, correction=0) + 1e-6
+    return (train - mean) / std, (val.double() - mean) / std
+
+
+def knn_classes(train: Tensor, labels: Tensor, val: Tensor) -> Tensor:
+    """Classify val (m, D) by its 20 nearest neighbors in train (n, D), and return classes (m,).
+
+    A neighbor's vote is weighted by exp(cosine similarity / 0.07) (Wu et al. 2018, arXiv
+    1805.01978).
+    """
+    train = F.normalize(train, dim=1)
+    targets = F.one_hot(labels)
+    classes = []
+    for part in F.normalize(val, dim=1).split(256):
+        similarity, nearest = (part @ train.T).topk(min(NEIGHBORS, len(train)), dim=1)
+        weights = ((similarity - 1) / TEMPERATURE).exp()  # (256, 20)
+        votes = targets[nearest] * weights[:, :, None]  # (256, 20, K)
+        classes.append(votes.sum(1).argmax(1))
+    return torch.cat(classes)
+
+
+def linear_classes(train: Tensor, labels: Tensor, val: Tensor) -> Tensor:
+    """Classify val (m, D) by ridge regression of one-hot labels on train (n, D), return (m,).
+
+    The penalty is 0.1 per training sample. The solution is exact, without random draws or a step
+    size. train has mean 0, so the bias is the share of each class.
+    """
+    targets = F.one_hot(labels).to(train.dtype)
+    bias = targets.mean(0)
+    penalty = RIDGE * len(train) * torch.eye(train.shape[1], dtype=train.dtype)
+    gram = train.T @ train + penalty
+    weights = torch.linalg.solve(gram, train.T @ (targets - bias))  # (D, K)
+    return (val @ weights + bias).argmax(1)
+
+
+def probe(values: Tensor, labels: list[int], train_size: int) -> dict[str, float]:
+    """Return accuracies in percent of k nearest neighbors and of a linear head on features (n, D).
+
+    The first `train_size` samples classify the others. values: from `mean_features`.
+    """
+    targets = torch.tensor(labels)
+    train, val = standardize(values[:train_size], values[train_size:])
+    accuracies = {}
+    for name, classify in (("knn", knn_classes), ("linear", linear_classes)):
+        classes = classify(train, targets[:train_size], val)
+        accuracies[f"probe_{name}_acc1"] = percent(classes.eq(targets[train_size:]))
+    return accuracies

@@ -1,0 +1,78 @@
+"""Files of a run, and helpers to write files completely or not at all."""
+
+import contextlib
+import hashlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+
+class RunFiles(NamedTuple):
+    """Paths of a run's files, all in one folder and with one prefix."""
+
+    folder: Path  # --output_dir
+    prefix: str  # --save_prefix
+
+    def path(self, suffix: str) -> Path:
+        """Return {folder}/{prefix}{suffix}."""
+        return self.folder / f"{self.prefix}{suffix}"
+
+    @property
+    def checkpoint(self) -> Path:
+        """Return the path of the newest checkpoint."""
+        return self.path(".pth")
+
+    @property
+    def best(self) -> Path:
+        """Return the path of the checkpoint with the best validation accuracy (finetuning)."""
+        return self.path("_best.pth")
+
+    @property
+    def log(self) -> Path:
+        """Return the path of the log, one JSON line per epoch."""
+        return self.path("_log.txt")
+
+    @property
+    def marker(self) -> Path:
+        """Return the path of the file that marks a preempted run, to be started again."""
+        return self.path(".PREEMPTED")
+
+    @property
+    def lock(self) -> Path:
+        """Return the path of the file that a process locks while it writes the run."""
+        return self.folder / f".{self.prefix}.lock"
+
+
+@contextlib.contextmanager
+def atomic_write(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path` to write to; it replaces `path` at the end.
+
+    If the block raises, the temporary file is removed and `path` stays as it was. The suffix stays
+    last, since numpy and Pillow choose the format by it.
+    """
+    temporary = path.with_name(f"{path.stem}.tmp{path.suffix}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def fsync_path(path: Path) -> None:
+    """Flush a file or folder to the disk. Raises OSError, also where folders cannot be flushed."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sha256_of(path: Path) -> str:
+    """Return the SHA-256 of a file as hexadecimal digits."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

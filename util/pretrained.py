@@ -1,0 +1,274 @@
+"""Load pretrained encoders from checkpoints of any family: load_encoder, load_pretrained.
+
+Letters as in models_vit.py.
+"""
+
+import math
+import re
+from collections import Counter
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from models_vit import SIZES, VideoEncoder
+from util.checkpoint import load
+from util.checkpoint_formats import (
+    NON_ENCODER,
+    ImportedEncoder,
+    given_sizes,
+    parse_checkpoint,
+)
+from util.dist import UserError, print0
+
+VALUE_FLAGS = ("patch_size", "t_patch_size", "decoder_num_heads")
+BOOL_FLAGS = ("cls_embed", "sep_pos_embed", "global_pool")
+
+
+def load_encoder(
+    path: str | Path,
+    *,
+    num_heads: int | None = None,
+    img_size: int | None = None,
+    num_frames: int | None = None,
+    t_patch_size: int | None = None,
+) -> VideoEncoder:
+    """Return the encoder of a checkpoint of any family, in evaluation mode.
+
+        encoder = load_encoder("run.pth")
+        tokens = encoder(clips)  # (B, 3, T, H, W) float -> (B, [1 +] L, D)
+
+    The pixels must be normalized by encoder.config["mean"] and encoder.config["std"].
+
+    The sizes are for files that do not record them: num_heads for unusual widths, num_frames and
+    t_patch_size (frames) for image models, img_size (pixels) and num_frames for VideoMAE's. Where
+    img_size or num_frames differ from the file's, positions are resampled. Raises UserError.
+    """
+    given = given_sizes(num_heads, img_size, num_frames, t_patch_size)
+    found = parse_checkpoint(load(path), given, path)
+    for name in ("num_heads", "t_patch_size"):
+        if name in given and given[name] != found.sizes[name]:
+            raise UserError(f"{path} has {name} {found.sizes[name]}, not {given[name]}")
+    try:
+        encoder = VideoEncoder(**found.sizes | given)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{path}: {error}") from error
+    load_into(encoder, found, path)
+    return encoder.eval()
+
+
+def load_pretrained(path: str | Path, model: VideoEncoder) -> None:
+    """Copy the encoder of a checkpoint into a model, and our decoder if both have one.
+
+    All other weights of the model stay as initialized. Set model.config["mean"] and ["std"] to
+    those of the pixels that the encoder was trained on. Raises UserError, with the flags that fit
+    the checkpoint, if the model has another architecture.
+    """
+    found = parse_checkpoint(load(path), model.config, path)
+    sizes = dict(found.sizes)
+    for name in ("global_pool", "decoder_num_heads"):
+        if name in found.config and name in model.config:
+            sizes[name] = found.config[name]
+    compared = sorted(sizes.keys() - {"img_size", "num_frames"})
+    differing = [name for name in compared if sizes[name] != model.config[name]]
+    if differing:
+        listing = "; ".join(f"{name} {sizes[name]}, not {model.config[name]}" for name in differing)
+        raise UserError(
+            f"{path} has {listing}. Pass the flags that fit it ({flags_for(differing, sizes)}), "
+            "or another checkpoint."
+        )
+    load_into(model, found, path)
+
+
+def flags_for(names: list[str], sizes: dict) -> str:
+    """Return the flags that give a model these sizes, for the sizes in `names`."""
+    flags = []
+    if not {"embed_dim", "depth", "num_heads"}.isdisjoint(names):
+        flags.append(_model_flag(sizes))
+    flags += [f"--{name} {sizes[name]}" for name in names if name in VALUE_FLAGS]
+    for name in names:
+        if name in BOOL_FLAGS and sizes[name]:
+            flags.append(f"--{name}")
+        elif name in BOOL_FLAGS:
+            flags.append(f"--no-{name}")
+    if "no_qkv_bias" in names and sizes["no_qkv_bias"]:
+        flags.append("--no_qkv_bias")
+    elif "no_qkv_bias" in names:
+        flags.append("no --no_qkv_bias")
+    return " ".join(flags)
+
+
+def _model_flag(sizes: dict) -> str:
+    """Return the --model flag for a width, depth and number of heads."""
+    wanted = (sizes["embed_dim"], sizes["depth"], sizes["num_heads"])
+    for name, size in SIZES.items():
+        if size == wanted:
+            patch_size = 16
+            if name == "huge" and sizes["patch_size"] == 14:
+                patch_size = 14
+            return f"--model vit_{name}_patch{patch_size}"
+    return "num_heads in your own code"
+
+
+def load_into(model: VideoEncoder, found: ImportedEncoder, path: str | Path) -> None:
+    """Copy an encoder's weights into a model and print a report; resample its positions if needed.
+
+    Raises UserError, before the model is changed, if tensors are missing, unknown or of another
+    shape.
+    """
+    target = model.state_dict()
+    decoder = _usable_decoder(found, target)
+    weights, resampled = _resample_all(found.weights | decoder, model, found, path)
+    fresh_prefixes = NON_ENCODER
+    if decoder:
+        fresh_prefixes = ("head.",)
+    fresh = [name for name in target if name.startswith(fresh_prefixes)]
+    faults = [f"{name} is missing" for name in target if name not in weights and name not in fresh]
+    for name, value in weights.items():
+        shape = tuple(value.shape)
+        if name not in target:
+            faults.append(f"{name} is not in the model")
+        elif shape != tuple(target[name].shape):
+            faults.append(f"{name} has shape {shape}, not {tuple(target[name].shape)}")
+    if faults:
+        shown = "; ".join(faults[:3])
+        if len(faults) > 3:
+            shown += " ..."
+        raise UserError(f"{path} does not fit the model: {len(faults)} tensors, {shown}")
+    model.load_state_dict({name: target[name] for name in fresh} | weights)
+    model.config |= found.pixel_stats
+    _print_report(path, found, weights, found.resized | resampled, fresh)
+
+
+def _usable_decoder(found: ImportedEncoder, target: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the file's decoder if it is ours and the model has one, else an empty dict."""
+    prefixes = ("decoder_", "mask_token")
+    decoder = {name: value for name, value in found.unused.items() if name.startswith(prefixes)}
+    if found.has_our_decoder and "decoder_pred.weight" in decoder.keys() & target.keys():
+        return decoder
+    return {}
+
+
+def _resample_all(
+    weights: dict[str, Tensor], model: VideoEncoder, found: ImportedEncoder, path: str | Path
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return the weights with positions that fit the model, and the shapes of those resampled."""
+    target = model.state_dict()
+    old_steps = None
+    if "num_frames" in found.config:
+        old_steps = found.config["num_frames"] // found.sizes["t_patch_size"]
+    weights = dict(weights)
+    resampled = {}
+    for name, value in weights.items():
+        if (
+            "pos_embed" not in name
+            or name not in target
+            or not _needs_resampling(value, target[name])
+        ):
+            continue
+        kind = name.removeprefix("decoder_")
+        try:
+            weights[name] = resample_positions(kind, value.float(), model, old_steps)
+        except ValueError as error:
+            raise UserError(f"{path}: {name}: {error}") from None
+        resampled[name] = f"{tuple(value.shape)} -> {tuple(target[name].shape)}"
+    return weights, resampled
+
+
+def _needs_resampling(old: Tensor, new: Tensor) -> bool:
+    """Return whether positions (1, N, D) and (1, N', D) differ in their number only."""
+    if old.shape == new.shape or old.ndim != 3:
+        return False
+    return old.shape[0] == 1 and old.shape[1] > 0 and old.shape[2] == new.shape[2]
+
+
+def resample_positions(
+    kind: str, positions: Tensor, model: VideoEncoder, old_steps: int | None = None
+) -> Tensor:
+    """Return position embeddings (1, N, D) resampled to the model's grid (1, N', D).
+
+    Bicubic in space, linear in time (Dosovitskiy et al. 2020, 3.2). kind: "pos_embed_spatial",
+    "pos_embed_temporal", or "pos_embed" for joint ones. old_steps: time steps of joint positions,
+    if known; else that or the frame size must be the model's. Raises ValueError if the positions
+    do not form a square grid.
+    """
+    steps, h, w = model.grid
+    if kind == "pos_embed_temporal":
+        return _interpolate_time(positions.transpose(1, 2), steps).transpose(1, 2)
+    joint = kind == "pos_embed"
+    num_class = int(joint and model.cls_embed)
+    class_position = positions[:, :num_class]
+    patches = positions[:, num_class:]
+    if not joint:
+        old_steps = 1
+    elif old_steps is None:
+        old_steps = _infer_steps(patches.shape[1], model.grid)
+    side = _square_side(patches.shape[1], old_steps)
+    maps = patches[0].unflatten(0, (old_steps, side, side)).permute(0, 3, 1, 2)  # (t', D, h', w')
+    if side != h:
+        maps = F.interpolate(maps, size=(h, w), mode="bicubic", align_corners=False)
+    if joint and old_steps != steps:
+        series = maps.permute(2, 3, 1, 0).flatten(0, 1)  # (hw, D, t')
+        maps = _interpolate_time(series, steps).unflatten(0, (h, w)).permute(3, 2, 0, 1)
+    patches = maps.permute(0, 2, 3, 1).flatten(0, 2)[None]
+    return torch.cat([class_position, patches], dim=1)
+
+
+def _interpolate_time(series: Tensor, steps: int) -> Tensor:
+    """Return series (B, D, t') interpolated linearly to (B, D, steps)."""
+    return F.interpolate(series, size=steps, mode="linear", align_corners=False)
+
+
+def _infer_steps(count: int, grid: tuple[int, int, int]) -> int:
+    """Return the time steps of `count` joint positions: the model's, or those of its frame size.
+
+    Return 0 if neither is possible.
+    """
+    steps, h, w = grid
+    if steps * math.isqrt(count // steps) ** 2 == count:
+        return steps
+    if count % (h * w) == 0:
+        return count // (h * w)
+    return 0
+
+
+def _square_side(count: int, steps: int) -> int:
+    """Return the side of the square frames that `count` positions form in `steps` steps."""
+    if steps > 0:
+        side = math.isqrt(count // steps)
+        if side > 0 and steps * side**2 == count:
+            return side
+    raise ValueError(
+        f"{count} positions: neither their frame size nor their number of frames is the model's"
+    )
+
+
+def _print_report(
+    path: str | Path,
+    found: ImportedEncoder,
+    weights: dict[str, Tensor],
+    resized: dict[str, str],
+    fresh: list[str],
+) -> None:
+    """Print which tensors were matched, resized, initialized and unused."""
+    pixels = found.pixel_stats
+    matched = weights.keys() - resized.keys() - found.synthesized.keys()
+    synthesized = Counter(
+        f"{re.sub(r'[.][0-9]+[.]', '.*.', name)}: {what}"
+        for name, what in found.synthesized.items()
+    )
+    unused = Counter(name.split(".")[0] for name in found.unused if name not in weights)
+    print0(
+        f"weights from {path} ({found.family}): {found.num_heads_source}; "
+        f"trained on pixels of mean {pixels['mean']}, std {pixels['std']}"
+    )
+    _print_row("matched", [f"{len(matched)} tensors"])
+    _print_row("resized", [f"{name} {shapes}" for name, shapes in sorted(resized.items())])
+    _print_row("initialized", fresh + [f"{what} ({n})" for what, n in synthesized.items()])
+    _print_row("unused", [f"{name} ({n})" for name, n in unused.items()])
+
+
+def _print_row(heading: str, items: list[str]) -> None:
+    """Print a row of the report, "-" if there are no items."""
+    print0(f"  {heading:<12} {', '.join(items) or '-'}")
