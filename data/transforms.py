@@ -1,53 +1,30 @@
-"""Clips as tensors: normalisation on the device, crops and flips on uint8, and the seeds of every random draw.
+"""Augmentation and evaluation crops: crops and flips on uint8, erasing and mixing on float clips.
 
-torchvision is imported where it is used: it takes longer than all that --help needs.
+B clips, C colors (3), T frames, H and W pixels, S = img_size. All draws come from torch's global
+generator.
+
+torchvision is imported where it is used, since its import takes longer than all others that --help
+needs.
 """
 
-import contextlib
 import re
 from collections.abc import Callable
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
 from util.dist import UserError
 
-VIDEO_MEAN, VIDEO_STD = (0.45, 0.45, 0.45), (0.225, 0.225, 0.225)
-IMAGE_MEAN, IMAGE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
+RAND_AUGMENT_POLICY = re.compile(r"rand((?:-(?:m\d+|n\d+|mstd[\d.]+|inc[01]))+)")
+RAND_AUGMENT_BINS = 31  # torchvision's magnitude bins; magnitude m of 0 to 10 is bin 3 m
+ERASED_AREA = (0.02, 0.33)  # smallest and largest part of a frame that is erased
 
 
-def normalize(clips: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
-    """uint8 clips (..., C, T, H, W) -> float32 (x / 255 - mean) / std per colour. Waits for no device."""
-    if (
-        len(set(mean)) == len(set(std)) == 1
-    ):  # one number for all colours: no small tensors to copy to the device
-        return clips * (1 / (255 * std[0])) - mean[0] / std[0]
-    channels = [clips[..., c, :, :, :] * (1 / (255 * std[c])) - mean[c] / std[c] for c in range(3)]
-    return torch.stack(channels, dim=-4)
-
-
-def denormalize(clips: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
-    """The inverse of `normalize`, rounded and clamped to uint8. clips (..., C, T, H, W)."""
-    mean, std = (clips.new_tensor(values).view(3, 1, 1, 1) for values in (mean, std))
-    return ((clips * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
-
-
-def sample_seed(*numbers: int) -> int:
-    """One well-mixed 63-bit seed of several numbers, such as (seed, epoch, index, repeat)."""
-    sequence = np.random.SeedSequence(
-        (len(numbers), *numbers)
-    )  # the length, since (1, 2) and (1, 2, 0) are one to it
-    return int(sequence.generate_state(1, np.uint64)[0] >> np.uint64(1))
-
-
-@contextlib.contextmanager
-def seeded(seed: int):
-    """Draw from torch's global CPU generator as if seeded with `seed`, and leave it as it was."""
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        yield
+def decode_short_side(img_size: int) -> int:
+    """Return the short side in pixels at which videos are decoded for crops of img_size pixels."""
+    ceil_of_scaled = -(-img_size * 256 // 224)
+    return max(256, ceil_of_scaled)
 
 
 def train_transform(
@@ -58,10 +35,17 @@ def train_transform(
     color_jitter: float,
     policy: str = "",
 ) -> Callable[[Tensor], Tensor]:
-    """Random crop by area and aspect (log-uniform), resized to img_size, and mirrored half of the time.
+    """Return the augmentation of training clips, uint8 (T, C, H, W) -> (T, C, S, S).
 
-    For uint8 (T, C, H, W); one draw serves all frames. color_jitter: strength of brightness, contrast, saturation jitter.
-    policy: RandAugment, see `rand_augment`; "" for none.
+    One draw serves all frames of a clip.
+
+    Args:
+        img_size: S in pixels.
+        area: Smallest and largest part of the frame that is cropped.
+        aspect: Smallest and largest width / height of the crop, drawn log-uniformly.
+        flip: Mirror half of the clips.
+        color_jitter: Strength of brightness, contrast and saturation jitter, 0 for none.
+        policy: RandAugment, see `rand_augment`; "" for none.
     """
     from torchvision.transforms import v2
 
@@ -78,110 +62,139 @@ def train_transform(
 
 
 def image_transform(img_size: int, train: bool, flip: bool = True, policy: str = "") -> Callable:
-    """PIL image -> uint8 (C, S, S): random crop by area (8 to 100 %), flip and RandAugment (policy) for training, else the centre
-    of the image at short side S + 32 (bicubic)."""
+    """Return the transform of images, PIL image -> uint8 (C, S, S).
+
+    In training: a random crop by area (8 to 100 %), flip and RandAugment (policy). In evaluation:
+    the center of the image at short side S + 32 (bicubic).
+    """
     from torchvision.transforms import v2
 
     if train:
         steps = [v2.RandomResizedCrop(img_size, antialias=True)]
-        steps += [v2.RandomHorizontalFlip()] if flip else []
-        steps += [rand_augment(policy)] if policy else []
+        if flip:
+            steps.append(v2.RandomHorizontalFlip())
+        if policy:
+            steps.append(rand_augment(policy))
     else:
-        steps = [
-            v2.Resize(img_size + 32, interpolation=v2.InterpolationMode.BICUBIC),
-            v2.CenterCrop(img_size),
-        ]
+        bicubic = v2.InterpolationMode.BICUBIC
+        steps = [v2.Resize(img_size + 32, interpolation=bicubic), v2.CenterCrop(img_size)]
     return v2.Compose([*steps, v2.PILToTensor()])
 
 
 def view_transform(img_size: int, crops: int) -> Callable[[Tensor], Tensor]:
-    """The evaluation crops of uint8 frames (T, C, H, W) -> (crops, T, C, S, S), S = img_size.
+    """Return the evaluation crops, uint8 (T, C, H, W) -> (crops, T, C, S, S).
 
-    1: short side to S * 256 / 224, centre. 3: short side to S, then left, centre, right (or top, centre, bottom) of the long side.
+    One crop: the center at short side S * 256 / 224. Three crops: left, center and right (or top,
+    center and bottom) of the long side at short side S.
     """
     from torchvision.transforms import v2
 
-    resize = v2.Resize(img_size if crops > 1 else round(img_size * 256 / 224), antialias=True)
+    if crops == 1:
+        resize = v2.Resize(round(img_size * 256 / 224), antialias=True)
+        center_crop = v2.CenterCrop(img_size)
+        return lambda frames: center_crop(resize(frames))[None]
+    resize = v2.Resize(img_size, antialias=True)
 
-    def views(frames: Tensor) -> Tensor:
+    def crop_along_long_side(frames: Tensor) -> Tensor:
         frames = resize(frames)
-        if crops == 1:
-            return v2.functional.center_crop(frames, [img_size, img_size])[None]
         height, width = frames.shape[-2:]
-        places = [
-            (round((height - img_size) * part), round((width - img_size) * part))
-            for part in torch.linspace(0, 1, crops).tolist()
-        ]
-        return torch.stack([frames[..., y : y + img_size, x : x + img_size] for y, x in places])
+        views = []
+        for part in torch.linspace(0, 1, crops).tolist():
+            top = round((height - img_size) * part)
+            left = round((width - img_size) * part)
+            views.append(frames[..., top : top + img_size, left : left + img_size])
+        return torch.stack(views)
 
-    return views
+    return crop_along_long_side
 
 
 def rand_augment(policy: str) -> Callable:
-    """RandAugment of a string such as rand-m7-n4-mstd0.5-inc1: magnitude m (0 to 10), n operations (2 if absent).
+    """Return RandAugment (arXiv 1909.13719) of a policy such as rand-m7-n4-mstd0.5-inc1.
 
-    Magnitude m is bin 3 m of torchvision's 31; mstd is not supported, and inc1 is what torchvision does anyway.
-    Raises UserError for anything else.
+    m: magnitude, 0 to 10. n: number of operations, 2 if absent. mstd is not supported, and inc1 is
+    what torchvision does anyway. Raises UserError for anything else.
     """
     from torchvision.transforms import v2
 
-    parts = re.fullmatch(r"rand((?:-(?:m\d+|n\d+|mstd[\d.]+|inc[01]))+)", policy)
-    settings = dict(re.findall(r"-(mstd|m|n|inc)([\d.]+)", parts[1])) if parts else {}
-    if "m" not in settings or int(settings["m"]) > 10 or int(settings.get("n", 2)) < 1:
+    match = RAND_AUGMENT_POLICY.fullmatch(policy)
+    settings = {}
+    if match:
+        settings = dict(re.findall(r"-(mstd|m|n|inc)([\d.]+)", match[1]))
+    magnitude = int(settings.get("m", -1))
+    num_ops = int(settings.get("n", 2))
+    if not 0 <= magnitude <= 10 or num_ops < 1:
         raise UserError(
             f"--aa {policy!r} is not of the form rand-m7-n2-mstd0.5-inc1 with m from 0 to 10"
         )
-    return v2.RandAugment(int(settings.get("n", 2)), 3 * int(settings["m"]), num_magnitude_bins=31)
+    return v2.RandAugment(num_ops, 3 * magnitude, num_magnitude_bins=RAND_AUGMENT_BINS)
 
 
-def erase(clips: Tensor, probability: float, mode: str, count: int) -> None:
-    """Random erasing, in place, of float clips (B, C, T, H, W): one box for all frames of a clip (Zhong et al. 2017).
+def random_erasing_(clips: Tensor, probability: float, mode: str, count: int) -> None:
+    """Erase random boxes of float clips (B, C, T, H, W) in place (arXiv 1708.04896).
 
-    mode: what fills the box, 0 ("const"), a random colour ("rand") or noise ("pixel"), in units of the normalised pixels.
-    count: boxes per erased clip, which share the area of 2 to 33 % of the frame.
+    A box is the same in all frames of a clip.
+
+    Args:
+        clips: Normalized pixels.
+        probability: Part of the clips that are erased.
+        mode: What fills a box: 0 ("const"), a random color ("rand") or noise ("pixel").
+        count: Boxes of an erased clip, which share the erased area.
     """
     from torchvision.transforms import v2
 
-    box = v2.RandomErasing(p=1.0, scale=(0.02 / count, 0.33 / count))
+    smallest, largest = ERASED_AREA
+    eraser = v2.RandomErasing(p=1.0, scale=(smallest / count, largest / count))
     for clip in clips:
         if torch.rand(()) >= probability:
             continue
         for _ in range(count):
-            place = box.make_params([clip[:, 0]])
-            if place["v"] is None:  # found no box that fits
+            box = eraser.make_params([clip[:, 0]])
+            if box["v"] is None:  # no box was found that fits
                 continue
-            area = clip[
-                ..., place["i"] : place["i"] + place["h"], place["j"] : place["j"] + place["w"]
-            ]  # (C, T, h, w)
-            shape = {"const": None, "rand": (len(clip), 1, 1, 1), "pixel": area.shape}[mode]
-            area.copy_(
-                torch.zeros_like(area) if shape is None else torch.randn(shape, device=clip.device)
-            )
+            rows = slice(box["i"], box["i"] + box["h"])
+            columns = slice(box["j"], box["j"] + box["w"])
+            area = clip[..., rows, columns]  # (C, T, h, w)
+            if mode == "const":
+                area.zero_()
+            elif mode == "rand":
+                area.copy_(torch.randn(len(clip), 1, 1, 1, device=clip.device))
+            else:
+                area.copy_(torch.randn(area.shape, device=clip.device))
 
 
-def mixer(
+def make_mixup(
     mixup: float, cutmix: float, probability: float, num_classes: int
 ) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """MixUp and CutMix of clips, by their Beta parameters (0 = off); of the two, one at random (arXiv 1710.09412, 1905.04899).
+    """Return MixUp (arXiv 1710.09412) and CutMix (arXiv 1905.04899) of batches.
 
-    The result takes clips (B, C, T, H, W) and labels (B,) and mixes clip i with clip i - 1, with one weight or box for the
-    whole batch and all frames; it returns clips and targets (B, num_classes).
+    One of the two is chosen at random for each batch.
+    The result takes clips (B, C, T, H, W) and labels (B,), and returns clips and targets
+    (B, num_classes). It mixes clip i with clip i - 1, with one weight or box for the whole batch
+    and all frames.
+
+    Args:
+        mixup, cutmix: Parameters of their Beta distributions, 0 for none.
+        probability: Part of the batches that are mixed.
+        num_classes: Length of the targets.
     """
     from torchvision.transforms import v2
 
-    kinds = [
-        kind(alpha=alpha, num_classes=num_classes)
-        for kind, alpha in ((v2.MixUp, mixup), (v2.CutMix, cutmix))
-        if alpha > 0
-    ]
-    mix = v2.RandomApply([v2.RandomChoice(kinds)], p=probability) if kinds else None
+    choices = []
+    if mixup > 0:
+        choices.append(v2.MixUp(alpha=mixup, num_classes=num_classes))
+    if cutmix > 0:
+        choices.append(v2.CutMix(alpha=cutmix, num_classes=num_classes))
+    mix = None
+    if choices:
+        mix = v2.RandomApply([v2.RandomChoice(choices)], p=probability)
 
-    def mixed(clips: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        pictures, labels = (
-            (clips.flatten(1, 2), labels) if mix is None else mix(clips.flatten(1, 2), labels)
-        )  # (B, C T, H, W)
-        return pictures.view_as(clips), labels if labels.ndim == 2 else one_hot(
-            labels, num_classes
-        ).to(clips.dtype)
+    def mix_batch(clips: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        images = clips.flatten(1, 2)  # (B, C T, H, W)
+        targets = labels
+        if mix is not None:
+            images, targets = mix(images, labels)
+        if targets.ndim == 1:  # not mixed
+            targets = one_hot(labels, num_classes).to(clips.dtype)
+        return images.view_as(clips), targets
 
-    return mixed
+    return mix_batch

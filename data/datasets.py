@@ -1,0 +1,370 @@
+"""Datasets: the clips that samples consist of, read from videos and images.
+
+B videos, R clips of a video, C colors (3), T frames, H and W pixels, S = img_size, L tokens. Every
+dataset yields clips (R, C, T, H, W) uint8. A sample is a function of (seed, epoch, index, repeat)
+alone, so the numbers of workers and ranks do not change it.
+"""
+
+import os
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from data.clips import clip_indices, clip_slack, view_start
+from data.decode import open_video, warn_if_decord_missing
+from data.images import read_image
+from data.input_files import ReadError, error_summary
+from data.video import VideoInfo
+from data.video_index import VideoIndex
+from data.watchdog import WorkerWatchdog
+from util.dist import UserError
+from util.seeds import MASK_NOISE_STREAM, SUBSTITUTE_STREAM, derive_seed, fork_rng
+
+SUBSTITUTES = 32  # number of other videos to try in place of an unreadable one
+MAX_REPLACED_SHARE = 0.1  # a file with a larger share of undecodable frames is listed as damaged
+
+
+class ReadClips(NamedTuple):
+    """The clips that were read from a file for a sample."""
+
+    clips: Tensor | VideoInfo  # (R, C, T, H, W) uint8; or, to inspect a file, its properties
+    frames: int = 0  # number of frames to decode
+    replaced: int = 0  # number of these that could not be decoded and repeat a neighbor
+
+
+class PackedStrings:
+    """A list of strings in two flat arrays.
+
+    Worker processes share the arrays' memory. They would slowly copy a list of str, because reading
+    a str changes its reference count.
+    """
+
+    def __init__(self, strings: list[str]):
+        encoded = [os.fsencode(string) for string in strings]
+        lengths = [len(string) for string in encoded]
+        self.ends = np.cumsum([0, *lengths])
+        self.bytes = np.frombuffer(b"".join(encoded), dtype=np.uint8)
+
+    def __len__(self) -> int:
+        return len(self.ends) - 1
+
+    def __getitem__(self, index: int) -> str:
+        encoded = self.bytes[self.ends[index] : self.ends[index + 1]]
+        return encoded.tobytes().decode("utf-8", "surrogateescape")
+
+
+class SampleDataset(Dataset):
+    """Base of all datasets: `dataset[(epoch, index)]` reads a sample with that epoch's draws.
+
+    A subclass defines `read_clips`. A `FaultTolerantLoader` sets `watchdog`, and `quarantine`: the
+    files {path: reason} that must not be opened.
+
+    Args:
+        paths: One file per sample.
+        labels: Class index of each sample, or None.
+        seed: Seed of all draws.
+        substitutes: Number of other files to try in place of an unreadable one.
+        known: The video index of the manifest, or None.
+    """
+
+    def __init__(
+        self,
+        paths: list[str],
+        labels: list[int] | None,
+        seed: int,
+        substitutes: int,
+        known: VideoIndex | None = None,
+    ):
+        self.paths = PackedStrings(paths)
+        self.labels = None
+        if labels is not None:
+            self.labels = np.array(labels)
+        self.seed = seed
+        self.substitutes = substitutes
+        self.known = known
+        self.watchdog = WorkerWatchdog(0, 0)
+        self.quarantine: dict[str, str] = {}
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def read_clips(self, epoch: int, index: int, path: str, info: VideoInfo | None) -> ReadClips:
+        """Read the clips (R, C, T, H, W) uint8 of a file with the draws of sample (epoch, index).
+
+        info: what the video index holds of the file, or None. Raises ReadError.
+        """
+        raise NotImplementedError
+
+    def _unreadable_reason(self, index: int, path: str) -> str | None:
+        """Return why file `index` must not be read, or None."""
+        reason = self.quarantine.get(path)
+        if not reason and self.known is not None:
+            reason = self.known.reason(index, path)
+        return reason
+
+    def _read(self, epoch: int, index: int, candidate: int) -> ReadClips:
+        """Read the clips of file `candidate` with the draws of sample (epoch, index).
+
+        Raises ReadError, also for any error that a library raises: one bad file must not end a run.
+        """
+        path = self.paths[candidate]
+        reason = self._unreadable_reason(candidate, path)
+        if reason:
+            raise ReadError(reason)
+        try:
+            with self.watchdog.watch(candidate):
+                info = None
+                if self.known is not None:
+                    info = self.known.info(candidate, path)
+                return self.read_clips(epoch, index, path, info)
+        except (ReadError, UserError, ImportError):  # a missing package is not the file's fault
+            raise
+        except Exception as error:
+            raise ReadError(f"{type(error).__name__}: {error_summary(error)}") from error
+
+    def _candidates(self, epoch: int, index: int) -> list[int]:
+        """Return the index of the sample's own file and those of its substitutes, in order."""
+        draws = np.random.default_rng(derive_seed(self.seed, epoch, index, 0, SUBSTITUTE_STREAM))
+        substitutes = draws.integers(len(self), size=self.substitutes)
+        return [index, *substitutes.tolist()]
+
+    def __getitem__(self, key: tuple[int, int]) -> dict:
+        """Read sample (epoch, index).
+
+        An unreadable file is replaced by another one, chosen by (seed, epoch, index). The keys of a
+        sample:
+
+        clips: (R, C, T, H, W) uint8, None if all substitutes are unreadable too.
+        label: Class index, -1 if there is none.
+        index: The index asked for.
+        path: The file that was read.
+        bad: [(path, reason)] of the unreadable files.
+        replaced: Number of undecodable frames, each of which repeats a neighbor.
+        damaged: [(path, reason)] of the file that was read, if these frames are many.
+        """
+        epoch, index = key
+        sample: dict = {
+            "clips": None,
+            "label": -1,
+            "index": index,
+            "path": "",
+            "bad": [],
+            "replaced": 0,
+            "damaged": [],
+        }
+        for candidate in self._candidates(epoch, index):
+            path = self.paths[candidate]
+            try:
+                read = self._read(epoch, index, candidate)
+            except ReadError as error:
+                sample["bad"].append((path, str(error)))
+                continue
+            sample["clips"] = read.clips
+            sample["path"] = path
+            sample["replaced"] = read.replaced
+            if read.replaced > MAX_REPLACED_SHARE * read.frames:
+                reason = f"{read.replaced} of {read.frames} frames cannot be decoded"
+                sample["damaged"].append((path, reason))
+            if self.labels is not None:
+                sample["label"] = int(self.labels[candidate])
+            break
+        return sample
+
+
+class ClipDataset(SampleDataset):
+    """Training clips of videos: repeat_aug clips from repeat_windows time windows of a video.
+
+    Each window is decoded once and cropped repeat_aug / repeat_windows times.
+
+    Args:
+        paths, labels, seed, known: See `SampleDataset`.
+        num_frames, sampling_rate, target_fps: T and the spacing of the frames, see `clip_indices`.
+        repeat_aug: R, clips of a video.
+        repeat_windows: Time windows of a video; divides repeat_aug.
+        transform: Crops uint8 (T, C, H, W), drawing from torch's global generator.
+        decoder: See `open_video`.
+        short_side: Short side of the decoded frames in pixels.
+        noise_tokens: L of the mask noise, 0 for none.
+    """
+
+    def __init__(
+        self,
+        *,
+        paths: list[str],
+        labels: list[int] | None,
+        num_frames: int,
+        sampling_rate: int,
+        target_fps: float,
+        repeat_aug: int,
+        repeat_windows: int,
+        transform: Callable[[Tensor], Tensor],
+        decoder: str,
+        short_side: int,
+        seed: int,
+        noise_tokens: int,
+        known: VideoIndex | None = None,
+    ):
+        """Raise UserError if repeat_windows does not divide repeat_aug."""
+        super().__init__(paths, labels, seed, SUBSTITUTES, known)
+        warn_if_decord_missing(decoder)
+        if repeat_aug % repeat_windows != 0:
+            raise UserError(
+                f"--repeat_aug {repeat_aug} is not divisible by --repeat_windows {repeat_windows}: "
+                "change one of them"
+            )
+        self.num_frames = num_frames
+        self.sampling_rate = sampling_rate
+        self.target_fps = target_fps
+        self.repeat_aug = repeat_aug
+        self.repeat_windows = repeat_windows
+        self.transform = transform
+        self.decoder = decoder
+        self.short_side = short_side
+        self.noise_tokens = noise_tokens
+
+    def read_clips(self, epoch: int, index: int, path: str, info: VideoInfo | None) -> ReadClips:
+        """Read the clips (R, C, T, S, S) uint8 of a video with the draws of sample (epoch, index).
+
+        Raises ReadError.
+        """
+        seeds = [derive_seed(self.seed, epoch, index, repeat) for repeat in range(self.repeat_aug)]
+        clips_per_window = self.repeat_aug // self.repeat_windows
+        windows, replaced = self._read_windows(path, info, seeds[::clips_per_window])
+        for repeat, seed in enumerate(seeds):
+            window = windows[repeat // clips_per_window]
+            with fork_rng(seed):
+                torch.rand(())  # the draw of the window's start
+                clip = self.transform(window)  # (T, C, S, S)
+            clip = clip.permute(0, 2, 3, 1)  # (T, S, S, C)
+            if repeat == 0:
+                clips = clip.new_empty(self.repeat_aug, *clip.shape)  # (R, T, S, S, C)
+            clips[repeat] = clip  # copied at once, so that the next crop can reuse its memory
+        frames = len(windows) * self.num_frames
+        return ReadClips(clips.permute(0, 4, 1, 2, 3), frames, replaced)
+
+    def _read_windows(
+        self, path: str, info: VideoInfo | None, seeds: list[int]
+    ) -> tuple[list[Tensor], int]:
+        """Read a window (T, C, H, W) uint8, channels last, for each seed.
+
+        Return the windows and the number of replaced frames. The video is closed before the first
+        crop, because decord's threads would continue to decode beside it. Raises ReadError.
+        """
+        windows = []
+        with open_video(path, self.decoder, self.short_side, info) as video:
+            for seed in seeds:
+                with fork_rng(seed):
+                    start = torch.rand(()).item()
+                indices = clip_indices(
+                    video,
+                    num_frames=self.num_frames,
+                    start=start,
+                    sampling_rate=self.sampling_rate,
+                    target_fps=self.target_fps,
+                )
+                windows.append(video.read_tensor(indices))
+            return windows, video.replaced
+
+    def noise(self, epoch: int, index: int) -> Tensor:
+        """Return the mask noise (R, L) float32 of a sample."""
+        rows = []
+        for repeat in range(self.repeat_aug):
+            seed = derive_seed(self.seed, epoch, index, repeat, MASK_NOISE_STREAM)
+            generator = torch.Generator().manual_seed(seed)
+            rows.append(torch.rand(self.noise_tokens, generator=generator))
+        return torch.stack(rows)
+
+    def __getitem__(self, key: tuple[int, int]) -> dict:
+        """Read sample (epoch, index), see `SampleDataset`; in pretraining with its noise (R, L)."""
+        sample = super().__getitem__(key)
+        if self.noise_tokens > 0:
+            sample["noise"] = self.noise(*key)
+        return sample
+
+
+class ViewDataset(SampleDataset):
+    """Evaluation views of videos: num_views clips, evenly spread in time, times the crops of each.
+
+    R = num_views * crops. The frames of all clips are decoded in one pass.
+
+    Args:
+        paths, labels, known: See `SampleDataset`.
+        num_frames, sampling_rate, target_fps: T and the spacing of the frames, see `clip_indices`.
+        num_views: Clips of a video.
+        transform: Crops uint8 (T, C, H, W) to (crops, T, C, S, S).
+        decoder: See `open_video`.
+        short_side: Short side of the decoded frames in pixels.
+    """
+
+    def __init__(
+        self,
+        *,
+        paths: list[str],
+        labels: list[int],
+        num_frames: int,
+        sampling_rate: int,
+        target_fps: float,
+        num_views: int,
+        transform: Callable[[Tensor], Tensor],
+        decoder: str,
+        short_side: int,
+        known: VideoIndex | None = None,
+    ):
+        super().__init__(paths, labels, seed=0, substitutes=0, known=known)
+        warn_if_decord_missing(decoder)
+        self.spacing: dict = {
+            "num_frames": num_frames,
+            "sampling_rate": sampling_rate,
+            "target_fps": target_fps,
+        }
+        self.num_views = num_views
+        self.transform = transform
+        self.decoder = decoder
+        self.short_side = short_side
+
+    def read_clips(self, epoch: int, index: int, path: str, info: VideoInfo | None) -> ReadClips:
+        """Read the views (R, C, T, S, S) uint8 of a video, clips in order of time.
+
+        Raises ReadError.
+        """
+        with open_video(path, self.decoder, self.short_side, info) as video:
+            slack = clip_slack(video.num_frames, video.fps, **self.spacing)
+            starts = [view_start(slack, view, self.num_views) for view in range(self.num_views)]
+            clips = [clip_indices(video, start=start, **self.spacing) for start in starts]
+            indices = np.stack(clips)  # (num_views, T)
+            distinct, inverse = np.unique(indices, return_inverse=True)
+            frames = video.read_tensor(distinct)
+            replaced = video.replaced
+        positions = torch.from_numpy(inverse.reshape(indices.shape))  # in `frames`
+        views = [self.transform(frames[clip]) for clip in positions]
+        return ReadClips(torch.cat(views).transpose(1, 2), len(distinct), replaced)
+
+
+class ImageDataset(SampleDataset):
+    """Images as clips of one frame (1, C, 1, S, S).
+
+    transform: a PIL image -> uint8 (C, S, S), drawing from torch's global generator. The other
+    arguments: see `SampleDataset`.
+    """
+
+    def __init__(
+        self,
+        *,
+        paths: list[str],
+        labels: list[int],
+        transform: Callable,
+        seed: int,
+        substitutes: int,
+    ):
+        super().__init__(paths, labels, seed, substitutes)
+        self.transform = transform
+
+    def read_clips(self, epoch: int, index: int, path: str, info: VideoInfo | None) -> ReadClips:
+        """Read the image as (1, C, 1, S, S) uint8. Raises ReadError."""
+        with fork_rng(derive_seed(self.seed, epoch, index)):
+            image = self.transform(read_image(path))
+        return ReadClips(image[None, :, None])
