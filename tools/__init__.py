@@ -1,0 +1,1 @@
+"""Command-line programs beside training: python -m tools.NAME --help."""
