@@ -1,9 +1,11 @@
-"""Time of attention, forward and backward, per backend and shape: the encoder's (205 x 80), two decoders' (2049 x 32, 2049 x 64).
+"""Measure attention, forward and backward, per backend and shape.
 
     python benchmarks/attention.py            # a GPU, bf16, 64 clips
     python benchmarks/attention.py --small    # any machine, small shapes
 
-Medians of alternating rounds; checks each backend against softmax written out first. Writes benchmarks/results/attention_DEVICE.json and .md.
+The shapes (tokens x head width) are the encoder's, 205 x 80, and two decoders', 2049 x 32 and
+2049 x 64. Each backend is first compared with softmax written out. The backends take turns; the
+results are medians. Writes benchmarks/results/attention_DEVICE.json and .md.
 """
 
 import argparse
@@ -12,6 +14,7 @@ import statistics
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -24,6 +27,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from models_vit import flash_attn_qkvpacked_func
 from util.dist import print0
 
+RESULTS = ROOT / "benchmarks" / "results"
+WARMUP_ROUNDS = 10
+FLASH_ATTN = "flash-attn package"
 BACKENDS = {
     "flash": SDPBackend.FLASH_ATTENTION,
     "cudnn": SDPBackend.CUDNN_ATTENTION,
@@ -32,17 +38,40 @@ BACKENDS = {
 }
 
 
+class Shape(NamedTuple):
+    """Sizes of queries, keys and values."""
+
+    batch: int
+    tokens: int
+    heads: int
+    head_dim: int
+
+
+SMALL_SHAPES = (Shape(2, 65, 2, 80), Shape(2, 257, 2, 32), Shape(2, 257, 2, 64))
+SHAPES = (Shape(64, 205, 16, 80), Shape(64, 2049, 16, 32), Shape(64, 2049, 16, 64))
+
+
 def attend(qkv: torch.Tensor, backend: str) -> torch.Tensor:
-    """(B, N, 3, A, K) -> (B, N, A, K). Raises RuntimeError where the backend cannot."""
-    if backend == "flash-attn package":
+    """Return the attention (B, N, heads, head_dim) of qkv (B, N, 3, heads, head_dim).
+
+    Raises RuntimeError if the backend does not support the tensors.
+    """
+    if backend == FLASH_ATTN:
         return flash_attn_qkvpacked_func(qkv)
     q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
     with sdpa_kernel(BACKENDS[backend]):
         return scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
 
-def once(qkv: torch.Tensor, backend: str) -> float:
-    """Seconds of one forward and backward pass."""
+def written_out(qkv: torch.Tensor) -> torch.Tensor:
+    """Return the attention of the first sample in float32: softmax(q k' / sqrt(head_dim)) v."""
+    q, k, v = qkv[:1].float().permute(2, 0, 3, 1, 4).unbind(0)
+    weights = ((q @ k.transpose(2, 3)) * q.shape[-1] ** -0.5).softmax(-1)
+    return (weights @ v).transpose(1, 2)
+
+
+def timed_pass(qkv: torch.Tensor, backend: str) -> float:
+    """Return the seconds of one forward and backward pass."""
     start = time.perf_counter()
     attend(qkv, backend).backward(qkv.detach()[:, :, 0])
     if qkv.is_cuda:
@@ -50,44 +79,68 @@ def once(qkv: torch.Tensor, backend: str) -> float:
     return time.perf_counter() - start
 
 
-def measure(
-    batch: int, tokens: int, heads: int, head_dim: int, rounds: int, device: str, dtype: torch.dtype
-) -> dict[str, dict]:
-    """Median ms and TFLOP/s of each backend, or why it cannot run."""
-    qkv = torch.randn(
-        batch, tokens, 3, heads, head_dim, device=device, dtype=dtype, requires_grad=True
-    )
+def check_backends(qkv: torch.Tensor, backends: list[str]) -> dict[str, str]:
+    """Compare each backend with `written_out`. Return the errors of those that cannot run here.
+
+    Asserts that the differences are small.
+    """
+    tolerance = 5e-2
+    if qkv.dtype == torch.float32:
+        tolerance = 1e-4
     with torch.no_grad():
-        q, k, v = qkv.float().permute(2, 0, 3, 1, 4).unbind(0)
-        expected = (
-            ((q[:1] @ k[:1].transpose(2, 3)) * head_dim**-0.5).softmax(-1) @ v[:1]
-        ).transpose(1, 2)
-    result, times = {}, {}
-    for backend in [
-        *BACKENDS,
-        *(
-            ["flash-attn package"]
-            if flash_attn_qkvpacked_func is not None and device == "cuda"
-            else []
-        ),
-    ]:
+        expected = written_out(qkv)
+    errors = {}
+    for backend in backends:
         try:
-            off = (attend(qkv, backend)[:1].float() - expected).abs().max().item()
-            assert off < (1e-4 if dtype == torch.float32 else 5e-2), (backend, off)
-            once(qkv, backend)
-            times[backend] = []
+            difference = (attend(qkv, backend)[:1].float() - expected).abs().max().item()
+            assert difference < tolerance, (backend, difference)
+            timed_pass(qkv, backend)
         except RuntimeError as error:
-            result[backend] = {"error": str(error).splitlines()[0][:100]}
-    for turn in range(10 + rounds):
+            errors[backend] = str(error).splitlines()[0][:100]
+    return errors
+
+
+def measure(shape: Shape, rounds: int, device: str, dtype: torch.dtype) -> dict[str, dict]:
+    """Return the median ms and TFLOP/s of each backend, or why it cannot run."""
+    size = (shape.batch, shape.tokens, 3, shape.heads, shape.head_dim)
+    qkv = torch.randn(size, device=device, dtype=dtype, requires_grad=True)
+    backends = list(BACKENDS)
+    if flash_attn_qkvpacked_func is not None and device == "cuda":
+        backends.append(FLASH_ATTN)
+    errors = check_backends(qkv, backends)
+    times = {backend: [] for backend in backends if backend not in errors}
+    for turn in range(WARMUP_ROUNDS + rounds):
         for backend, seconds in times.items():
-            elapsed = once(qkv, backend)
-            if turn >= 10:
+            elapsed = timed_pass(qkv, backend)
+            if turn >= WARMUP_ROUNDS:
                 seconds.append(elapsed)
-    flops = 12 * batch * heads * tokens**2 * head_dim
+    flops = 12 * shape.batch * shape.heads * shape.tokens**2 * shape.head_dim
+    result = {backend: {"error": error} for backend, error in errors.items()}
     for backend, seconds in times.items():
         median = statistics.median(seconds)
         result[backend] = {"ms": round(median * 1000, 4), "tflops": round(flops / median / 1e12, 3)}
     return result
+
+
+def table(result: dict) -> str:
+    """Return the result as Markdown."""
+    backends = list(next(iter(result["shapes"].values())))
+    lines = [
+        f"{result['device']}, {result['dtype']}, torch {result['torch']}, "
+        f"batch {result['batch']}, {result['heads']} heads, medians of {result['rounds']}",
+        "",
+        "| tokens x head width | " + " | ".join(backends) + " |",
+        "| --- |" + " --- |" * len(backends),
+    ]
+    for shape, row in result["shapes"].items():
+        cells = [shape]
+        for backend in backends:
+            cell = "-"
+            if "ms" in row[backend]:
+                cell = f"{row[backend]['ms']} ms, {row[backend]['tflops']} TFLOP/s"
+            cells.append(cell)
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -98,50 +151,37 @@ def main() -> None:
     parser.add_argument("--small", action="store_true")
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument(
-        "--out",
-        type=Path,
-        default=Path(__file__).parent / "results",
-        help="folder of the results (default: %(default)s)",
+        "--out", type=Path, default=RESULTS, help="folder of the results (default: %(default)s)"
     )
     args = parser.parse_args()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    shapes = (
-        [(2, 65, 2, 80), (2, 257, 2, 32), (2, 257, 2, 64)]
-        if args.small
-        else [(64, 205, 16, 80), (64, 2049, 16, 32), (64, 2049, 16, 64)]
-    )
-    results = {
-        f"{n} x {k}": measure(b, n, a, k, args.rounds, device, dtype) for b, n, a, k in shapes
-    }
+    args.out.mkdir(parents=True, exist_ok=True)
+    device = "cpu"
+    device_name = "cpu"
+    dtype = torch.float32
+    if torch.cuda.is_available():
+        device = "cuda"
+        device_name = torch.cuda.get_device_name()
+        dtype = torch.bfloat16
+    shapes = SHAPES
+    stem = f"attention_{device}"
+    if args.small:
+        shapes = SMALL_SHAPES
+        stem += "_small"
     result = {
-        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+        "device": device_name,
         "dtype": str(dtype),
         "torch": torch.__version__,
-        "batch": shapes[0][0],
-        "heads": shapes[0][2],
+        "batch": shapes[0].batch,
+        "heads": shapes[0].heads,
         "rounds": args.rounds,
-        "shapes": results,
+        "shapes": {
+            f"{shape.tokens} x {shape.head_dim}": measure(shape, args.rounds, device, dtype)
+            for shape in shapes
+        },
     }
-    backends = list(next(iter(results.values())))
-    lines = [
-        f"{result['device']}, {dtype}, torch {torch.__version__}, batch {result['batch']}, {result['heads']} heads, medians of {args.rounds}",
-        "",
-        "| tokens x head width | " + " | ".join(backends) + " |",
-        "| --- |" + " --- |" * len(backends),
-    ]
-    for shape, row in results.items():
-        cells = (
-            f"{row[backend]['ms']} ms, {row[backend]['tflops']} TFLOP/s"
-            if "ms" in row[backend]
-            else "-"
-            for backend in backends
-        )
-        lines.append(f"| {shape} | " + " | ".join(cells) + " |")
-    stem = args.out / f"attention_{device}{'_small' if args.small else ''}"
-    stem.with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n")
-    stem.with_suffix(".md").write_text("\n".join(lines) + "\n")
-    print0("\n".join(lines))
+    (args.out / f"{stem}.json").write_text(json.dumps(result, indent=2) + "\n")
+    (args.out / f"{stem}.md").write_text(table(result) + "\n")
+    print0(table(result))
 
 
 if __name__ == "__main__":

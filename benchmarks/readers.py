@@ -1,12 +1,13 @@
-"""CPU time of reading and cropping a clip: this project's readers, as they are and as they were, against torchcodec and decord.
+"""Measure the CPU time of reading and cropping a clip: this project, torchcodec, and decord.
 
-    pip install torchcodec            # needs FFmpeg's libraries; without it the rows of torchcodec are left out
+    pip install torchcodec    # needs FFmpeg's libraries; without it, its rows are left out
     python benchmarks/readers.py --before 50ad205
 
-A clip has 16 frames at stride 4 of ten seconds of H.264 at 30 frames/s, read at short side 256, and 1, 4 or 16
-random crops of 224 pixels are made of it by the same transform. The readers take turns in one process with one
-thread; medians, and the median of the ratios pair by pair. --before REVISION loads data/decode.py of an earlier
-revision, to see what a change has cost. Writes results/readers.json and .md.
+A clip has 16 frames at stride 4 from ten seconds of H.264 at 30 frames/s, read at short side 256.
+The same transform makes 1, 4 or 16 random crops of 224 pixels. The readers take turns in one
+process with one thread. Results are medians, and the median of the pairwise ratios. --before
+REVISION loads data/decode.py of an earlier revision, to show the cost of a change. Writes
+benchmarks/results/readers.json and .md.
 """
 
 import argparse
@@ -32,17 +33,20 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 from data_pipeline import CROP, FILES, RESULTS, machine, write_file
 
 from data import decode
-from data.decode import VideoInfo, describe, frame_indices, open_video, scaled_size
-from data.loaders import stack
-from data.transforms import seeded
+from data.clips import frame_indices
+from data.decode import describe, open_video
+from data.frame_geometry import scaled_size
+from data.loader import stack_clips
+from data.video import VideoInfo
 from util.dist import print0
+from util.seeds import fork_rng
 
 SHORT_SIDE = 256
 REPEATS = (1, 4, 16)
 
 
 def wanted_frames(info: VideoInfo, start: float) -> np.ndarray:
-    """Return the frame numbers (16,) of a clip."""
+    """Return the frame indices (16,) of a clip. start: in [0, 1), position in the video."""
     return frame_indices(info.frames, info.fps, num_frames=16, sampling_rate=4, start=start)
 
 
@@ -73,18 +77,22 @@ def before(revision: str) -> Callable:
 
 
 def torchcodec(seek_mode: str) -> Callable:
-    """Return torchcodec's reader on one thread, which reduces the frames itself."""
+    """Return torchcodec's reader on one thread, which also resizes the frames."""
     from torchcodec.decoders import VideoDecoder
     from torchcodec.transforms import Resize
 
     def read(path: str, info: VideoInfo, start: float) -> torch.Tensor:
         size = scaled_size(info.width, info.height, SHORT_SIDE)
+        transforms = []
+        if size is not None:
+            width, height = size
+            transforms = [Resize((height, width))]
         video = VideoDecoder(
             path,
             dimension_order="NHWC",
             num_ffmpeg_threads=1,
             seek_mode=seek_mode,
-            transforms=[Resize((size[1], size[0]))] if size else [],
+            transforms=transforms,
         )
         return video.get_frames_at(wanted_frames(info, start).tolist()).data
 
@@ -92,7 +100,7 @@ def torchcodec(seek_mode: str) -> Callable:
 
 
 def decord_alone(path: str, info: VideoInfo, start: float) -> torch.Tensor:
-    """Read a clip by decord, without this project."""
+    """Read a clip with decord, without this project."""
     import decord
 
     width, height = scaled_size(info.width, info.height, SHORT_SIDE) or (-1, -1)
@@ -110,7 +118,7 @@ def readers(revision: str | None) -> dict[str, Callable]:
     try:
         found |= {f"torchcodec, {mode}": torchcodec(mode) for mode in ("approximate", "exact")}
     except (ImportError, RuntimeError, OSError) as error:  # RuntimeError: no FFmpeg libraries
-        print0(f"torchcodec is left out: {str(error).splitlines()[0]}")
+        print0(f"note: torchcodec is not measured ({str(error).splitlines()[0]})")
     return found
 
 
@@ -122,35 +130,45 @@ def time_reader(read: Callable, path: str, info: VideoInfo, start: float) -> dic
     found = {}
     for repeats in REPEATS:
         begun = time.process_time()
-        stack([CROP(window).transpose(0, 1) for _ in range(repeats)])
+        stack_clips([CROP(window).transpose(0, 1) for _ in range(repeats)])
         found[repeats] = (read_seconds + time.process_time() - begun) / repeats
     return found
 
 
 def measure(path: str, named: dict[str, Callable], rounds: int) -> dict[str, dict[int, float]]:
-    """Return median milliseconds of CPU per clip by reader and repeats; the readers take turns."""
+    """Return the median CPU milliseconds per clip by reader and repeats; the readers take turns."""
     info = describe(path)
     starts = np.random.default_rng(0).random(rounds + 1).tolist()
     times: dict[str, list[dict[int, float]]] = {name: [] for name in named}
-    for number, start in enumerate(starts):
-        for name in list(named)[:: 1 if number % 2 else -1]:
-            with seeded(number):
+    for turn, start in enumerate(starts):
+        order = list(named)
+        if turn % 2 == 0:
+            order.reverse()
+        for name in order:
+            with fork_rng(turn):
                 times[name].append(time_reader(named[name], path, info, start))
     counted = {name: found[1:] for name, found in times.items()}  # the first is a warm-up
-    result = {
-        name: {
-            repeats: 1000 * statistics.median(each[repeats] for each in found)
-            for repeats in REPEATS
-        }
-        for name, found in counted.items()
-    }
-    for name in [name for name in named if " at " in name]:
-        pairs = list(zip(counted["auto"], counted[name], strict=True))
-        result[f"auto / {name}"] = {
-            repeats: statistics.median(now[repeats] / old[repeats] for now, old in pairs)
-            for repeats in REPEATS
-        }
+    result = {name: median_ms(found) for name, found in counted.items()}
+    for name in named:
+        if " at " in name:
+            result[f"auto / {name}"] = median_ratios(counted["auto"], counted[name])
     return result
+
+
+def median_ms(times: list[dict[int, float]]) -> dict[int, float]:
+    """Return the median milliseconds by number of repeats."""
+    return {
+        repeats: 1000 * statistics.median(found[repeats] for found in times) for repeats in REPEATS
+    }
+
+
+def median_ratios(now: list[dict[int, float]], before: list[dict[int, float]]) -> dict[int, float]:
+    """Return the median of the pairwise ratios by number of repeats."""
+    pairs = list(zip(now, before, strict=True))
+    return {
+        repeats: statistics.median(new[repeats] / old[repeats] for new, old in pairs)
+        for repeats in REPEATS
+    }
 
 
 def table(result: dict) -> str:
@@ -167,8 +185,13 @@ def table(result: dict) -> str:
     ]
     for file, found in result["files"].items():
         for repeats in found[names[0]]:
-            cells = [f"{found[name][repeats]:.{2 if '/' in name else 1}f}" for name in names]
-            lines.append(f"| {file} | {repeats} | " + " | ".join(cells) + " |")
+            cells = [file, repeats]
+            for name in names:
+                digits = 1
+                if "/" in name:  # a ratio
+                    digits = 2
+                cells.append(f"{found[name][repeats]:.{digits}f}")
+            lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -181,21 +204,20 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     about = machine() | {"python": platform.python_version()}
     with contextlib.suppress(metadata.PackageNotFoundError):
         about["torchcodec"] = metadata.version("torchcodec")
-    result = {"machine": about, "rounds": args.rounds, "files": {}}
+    files = {}
     named = readers(args.before)
     with tempfile.TemporaryDirectory() as folder:
-        for name, (width, height, gop, b_frames) in FILES.items():
-            path = Path(folder, f"{width}x{height}_{gop}.mp4")
-            write_file(path, width, height, gop, b_frames)
-            found = measure(str(path), named, args.rounds)
-            result["files"][name] = {
-                reader: {str(k): v for k, v in times.items()} for reader, times in found.items()
-            }
-            print0(name, json.dumps(result["files"][name]))
+        for name, encoding in FILES.items():
+            path = Path(folder, f"{len(files)}.mp4")
+            write_file(path, encoding)
+            files[name] = measure(str(path), named, args.rounds)
+            print0(name, json.dumps(files[name]))
+    result = json.loads(json.dumps({"machine": about, "rounds": args.rounds, "files": files}))
     (args.out / "readers.json").write_text(json.dumps(result, indent=1) + "\n")
     (args.out / "readers.md").write_text(table(result))
 

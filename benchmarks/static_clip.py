@@ -1,8 +1,9 @@
-"""What --static_clip folded saves: tubelet embedding and whole training step of a static clip, against exact, in one process.
+"""Measure what --static_clip folded saves: embedding and training step of a static clip.
 
-    python benchmarks/static_clip.py [--model vit_tiny_patch16] [--img_size 224] [--num_frames 16] [--batch 2]
+    python benchmarks/static_clip.py [--model vit_tiny_patch16] [--img_size 224] [--batch 2]
 
-Asserts equal logits first, then times A B A B; writes benchmarks/results/static_clip.json and .md (medians).
+Compares the folded computation with the exact one in one process. Asserts equal logits, then times
+the two in turn (A B A B ...). Writes benchmarks/results/static_clip.json and .md (medians).
 """
 
 import argparse
@@ -11,40 +12,105 @@ import platform
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
 from models_vit import VisionTransformer, named_size
-from util.dist import print0, usable_cores
+from util.dist import available_cpus, print0
+
+RESULTS = ROOT / "benchmarks" / "results"
+WARMUP_ROUNDS = 10
 
 
-def timed(work, device: torch.device) -> float:
-    """Milliseconds of one call, to its end on the device."""
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has finished."""
     if device.type == "cuda":
         torch.cuda.synchronize()
+
+
+def timed(function: Callable[[], None], device: torch.device) -> float:
+    """Return the milliseconds of a call, until the device has finished."""
+    synchronize(device)
     start = time.perf_counter()
-    work()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+    function()
+    synchronize(device)
     return (time.perf_counter() - start) * 1000
 
 
-def compare(exact, folded, device: torch.device, rounds: int) -> dict[str, float]:
-    """Medians in ms over alternating rounds, after ten warm-up rounds, and their ratio."""
+def compare(
+    exact: Callable[[], None], folded: Callable[[], None], device: torch.device, rounds: int
+) -> dict[str, float]:
+    """Return the medians in ms over alternating rounds after the warm-up, and their ratio."""
     times = {"exact_ms": [], "folded_ms": []}
-    for number in range(rounds + 10):
-        for name, work in (("exact_ms", exact), ("folded_ms", folded)):
-            elapsed = timed(work, device)
-            if number >= 10:
+    for turn in range(WARMUP_ROUNDS + rounds):
+        for name, function in (("exact_ms", exact), ("folded_ms", folded)):
+            elapsed = timed(function, device)
+            if turn >= WARMUP_ROUNDS:
                 times[name].append(elapsed)
     medians = {name: round(statistics.median(values), 3) for name, values in times.items()}
     return medians | {"ratio": round(medians["exact_ms"] / medians["folded_ms"], 3)}
 
 
-def main() -> None:
-    """Measure and write the results."""
+def build_model(name: str, img_size: int, num_frames: int) -> VisionTransformer:
+    """Return a named classifier without dropout."""
+    torch.manual_seed(0)
+    return VisionTransformer(
+        **named_size(name),
+        img_size=img_size,
+        num_frames=num_frames,
+        t_patch_size=2,
+        num_classes=1000,
+        drop_path_rate=0.0,
+        dropout=0.0,
+    )
+
+
+def measure(model: VisionTransformer, batch: int, rounds: int) -> dict:
+    """Return the largest difference of the logits, and the times of embedding and step."""
+    device = next(model.parameters()).device
+    img_size = model.config["img_size"]
+    image = torch.randn(batch, 3, 1, img_size, img_size, device=device)
+    clip = image.expand(-1, -1, model.config["num_frames"], -1, -1)
+    with torch.no_grad():
+        difference = (model(clip) - model(image)).abs().max().item()
+    assert difference < 1e-4, difference
+
+    def embed(clips: torch.Tensor) -> None:
+        model.embed(clips).sum().backward()
+
+    def step(clips: torch.Tensor) -> None:
+        model(clips).square().sum().backward()
+
+    return {
+        "largest_logit_difference": difference,
+        "embedding": compare(lambda: embed(clip), lambda: embed(image), device, rounds),
+        "step": compare(lambda: step(clip), lambda: step(image), device, rounds),
+    }
+
+
+def table(result: dict) -> str:
+    """Return the result as Markdown."""
+    lines = [
+        f"`{result['model']}`, {result['batch']} static clips of {result['num_frames']} x "
+        f"{result['img_size']}², forward and backward, float32, {result['device']}, "
+        f"{result['cores']} cores, {result['threads']} threads, torch {result['torch']}, "
+        f"medians of {result['rounds']}",
+        "",
+        "| | exact (ms) | folded (ms) | exact / folded |",
+        "| --- | --- | --- | --- |",
+    ]
+    for part in ("embedding", "step"):
+        cells = [part, *map(str, result[part].values())]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def get_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -54,64 +120,37 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument(
-        "--out",
-        type=Path,
-        default=Path(__file__).parent / "results",
-        help="folder of the results (default: %(default)s)",
+        "--out", type=Path, default=RESULTS, help="folder of the results (default: %(default)s)"
     )
-    args = parser.parse_args()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    torch.manual_seed(0)
-    model = VisionTransformer(
-        **named_size(args.model),
-        img_size=args.img_size,
-        num_frames=args.num_frames,
-        t_patch_size=2,
-        num_classes=1000,
-        drop_path_rate=0.0,
-        dropout=0.0,
-    ).to(device)
-    image = torch.randn(args.batch, 3, 1, args.img_size, args.img_size, device=device)
-    clip = image.expand(-1, -1, args.num_frames, -1, -1)
-    with torch.no_grad():
-        difference = (model(clip) - model(image)).abs().max().item()
-    assert difference < 1e-4, difference
+    return parser
 
-    def embedding(clips):
-        model.embed(clips).sum().backward()
 
-    def step(clips):
-        model(clips).square().sum().backward()
-
+def main() -> None:
+    """Measure and write the results."""
+    args = get_parser().parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    device = torch.device("cpu")
+    device_name = platform.processor() or platform.machine()
+    if torch.cuda.is_available():
+        device = torch.device("cuda")
+        device_name = torch.cuda.get_device_name()
+    model = build_model(args.model, args.img_size, args.num_frames).to(device)
     result = {
         "model": args.model,
         "img_size": args.img_size,
         "num_frames": args.num_frames,
         "batch": args.batch,
         "rounds": args.rounds,
-        "largest_logit_difference": difference,
-        "embedding": compare(
-            lambda: embedding(clip), lambda: embedding(image), device, args.rounds
-        ),
-        "step": compare(lambda: step(clip), lambda: step(image), device, args.rounds),
+        **measure(model, args.batch, args.rounds),
         "torch": torch.__version__,
-        "device": torch.cuda.get_device_name()
-        if device.type == "cuda"
-        else platform.processor() or platform.machine(),
-        "cores": usable_cores(),
+        "device": device_name,
+        "cores": available_cpus(),
         "threads": torch.get_num_threads(),
         "dtype": "float32",
     }
     (args.out / "static_clip.json").write_text(json.dumps(result, indent=2) + "\n")
-    cells = [(part, *result[part].values()) for part in ("embedding", "step")]
-    rows = "".join("| " + " | ".join(map(str, row)) + " |\n" for row in cells)
-    table = (
-        f"`{args.model}`, {args.batch} static clips of {args.num_frames} x {args.img_size}², forward and backward, float32, {result['device']}, "
-        f"{result['cores']} cores, {result['threads']} threads, torch {torch.__version__}, medians of {args.rounds}\n\n"
-        f"| | exact (ms) | folded (ms) | exact / folded |\n| --- | --- | --- | --- |\n{rows}"
-    )
-    (args.out / "static_clip.md").write_text(table)
-    print0(table)
+    (args.out / "static_clip.md").write_text(table(result))
+    print0(table(result))
 
 
 if __name__ == "__main__":

@@ -1,13 +1,15 @@
-"""How long a training step takes: ours and the plain model of tests/plain_model.py, eager and compiled, on CUDA or CPU.
+"""Measure a training step of this repository's model against the plain model of tests/.
 
-    python benchmarks/train_step.py --preset tiny               # a CPU or any GPU
-    python benchmarks/train_step.py --preset seed-H             # one big GPU: ViT-H/14, 16 x 224², 64 clips, bf16
+    python benchmarks/train_step.py --preset tiny       # a CPU or any GPU
+    python benchmarks/train_step.py --preset vit-h14    # one large GPU: ViT-H/14, 64 clips, bf16
     python benchmarks/train_step.py --preset tiny --task finetune --no-compile
     python benchmarks/train_step.py --preset tiny --curves --no-compile --max_batch 8 --rounds 5
 
-A step is: uint8 clips on the device -> normalise -> forward -> backward -> clip -> fused AdamW, the same for all. Losses and gradients
-are compared first; then the variants take turns (A B C A B C ...), medians over --rounds after ten warm-up rounds. MFU: counted FLOPs over the
-datasheet's peak, and over a matrix product measured in this run. Writes benchmarks/results/train_step_NAME.json and .md.
+A step is the same for all variants: uint8 clips on the device, normalization, forward, backward,
+gradient clipping, fused AdamW. Losses and gradients are compared first. Then the variants take
+turns (A B C A B C ...); the results are medians over --rounds, after ten warm-up rounds. MFU is the
+counted FLOPs over the peak of the datasheet, and over a matrix product measured in the same run.
+Writes benchmarks/results/train_step_NAME.json and .md, or curves_NAME.json and .png.
 """
 
 import argparse
@@ -16,32 +18,183 @@ import statistics
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from PIL import Image, ImageDraw
+from matplotlib.figure import Figure
 
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from plain_model import PlainMAE, PlainViT
 
-from data.transforms import VIDEO_MEAN, VIDEO_STD, normalize
 from models_mae import MaskedAutoencoderViT
-from models_vit import ATTENTION, VisionTransformer, flash_attn_qkvpacked_func, named_size
-from util.dist import peak_flops, print0, usable_cores
-from util.optim import make_optimizer, pretrain_groups, update
+from models_vit import SDPA_BACKENDS, VisionTransformer, flash_attn_qkvpacked_func, named_size
+from util.dist import available_cpus, peak_flops, print0
+from util.optim import autocast, make_optimizer, pretrain_param_groups, update
+from util.pixels import VIDEO_MEAN, VIDEO_STD, normalize
 
-PRESETS = {  # model, patch, img_size, decoder (width, depth, heads), batch
-    "seed-H": ("huge_patch14", None, 224, (512, 4, 16), 64),
-    "L16": ("large_patch16", None, 224, (512, 4, 16), 64),
-    "tiny": ("tiny_patch16", None, 160, (192, 4, 6), 2),
-}
+RESULTS = ROOT / "benchmarks" / "results"
 MASK_RATIO = 0.9
+NUM_FRAMES = 16
+WARMUP_ROUNDS = 10
 
 
-def count_syncs(step, device: torch.device) -> int:
-    """Host syncs of one step: CUDA's own warnings there, reads of a tensor's value on a CPU."""
+class Preset(NamedTuple):
+    """A model and its batch."""
+
+    model: str  # a named size, without "vit_"
+    img_size: int
+    decoder_embed_dim: int
+    decoder_depth: int
+    decoder_num_heads: int
+    batch_size: int
+
+
+PRESETS = {
+    "vit-h14": Preset("huge_patch14", 224, 512, 4, 16, batch_size=64),
+    "L16": Preset("large_patch16", 224, 512, 4, 16, batch_size=64),
+    "tiny": Preset("tiny_patch16", 160, 192, 4, 6, batch_size=2),
+}
+
+
+class VariantSpec(NamedTuple):
+    """What to measure."""
+
+    name: str
+    kind: str  # "ours", "plain" (softmax written out) or "plain-sdpa"
+    attn: str  # of "ours"
+    compiled: bool
+
+
+# ---- Models ----
+
+
+def build_mae(preset: Preset, num_frames: int, attn: str = "auto") -> MaskedAutoencoderViT:
+    """Return the pretraining model of a preset."""
+    return MaskedAutoencoderViT(
+        **named_size(f"vit_{preset.model}", None),
+        img_size=preset.img_size,
+        num_frames=num_frames,
+        t_patch_size=2,
+        decoder_embed_dim=preset.decoder_embed_dim,
+        decoder_depth=preset.decoder_depth,
+        decoder_num_heads=preset.decoder_num_heads,
+        pred_t_dim=num_frames,
+        attn=attn,
+    )
+
+
+def build_classifier(preset: Preset, attn: str) -> VisionTransformer:
+    """Return the finetuning model of a preset, without dropout."""
+    return VisionTransformer(
+        **named_size(f"vit_{preset.model}", None),
+        img_size=preset.img_size,
+        num_frames=NUM_FRAMES,
+        t_patch_size=2,
+        num_classes=700,
+        drop_path_rate=0.0,
+        dropout=0.0,
+        attn=attn,
+    )
+
+
+def build(preset: Preset, task: str, spec: VariantSpec) -> torch.nn.Module:
+    """Return the model of a variant, on torch's current default device."""
+    torch.manual_seed(0)
+    if task == "pretrain":
+        model = build_mae(preset, NUM_FRAMES, spec.attn)
+        plain_class = PlainMAE
+    else:
+        model = build_classifier(preset, spec.attn)
+        plain_class = PlainViT
+    if spec.kind != "ours":
+        model = plain_class(model.config, sdpa=spec.kind == "plain-sdpa")
+    return model.train()
+
+
+def variants_to_run(with_compiled: bool, device: torch.device) -> list[VariantSpec]:
+    """Return the variants that this device may support."""
+    specs = [
+        VariantSpec("plain", "plain", "auto", False),
+        VariantSpec("plain sdpa", "plain-sdpa", "auto", False),
+        VariantSpec("ours", "ours", "auto", False),
+    ]
+    if not with_compiled:
+        return specs
+    specs.append(VariantSpec("plain sdpa compiled", "plain-sdpa", "auto", True))
+    specs.append(VariantSpec("ours compiled", "ours", "auto", True))
+    kernels = [name for name in SDPA_BACKENDS if name != "sdpa"]
+    if device.type != "cuda":
+        kernels.remove("cudnn")
+    elif flash_attn_qkvpacked_func is not None:
+        kernels.append("flash_attn")
+    for kernel in kernels:
+        specs.append(VariantSpec(f"ours compiled, {kernel}", "ours", kernel, True))
+    return specs
+
+
+class Variant:
+    """A model with an optimizer, and its training step.
+
+    All variants share the parameters of one model, and that model's optimizer.
+    """
+
+    def __init__(self, spec: VariantSpec, model: torch.nn.Module, optimizer, dtype: torch.dtype):
+        """Compile the model, if the variant is compiled."""
+        self.kind = spec.kind
+        self.model = model
+        self.optimizer = optimizer
+        self.dtype = dtype
+        self.device = next(model.parameters()).device
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=False)
+        self.mask_ratio = MASK_RATIO
+        self.times: list[float] = []  # seconds of a step
+        self.first_call = 0.0  # seconds of the first forward and backward pass
+        if spec.kind == "ours":
+            model.set_attention(self.device.type, dtype)
+        if spec.compiled and spec.kind == "ours":
+            model.compile_parts()
+        elif spec.compiled:
+            model.compile(fullgraph=True, dynamic=False)
+
+    def loss(self, clips: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        """Return the loss of uint8 clips (B, 3, T, H, W) with noise (B, L)."""
+        clips = normalize(clips, VIDEO_MEAN, VIDEO_STD)
+        with autocast(self.device, self.dtype):
+            if isinstance(self.model, (VisionTransformer, PlainViT)):
+                return self.model(clips).float().logsumexp(1).mean()
+            if self.kind == "ours":
+                return self.model(clips, self.mask_ratio, noise=noise)[0]
+            return self.model(clips, noise, self.mask_ratio)
+
+    def step(self, clips: torch.Tensor, noise: torch.Tensor) -> None:
+        """Run one update."""
+        self.loss(clips, noise).backward()
+        update(self.optimizer, self.scaler, 1.0)
+
+    def timed_step(self, clips: torch.Tensor, noise: torch.Tensor) -> float:
+        """Run one update; return its seconds, until the device has finished."""
+        synchronize(self.device)
+        start = time.perf_counter()
+        self.step(clips, noise)
+        synchronize(self.device)
+        return time.perf_counter() - start
+
+
+# ---- Measurements ----
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has finished."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def count_syncs(step: Callable[[], None], device: torch.device) -> int:
+    """Return the host syncs of a step: CUDA's warnings, or on a CPU the reads of tensor values."""
     if device.type == "cuda":
         torch.cuda.set_sync_debug_mode("warn")
         with warnings.catch_warnings(record=True) as caught:
@@ -55,249 +208,205 @@ def count_syncs(step, device: torch.device) -> int:
     return sum(event.count for event in profile.key_averages() if event.key in reads)
 
 
-def build(
-    args, kind: str, attn: str, device: torch.device, base: torch.nn.Module | None
-) -> torch.nn.Module:
-    """One of the models; all share the parameters of `base`, the first. kind: ours, plain (softmax written out) or plain-sdpa."""
-    name, patch, img_size, (width, depth, heads), _ = PRESETS[args.preset]
-    torch.manual_seed(0)
-    shared = named_size(f"vit_{name}", patch) | {
-        "img_size": img_size,
-        "num_frames": 16,
-        "t_patch_size": 2,
-    }
-    with torch.device(device if base is None else "meta"):
-        if args.task == "pretrain":
-            model = MaskedAutoencoderViT(
-                **shared,
-                decoder_embed_dim=width,
-                decoder_depth=depth,
-                decoder_num_heads=heads,
-                pred_t_dim=16,
-                attn=attn,
-            )
-        else:
-            model = VisionTransformer(
-                **shared, num_classes=700, drop_path_rate=0.0, dropout=0.0, attn=attn
-            )
-        if kind != "ours":
-            model = (PlainMAE if args.task == "pretrain" else PlainViT)(
-                model.config, sdpa=kind == "plain-sdpa"
-            )
-    if base is not None:
-        model.load_state_dict(base.state_dict(keep_vars=True), assign=True)
-    return model.train()
-
-
-class Variant:
-    """A model, the optimizer of the parameters that all share, and how to take a step with it."""
-
-    def __init__(
-        self,
-        args,
-        kind: str,
-        model: torch.nn.Module,
-        optimizer,
-        compiled: bool,
-        device: torch.device,
-        dtype: torch.dtype,
-    ):
-        self.args, self.kind, self.device, self.dtype, self.model, self.optimizer = (
-            args,
-            kind,
-            device,
-            dtype,
-            model,
-            optimizer,
-        )
-        self.scaler = torch.amp.GradScaler(device.type, enabled=False)
-        self.times, self.compile_s, self.mask_ratio = [], None, MASK_RATIO
-        if compiled and kind == "ours":
-            self.model.compile_parts()
-        elif compiled:
-            self.model.compile(fullgraph=True, dynamic=False)
-
-    def loss(self, clips: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-        """Loss of uint8 clips."""
-        clips = normalize(clips, VIDEO_MEAN, VIDEO_STD)
-        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            if self.args.task == "finetune":
-                return self.model(clips).float().logsumexp(1).mean()
-            return (
-                self.model(clips, self.mask_ratio, noise=noise)[0]
-                if self.kind == "ours"
-                else self.model(clips, noise, self.mask_ratio)
-            )
-
-    def step(self, clips: torch.Tensor, noise: torch.Tensor) -> None:
-        """One update."""
-        self.loss(clips, noise).backward()
-        update(self.optimizer, self.scaler, 1.0)
-
-    def timed(self, clips: torch.Tensor, noise: torch.Tensor) -> float:
-        """Seconds of one step, to its end on the device."""
-        wait = torch.cuda.synchronize if self.device.type == "cuda" else lambda: None
-        wait()
-        start = time.perf_counter()
-        self.step(clips, noise)
-        wait()
-        return time.perf_counter() - start
+def largest_difference(gradients: dict[str, torch.Tensor], expected: dict) -> float:
+    """Return the largest difference of gradients, relative to the largest expected gradient."""
+    scale = max(gradient.abs().max() for gradient in expected.values())
+    differences = [
+        ((gradients[name] - gradient).abs().max() / scale).item()
+        for name, gradient in expected.items()
+    ]
+    return max(differences)
 
 
 def check_equal(variants: dict[str, Variant], clips, noise, tolerance: float) -> dict[str, float]:
-    """Largest relative difference of loss and gradients from the first variant; asserts that they are small."""
-    reference, differences = None, {}
+    """Return each variant's largest relative difference of loss and gradients from the first one.
+
+    Asserts that all differences are below the tolerance.
+    """
+    differences = {}
+    expected_loss = None
+    expected = {}
     for name, variant in variants.items():
         loss = variant.loss(clips, noise)
         loss.backward()
-        parameters = dict(variant.model.named_parameters())
-        if reference is None:
-            gradients = {key: parameter.grad.clone() for key, parameter in parameters.items()}
-            reference = (
-                loss.item(),
-                gradients,
-                max(gradient.abs().max() for gradient in gradients.values()),
-            )
-        off = max(
-            ((parameters[key].grad - reference[1][key]).abs().max() / reference[2]).item()
-            for key in parameters
-        )
-        differences[name] = max(off, abs(loss.item() - reference[0]) / abs(reference[0]))
+        parameters = variant.model.named_parameters()
+        gradients = {key: parameter.grad for key, parameter in parameters}
+        if expected_loss is None:
+            expected_loss = loss.item()
+            expected = {key: gradient.clone() for key, gradient in gradients.items()}
+        loss_difference = abs(loss.item() - expected_loss) / abs(expected_loss)
+        differences[name] = max(largest_difference(gradients, expected), loss_difference)
         assert differences[name] < tolerance, (name, differences[name])
         variant.model.zero_grad()
     return differences
 
 
-def first_calls(variants: dict[str, Variant], clips, noise) -> dict[str, str]:
-    """Compile and warm up; takes out the variants that cannot run here, and returns why."""
-    impossible = {}
+def run_first_calls(variants: dict[str, Variant], clips, noise) -> dict[str, str]:
+    """Compile and run each variant once. Remove those that fail, and return their errors."""
+    failed = {}
     for name, variant in list(variants.items()):
         start = time.perf_counter()
         try:
             variant.loss(clips, noise).backward()
-        except (
-            RuntimeError
-        ) as error:  # out of memory, or a backend that does not take these tensors
-            impossible[name] = str(error).splitlines()[0][:120]
+        except RuntimeError as error:  # out of memory, or tensors that a kernel does not support
+            failed[name] = str(error).splitlines()[0][:120]
             del variants[name]
         variant.model.zero_grad()
-        variant.compile_s = time.perf_counter() - start
-    return impossible
+        variant.first_call = time.perf_counter() - start
+    return failed
 
 
-def ceiling(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of a large matrix product, the best of ten."""
-    n = 8192 if device.type == "cuda" else 1536
-    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-    best = 1e9
+def time_rounds(variants: dict[str, Variant], clips, noise, rounds: int) -> dict[str, float]:
+    """Let the variants take turns, and collect their times. Return the peak GiB of each on CUDA.
+
+    The peak includes weights and optimizer state.
+    """
+    peaks = {}
+    for turn in range(WARMUP_ROUNDS + rounds):
+        for name, variant in variants.items():
+            measures_memory = turn == 0 and variant.device.type == "cuda"
+            if measures_memory:
+                torch.cuda.reset_peak_memory_stats()
+            seconds = variant.timed_step(clips, noise)
+            if measures_memory:
+                peaks[name] = torch.cuda.max_memory_allocated() / 2**30
+            if turn >= WARMUP_ROUNDS:
+                variant.times.append(seconds)
+    return peaks
+
+
+def matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """Return the FLOP/s of a large matrix product, the best of twelve."""
+    n = 1536
+    if device.type == "cuda":
+        n = 8192
+    a = torch.randn(n, n, device=device, dtype=dtype)
+    b = torch.randn(n, n, device=device, dtype=dtype)
+    best = float("inf")
     for _ in range(12):
         start = time.perf_counter()
         a @ b
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        synchronize(device)
         best = min(best, time.perf_counter() - start)
     return 2 * n**3 / best
 
 
-def kinds_to_run(args, device: torch.device) -> list[tuple[str, str, str, bool]]:
-    """(name, kind, attn, compiled) of the variants."""
-    rows = [
-        ("plain", "plain", "auto", False),
-        ("plain sdpa", "plain-sdpa", "auto", False),
-        ("ours", "ours", "auto", False),
-    ]
-    if args.compile:
-        rows += [
-            ("plain sdpa compiled", "plain-sdpa", "auto", True),
-            ("ours compiled", "ours", "auto", True),
-        ]
-        backends = [
-            name
-            for name in ATTENTION
-            if name != "sdpa" and (device.type == "cuda" or name != "cudnn")
-        ]
-        backends += (
-            ["flash_attn"]
-            if flash_attn_qkvpacked_func is not None and device.type == "cuda"
-            else []
-        )
-        rows += [(f"ours compiled, {name}", "ours", name, True) for name in backends]
-    return rows
-
-
-def measure(args, device: torch.device, dtype: torch.dtype) -> dict:
-    """Everything that goes into the table."""
-    batch = args.batch or PRESETS[args.preset][4]
-    first = build(args, "ours", "auto", device, None)
-    optimizer = make_optimizer(pretrain_groups(first, 0.05), first.parameters(), (0.9, 0.95))
-    variants = {
-        name: Variant(
-            args, kind, build(args, kind, attn, device, first), optimizer, compiled, device, dtype
-        )
-        for name, kind, attn, compiled in kinds_to_run(args, device)
-    }
-    clips = torch.randint(
-        0,
-        256,
-        (batch, 3, 16, first.config["img_size"], first.config["img_size"]),
-        dtype=torch.uint8,
-        device=device,
-    )
-    noise = torch.rand(batch, first.num_tokens, device=device)
-    impossible = first_calls(variants, clips, noise)
-    differences = check_equal(variants, clips, noise, 1e-3 if dtype == torch.float32 else 5e-2)
-    peaks = {}
-    for turn in range(10 + args.rounds):
-        for name, variant in variants.items():
-            if device.type == "cuda" and turn == 0:
-                torch.cuda.reset_peak_memory_stats()
-            elapsed = variant.timed(clips, noise)
-            if device.type == "cuda" and turn == 0:
-                peaks[name] = (
-                    torch.cuda.max_memory_allocated() / 2**30
-                )  # weights and moments included
-            if turn >= 10:
-                variant.times.append(elapsed)
-    flops = batch * (
-        first.flops_per_clip(MASK_RATIO, "random")
-        if args.task == "pretrain"
-        else first.flops_per_clip()
-    )
-    peak, measured = peak_flops(device), ceiling(device, dtype)
-    rows = []
-    for name, variant in variants.items():
-        quantiles = statistics.quantiles(variant.times, n=10)
-        median = statistics.median(variant.times)
-        rows.append(
-            {
-                "variant": name,
-                "median_ms": median * 1000,
-                "p10_ms": quantiles[0] * 1000,
-                "p90_ms": quantiles[-1] * 1000,
-                "clips_per_s": batch / median,
-                "mfu_datasheet": flops / median / peak if peak else None,
-                "mfu_measured": flops / median / measured,
-                "peak_gib": peaks.get(name),
-                "syncs": count_syncs(lambda v=variant: v.step(clips, noise), device),
-                "first_call_s": variant.compile_s,
-                "difference": differences[name],
-            }
-        )
+def environment(device: torch.device, dtype: torch.dtype) -> dict:
+    """Return the hardware and software of this run."""
+    device_name = "cpu"
+    if device.type == "cuda":
+        device_name = torch.cuda.get_device_name()
     return {
-        "preset": args.preset,
-        "task": args.task,
-        "batch": batch,
-        "rounds": args.rounds,
-        "gflop_per_step": flops / 1e9,
-        "rows": rows,
-        "impossible": impossible,
-        "ceiling_tflops": measured / 1e12,
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+        "device": device_name,
         "dtype": str(dtype),
-        "cores": usable_cores(),
+        "cores": available_cpus(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
     }
+
+
+def timing_row(
+    times: list[float], batch_size: int, flops: float, peak: float | None, ceiling: float
+) -> dict:
+    """Return columns of the table: statistics of the seconds of a step, and the MFU.
+
+    flops: of a step. peak and ceiling: FLOP/s of the datasheet (None: unknown) and as measured.
+    """
+    quantiles = statistics.quantiles(times, n=10)
+    median = statistics.median(times)
+    mfu_datasheet = None
+    if peak is not None:
+        mfu_datasheet = flops / median / peak
+    return {
+        "median_ms": median * 1000,
+        "p10_ms": quantiles[0] * 1000,
+        "p90_ms": quantiles[-1] * 1000,
+        "clips_per_s": batch_size / median,
+        "mfu_datasheet": mfu_datasheet,
+        "mfu_measured": flops / median / ceiling,
+    }
+
+
+def flops_per_clip(model: torch.nn.Module, task: str) -> float:
+    """Return the FLOPs of a forward and backward pass of one clip."""
+    if task == "pretrain":
+        return model.flops_per_clip(MASK_RATIO, "random")
+    return model.flops_per_clip()
+
+
+def build_variants(
+    preset: Preset, task: str, specs: list[VariantSpec], device: torch.device, dtype: torch.dtype
+) -> tuple[torch.nn.Module, dict[str, Variant]]:
+    """Return a model, and the variants by name, which share its parameters."""
+    with device:
+        first = build(preset, task, VariantSpec("first", "ours", "auto", False))
+    optimizer = make_optimizer(pretrain_param_groups(first, 0.05), first.parameters(), (0.9, 0.95))
+    shared = first.state_dict(keep_vars=True)
+    variants = {}
+    for spec in specs:
+        with torch.device("meta"):
+            model = build(preset, task, spec)
+        model.load_state_dict(shared, assign=True)
+        variants[spec.name] = Variant(spec, model, optimizer, dtype)
+    return first, variants
+
+
+def measure_variants(
+    variants: dict[str, Variant], clips, noise, flops: float, rounds: int
+) -> tuple[list[dict], float]:
+    """Compare and time the variants. Return the rows of the table, and the measured peak FLOP/s.
+
+    flops: of a step.
+    """
+    first = next(iter(variants.values()))
+    tolerance = 5e-2
+    if first.dtype == torch.float32:
+        tolerance = 1e-3
+    differences = check_equal(variants, clips, noise, tolerance)
+    peak_gib = time_rounds(variants, clips, noise, rounds)
+    peak = peak_flops(first.device)
+    ceiling = matmul_flops(first.device, first.dtype)
+    rows = []
+    for name, variant in variants.items():
+        rows.append(
+            {
+                "variant": name,
+                **timing_row(variant.times, len(clips), flops, peak, ceiling),
+                "peak_gib": peak_gib.get(name),
+                "syncs": count_syncs(lambda v=variant: v.step(clips, noise), first.device),
+                "first_call_s": variant.first_call,
+                "difference": differences[name],
+            }
+        )
+    return rows, ceiling
+
+
+def measure(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> dict:
+    """Measure all variants; return the content of the JSON file."""
+    preset = PRESETS[args.preset]
+    batch_size = args.batch or preset.batch_size
+    specs = variants_to_run(args.compile, device)
+    model, variants = build_variants(preset, args.task, specs, device, dtype)
+    shape = (batch_size, 3, NUM_FRAMES, preset.img_size, preset.img_size)
+    clips = torch.randint(0, 256, shape, dtype=torch.uint8, device=device)
+    noise = torch.rand(batch_size, model.num_tokens, device=device)
+    flops = batch_size * flops_per_clip(model, args.task)
+    failed = run_first_calls(variants, clips, noise)
+    rows, ceiling = measure_variants(variants, clips, noise, flops, args.rounds)
+    return {
+        "preset": args.preset,
+        "task": args.task,
+        "batch": batch_size,
+        "rounds": args.rounds,
+        "gflop_per_step": flops / 1e9,
+        "rows": rows,
+        "impossible": failed,
+        "ceiling_tflops": ceiling / 1e12,
+        **environment(device, dtype),
+    }
+
+
+# ---- Time over batch size, mask ratio and frames ----
 
 
 CURVES = {
@@ -308,123 +417,133 @@ CURVES = {
 
 
 def curve_point(
-    args, device: torch.device, dtype: torch.dtype, batch: int, mask_ratio: float, frames: int
+    args: argparse.Namespace, device: torch.device, dtype: torch.dtype, setting: dict
 ) -> dict:
-    """Median ms per clip of our pretraining step at one setting, and the FLOPs of it; ms None: out of memory."""
-    name, patch, img_size, (width, depth, heads), _ = PRESETS[args.preset]
+    """Return a setting (batch, mask_ratio, frames) with its time and FLOPs per clip.
+
+    "ms" is the median time of a pretraining step divided by the batch, None if out of memory.
+    """
+    preset = PRESETS[args.preset]
+    shape = (setting["batch"], 3, setting["frames"], preset.img_size, preset.img_size)
     torch.manual_seed(0)
-    with torch.device(device):
-        model = MaskedAutoencoderViT(
-            **named_size(f"vit_{name}", patch),
-            img_size=img_size,
-            num_frames=frames,
-            t_patch_size=2,
-            decoder_embed_dim=width,
-            decoder_depth=depth,
-            decoder_num_heads=heads,
-            pred_t_dim=frames,
-        )
-        clips = torch.randint(0, 256, (batch, 3, frames, img_size, img_size), dtype=torch.uint8)
-        noise = torch.rand(batch, model.num_tokens)
-    optimizer = make_optimizer(pretrain_groups(model, 0.05), model.parameters(), (0.9, 0.95))
-    if args.compile:
-        model.compile_parts()
-    variant = Variant(args, "ours", model.train(), optimizer, False, device, dtype)
-    variant.mask_ratio = mask_ratio
-    point = {
-        "batch": batch,
-        "mask_ratio": mask_ratio,
-        "frames": frames,
-        "gflop": model.flops_per_clip(mask_ratio, "random") / 1e9,
-    }
+    with device:
+        model = build_mae(preset, setting["frames"]).train()
+        clips = torch.randint(0, 256, shape, dtype=torch.uint8)
+        noise = torch.rand(setting["batch"], model.num_tokens)
+    optimizer = make_optimizer(pretrain_param_groups(model, 0.05), model.parameters(), (0.9, 0.95))
+    variant = Variant(VariantSpec("ours", "ours", "auto", args.compile), model, optimizer, dtype)
+    variant.mask_ratio = setting["mask_ratio"]
+    gflop = model.flops_per_clip(setting["mask_ratio"], "random") / 1e9
     try:
-        times = [variant.timed(clips, noise) for _ in range(3 + args.rounds)][3:]
+        times = [variant.timed_step(clips, noise) for _ in range(3 + args.rounds)]
     except torch.OutOfMemoryError:
-        return point | {"ms": None}
-    return point | {"ms": statistics.median(times) * 1000 / batch}
+        return {**setting, "gflop": gflop, "ms": None}
+    median = statistics.median(times[3:])
+    return {**setting, "gflop": gflop, "ms": median * 1000 / setting["batch"]}
 
 
-def curves(args, device: torch.device, dtype: torch.dtype) -> dict[str, list[dict]]:
-    """Time per clip over batch, mask ratio and frames, each with the others at the preset's values."""
-    centre = {
-        "batch": args.batch or PRESETS[args.preset][4],
+def curves(
+    args: argparse.Namespace, device: torch.device, dtype: torch.dtype
+) -> dict[str, list[dict]]:
+    """Measure the time per clip over each axis of CURVES, with the preset's other values."""
+    default = {
+        "batch": args.batch or PRESETS[args.preset].batch_size,
         "mask_ratio": MASK_RATIO,
-        "frames": 16,
+        "frames": NUM_FRAMES,
     }
     points = {}
     for axis, values in CURVES.items():
         points[axis] = []
         for value in values:
-            if axis != "batch" or value <= args.max_batch:
-                points[axis].append(curve_point(args, device, dtype, **centre | {axis: value}))
-                print0(points[axis][-1])
+            if axis == "batch" and value > args.max_batch:
+                continue
+            point = curve_point(args, device, dtype, default | {axis: value})
+            points[axis].append(point)
+            print0(point)
     return points
 
 
-def curves_picture(points: dict[str, list[dict]]) -> Image.Image:
-    """One panel per axis: measured ms per clip (blue) and the FLOP prediction through the point in the middle (grey), from zero."""
-    picture = Image.new("RGB", (340 * len(points), 300), "white")
-    draw = ImageDraw.Draw(picture)
-    for panel, (axis, row) in enumerate(points.items()):
+def curves_figure(points: dict[str, list[dict]]) -> Figure:
+    """Plot ms per clip over each axis of CURVES, measured and as FLOPs predict it.
+
+    The prediction passes through the point in the middle.
+    """
+    figure = Figure(figsize=(10, 3.4), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.1)  # inches
+    panels = figure.subplots(1, len(points), squeeze=False)[0]
+    for axes, (name, row) in zip(panels, points.items(), strict=True):
         row = [point for point in row if point["ms"] is not None]
-        anchor = row[len(row) // 2]
-        predicted = [anchor["ms"] * point["gflop"] / anchor["gflop"] for point in row]
-        top = 1.1 * max(max(point["ms"] for point in row), *predicted)
-        left, right, low = 340 * panel + 60, 340 * panel + 320, 250
-        across = [
-            left + (right - left) * number / max(len(row) - 1, 1) for number in range(len(row))
-        ]
-        draw.line([(left, 20), (left, low), (right, low)], fill="black")
-        draw.text((left - 6, 20), f"{top:.3g}", fill="black", anchor="rm")
-        draw.text((left - 6, low), "0 ms/clip", fill="black", anchor="rm")
-        for values, colour in ((predicted, "grey"), ([point["ms"] for point in row], "blue")):
-            line = [
-                (x, low - (low - 20) * value / top) for x, value in zip(across, values, strict=True)
-            ]
-            draw.line(line, fill=colour, width=2)
-            for x, y in line:
-                draw.ellipse((x - 3, y - 3, x + 3, y + 3), fill=colour)
-        for x, point in zip(across, row, strict=True):
-            draw.text((x, low + 12), str(point[axis]), fill="black", anchor="mm")
-        draw.text(
-            ((left + right) / 2, 284),
-            f"{axis}: measured (blue), by FLOPs (grey)",
-            fill="black",
-            anchor="mm",
-        )
-    return picture
+        middle = row[len(row) // 2]
+        ms_per_gflop = middle["ms"] / middle["gflop"]
+        values = [str(point[name]) for point in row]
+        predicted = [ms_per_gflop * point["gflop"] for point in row]
+        measured = [point["ms"] for point in row]
+        axes.plot(values, predicted, "o--", color="gray", label="predicted from FLOPs")
+        axes.plot(values, measured, "o-", color="tab:blue", label="measured")
+        axes.set(xlabel=name.replace("_", " "), ylabel="ms per clip")
+        axes.set_ylim(0, 1.1 * max(*predicted, *measured))
+        axes.grid(alpha=0.3)
+    lines, labels = panels[0].get_legend_handles_labels()
+    figure.legend(lines, labels, loc="outside upper center", ncols=2)
+    return figure
+
+
+# ---- Results ----
+
+
+def format_or_dash(value: float | None, spec: str) -> str:
+    """Format a number, or return "-" for None."""
+    if value is None:
+        return "-"
+    return format(value, spec)
 
 
 def table(result: dict) -> str:
-    """The result as Markdown."""
-
-    def cell(value, form):
-        return "-" if value is None else format(value, form)
-
-    opponent = next(row for row in result["rows"] if row["variant"] == "plain sdpa")["median_ms"]
+    """Return the result as Markdown."""
+    baseline = next(row["median_ms"] for row in result["rows"] if row["variant"] == "plain sdpa")
+    columns = (
+        "variant",
+        "ms",
+        "p10-p90",
+        "against plain sdpa",
+        "clips/s",
+        "MFU (datasheet)",
+        "MFU (measured ceiling)",
+        "peak GiB",
+        "syncs",
+        "first call s",
+    )
     lines = [
-        f"{result['preset']}, {result['task']}, {result['batch']} clips, {result['dtype']}, {result['device']}, {result['cores']} cores, "
-        f"{result['threads']} threads, torch {result['torch']}, medians of {result['rounds']} (p10 to p90); a matrix product here reaches "
-        f"{result['ceiling_tflops']:.3g} TFLOP/s",
+        f"{result['preset']}, {result['task']}, {result['batch']} clips, {result['dtype']}, "
+        f"{result['device']}, {result['cores']} cores, {result['threads']} threads, "
+        f"torch {result['torch']}, medians of {result['rounds']} (p10 to p90); "
+        f"a matrix product here reaches {result['ceiling_tflops']:.3g} TFLOP/s",
         "",
-        "| variant | ms | p10-p90 | against plain sdpa | clips/s | MFU (datasheet) | MFU (measured ceiling) | peak GiB | syncs | first call s |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        f"| {' | '.join(columns)} |",
+        f"| {' | '.join(['---'] * len(columns))} |",
     ]
     for row in result["rows"]:
-        lines.append(
-            f"| {row['variant']} | {row['median_ms']:.1f} | {row['p10_ms']:.1f}-{row['p90_ms']:.1f} | {opponent / row['median_ms']:.2f}x "
-            f"| {row['clips_per_s']:.2f} | {cell(row['mfu_datasheet'], '.1%')} | {cell(row['mfu_measured'], '.1%')} "
-            f"| {cell(row['peak_gib'], '.1f')} | {row['syncs']} | {row['first_call_s']:.1f} |"
+        cells = (
+            row["variant"],
+            f"{row['median_ms']:.1f}",
+            f"{row['p10_ms']:.1f}-{row['p90_ms']:.1f}",
+            f"{baseline / row['median_ms']:.2f}x",
+            f"{row['clips_per_s']:.2f}",
+            format_or_dash(row["mfu_datasheet"], ".1%"),
+            format_or_dash(row["mfu_measured"], ".1%"),
+            format_or_dash(row["peak_gib"], ".1f"),
+            str(row["syncs"]),
+            f"{row['first_call_s']:.1f}",
         )
-    lines += [
-        "",
-        *(f"{name}: cannot run here ({reason})" for name, reason in result["impossible"].items()),
-    ]
+        lines.append(f"| {' | '.join(cells)} |")
+    lines.append("")
+    for name, reason in result["impossible"].items():
+        lines.append(f"{name}: cannot run here ({reason})")
     return "\n".join(lines).rstrip() + "\n"
 
 
-def main() -> None:
-    """Measure, print the table, write the results."""
+def get_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -435,7 +554,7 @@ def main() -> None:
     parser.add_argument(
         "--curves",
         action="store_true",
-        help="time per clip over batch, mask ratio and frames instead, and a PNG",
+        help="measure time per clip over batch, mask ratio and frames, and plot it",
     )
     parser.add_argument(
         "--max_batch",
@@ -445,28 +564,26 @@ def main() -> None:
     )
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument(
-        "--out",
-        type=Path,
-        default=Path(__file__).parent / "results",
-        help="folder of the results (default: %(default)s)",
+        "--out", type=Path, default=RESULTS, help="folder of the results (default: %(default)s)"
     )
-    args = parser.parse_args()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    return parser
+
+
+def main() -> None:
+    """Measure, print the table, write the results."""
+    args = get_parser().parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    device = torch.device("cpu")
+    dtype = torch.float32
+    if torch.cuda.is_available():
+        device = torch.device("cuda")
+        dtype = torch.bfloat16
     if args.curves:
-        stem, points = args.out / f"curves_{args.preset}_{device.type}", curves(args, device, dtype)
-        about = {
-            "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
-            "cores": usable_cores(),
-            "threads": torch.get_num_threads(),
-            "torch": torch.__version__,
-            "dtype": str(dtype),
-            "rounds": args.rounds,
-        }
-        stem.with_suffix(".json").write_text(
-            json.dumps(about | {"points": points}, indent=2) + "\n"
-        )
-        curves_picture(points).save(stem.with_suffix(".png"))
+        points = curves(args, device, dtype)
+        result = environment(device, dtype) | {"rounds": args.rounds, "points": points}
+        stem = args.out / f"curves_{args.preset}_{device.type}"
+        stem.with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n")
+        curves_figure(points).savefig(stem.with_suffix(".png"), dpi=120)
         return
     result = measure(args, device, dtype)
     stem = args.out / f"train_step_{args.preset}_{args.task}_{device.type}"

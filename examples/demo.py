@@ -1,22 +1,23 @@
-"""What masked pretraining does, in five minutes on two cores. All files go to demo/.
+"""Show what masked pretraining does, in five minutes on two cores. All files go to demo/.
 
     make demo                 # or: OMP_NUM_THREADS=1 python examples/demo.py
 
 1. Make videos and images: discs that all move in one of eight directions, and eight patterns.
 2. Pretrain two tiny encoders without labels: one on those videos, one on real clips (samples/).
-3. Finetune the first to name the direction of motion, with 16 labeled clips a class, and train the
-   same encoder from scratch: same clips, same updates. Draw the two accuracies.
-4. Finetune it to name the patterns of images.
-5. Draw what the second encoder predicts on clips that it never saw.
+3. Finetune the first encoder to classify the direction of motion, with 16 labeled clips per class.
+   Train the same encoder from scratch on the same clips for as many updates. Plot both accuracies.
+4. Finetune the first encoder to classify patterns in images.
+5. Draw the second encoder's predictions on clips that were not in its training set.
 
-Every step is a command in a process of its own. Its output, with the command, goes to demo/logs/.
-The demo starts over each time and overwrites its own files.
+Every step is a command in its own process. The command and its output go to demo/logs/.
+Each call starts over and overwrites the files of the previous one.
 """
 
 import argparse
 import contextlib
 import csv
 import json
+import math
 import os
 import re
 import shlex
@@ -24,15 +25,20 @@ import signal
 import subprocess
 import sys
 import time
+from collections import deque
 from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).parent.parent
 CLASSES = 8  # directions of motion, and patterns
-LABELS = 16  # a class
-VIDEOS = 8  # of a finetuning update
-SECONDS_BETWEEN_LINES = 60  # of progress, where output is not a terminal
-SHOWN = ("asl_sign/asl__want.mp4", "person_indoors/person_t123.80.mp4")  # of samples/videos/val
+LABELS = 16  # labeled clips per class
+VIDEOS = 8  # per finetuning update
+SECONDS_BETWEEN_LINES = 60  # between progress lines, if the output is not a terminal
+SHOWN = (  # drawn clips, in samples/videos/val
+    "asl_sign/asl__want.mp4",
+    "person_indoors/person_t123.80.mp4",
+)
+CLEAR_LINE = "\r\033[K"  # of a terminal
 SHARED = (
     "--patch_size 8 --num_frames 8 --num_workers 1 --no-compile --clip_grad 1 "
     "--checkpoint_period 1000"
@@ -53,7 +59,7 @@ CLASSIFY = (
 
 
 class Scale(NamedTuple):
-    """How much work the demo does; a test makes it small."""
+    """Amount of work of the demo; tests use a smaller one."""
 
     train_clips: int = 2400
     val_clips: int = 400
@@ -69,37 +75,37 @@ FULL = Scale()
 
 
 class Step(NamedTuple):
-    """A command of the demo: what it does, and its words after `python`."""
+    """A command of the demo: its name, and its arguments after `python`."""
 
     name: str
-    words: list[str]
+    arguments: list[str]
 
 
 class Running(NamedTuple):
-    """A step under way."""
+    """A step whose process was started."""
 
     step: Step
     process: subprocess.Popen
-    begun: float  # seconds of time.monotonic()
+    start_time: float  # seconds of time.monotonic()
 
 
 class StepFailed(Exception):
-    """A step ended with an error: its exit code, and a message with the end of its log."""
+    """A step failed: exit code, and a message with the end of its log."""
 
     def __init__(self, message: str, code: int):
         super().__init__(message)
         self.code = code
 
 
-def words_of(flags: str, **paths: Path) -> list[str]:
-    """Return flags as words, and --NAME PATH for each path, which may have blanks."""
-    words = flags.split()
+def to_arguments(flags: str, **paths: Path) -> list[str]:
+    """Split flags into arguments, and add --NAME PATH for each path, which may contain spaces."""
+    arguments = flags.split()
     for name, path in paths.items():
-        words += [f"--{name}", str(path)]
-    return words
+        arguments += [f"--{name}", str(path)]
+    return arguments
 
 
-def run_of(out: Path, prefix: str) -> list[str]:
+def run_flags(out: Path, prefix: str) -> list[str]:
     """Return the flags of a run in `out` that starts over."""
     return ["--output_dir", str(out), "--save_prefix", prefix, "--resume", "", "--overwrite"]
 
@@ -107,16 +113,10 @@ def run_of(out: Path, prefix: str) -> list[str]:
 def file_steps(out: Path, scale: Scale) -> list[Step]:
     """Return the steps that make videos, in two halves, and images."""
     script = "examples/demo_parts.py"
-    clips = [
-        "clips",
-        str(out / "clips"),
-        *f"--train {scale.train_clips} --val {scale.val_clips}".split(),
-    ]
-    images = [
-        "images",
-        str(out / "images"),
-        *f"--train {scale.train_images} --val {scale.val_images}".split(),
-    ]
+    clip_counts = f"--train {scale.train_clips} --val {scale.val_clips}"
+    image_counts = f"--train {scale.train_images} --val {scale.val_images}"
+    clips = ["clips", str(out / "clips"), *clip_counts.split()]
+    images = ["images", str(out / "images"), *image_counts.split()]
     return [
         Step("make videos, first half", [script, *clips, "--part", "0", "--parts", "2"]),
         Step("make videos, second half", [script, *clips, "--part", "1", "--parts", "2"]),
@@ -131,8 +131,8 @@ def pretrain_motion(out: Path, scale: Scale) -> Step:
         "--batch_size_per_gpu 8 --repeat_aug 2 --lr 3e-3 --warmup_epochs 0.5 "
         f"--max_steps {scale.motion_updates}"
     )
-    words = words_of(flags, data_dirs=out / "clips" / "train")
-    return Step("pretrain on motion", ["pretrain.py", *words, *run_of(out, "motion")])
+    arguments = to_arguments(flags, data_dirs=out / "clips" / "train")
+    return Step("pretrain on motion", ["pretrain.py", *arguments, *run_flags(out, "motion")])
 
 
 def pretrain_samples(out: Path, scale: Scale) -> Step:
@@ -143,40 +143,40 @@ def pretrain_samples(out: Path, scale: Scale) -> Step:
         f"--lr 6e-3 --warmup_epochs 12 --val_every 1000 --max_steps {scale.sample_updates}"
     )
     videos = ROOT / "samples" / "videos"
-    words = words_of(flags, data_dirs=videos / "train", val_dirs=videos / "val")
-    return Step("pretrain on real clips", ["pretrain.py", *words, *run_of(out, "samples")])
+    arguments = to_arguments(flags, data_dirs=videos / "train", val_dirs=videos / "val")
+    return Step("pretrain on real clips", ["pretrain.py", *arguments, *run_flags(out, "samples")])
 
 
 def draw_picture(out: Path) -> Step:
-    """Return the drawing of what is predicted."""
+    """Return the drawing of predictions."""
     videos = [str(ROOT / "samples" / "videos" / "val" / name) for name in SHOWN]
-    words = ["picture", str(out / "samples.pth"), str(out / "prediction.png"), *videos]
-    return Step("draw predictions", ["examples/demo_parts.py", *words])
+    arguments = ["picture", str(out / "samples.pth"), str(out / "prediction.png"), *videos]
+    return Step("draw predictions", ["examples/demo_parts.py", *arguments])
 
 
 def write_labels(clips: Path, path: Path, labels: int, lines: int) -> None:
-    """Write a manifest of the first `labels` clips a class, repeated until it has `lines` lines."""
+    """Write a manifest of `labels` clips per class, repeated to at least `lines` lines."""
     rows = []
     for folder in sorted(clips.iterdir()):
         videos = sorted(folder.iterdir())[:labels]
         rows += [(str(video), folder.name) for video in videos]
-    rows *= -(-lines // len(rows))
+    rows *= math.ceil(lines / len(rows))
     with open(path, "w", newline="") as file:
         csv.writer(file).writerows([("path", "label"), *rows])
 
 
 def finetune_direction(out: Path, scale: Scale, prefix: str) -> Step:
-    """Return the finetuning with few labels: "pretrained", or "scratch"."""
+    """Return the finetuning with few labels. prefix: "pretrained" or "scratch"."""
     flags = (
         f"{CLASSIFY} {MOTION} --batch_size_per_gpu {VIDEOS} --repeat_aug 4 --warmup_epochs 0.1 "
         f"--lr 2e-3 --max_steps {scale.finetune_updates}"
     )
-    words = words_of(flags, train_csv=out / "labels.csv", val_dir=out / "clips" / "val")
+    arguments = to_arguments(flags, train_csv=out / "labels.csv", val_dir=out / "clips" / "val")
     name = "train from scratch"
     if prefix == "pretrained":
         name = "finetune, pretrained"
-        words += words_of("", finetune=out / "motion.pth")
-    return Step(name, ["finetune.py", *words, *run_of(out, prefix)])
+        arguments += ["--finetune", str(out / "motion.pth")]
+    return Step(name, ["finetune.py", *arguments, *run_flags(out, prefix)])
 
 
 def finetune_images(out: Path, scale: Scale) -> Step:
@@ -186,18 +186,24 @@ def finetune_images(out: Path, scale: Scale) -> Step:
         f"--batch_size_per_gpu 16 --lr 3e-3 --warmup_epochs 1 --epochs {scale.image_epochs}"
     )
     images = out / "images"
-    paths = {"train_data_path": images / "train", "val_data_path": images / "val"}
-    words = words_of(flags, **paths, finetune=out / "motion.pth")
-    return Step("finetune on images", ["finetune_on_image.py", *words, *run_of(out, "images")])
+    arguments = to_arguments(
+        flags,
+        train_data_path=images / "train",
+        val_data_path=images / "val",
+        finetune=out / "motion.pth",
+    )
+    return Step(
+        "finetune on images", ["finetune_on_image.py", *arguments, *run_flags(out, "images")]
+    )
 
 
-def log_of(logs: Path, step: Step) -> Path:
-    """Return the file that gets a step's output."""
+def log_path(logs: Path, step: Step) -> Path:
+    """Return the file of a step's output."""
     return logs / (re.sub(r"[^a-z]+", "_", step.name) + ".txt")
 
 
-def progress_of(log: Path) -> str:
-    """Return the last position in a log, such as " 40 %"; "" if it has none."""
+def percent_done(log: Path) -> str:
+    """Return the last progress in a log, such as " 40 %", or "" if there is none."""
     found = re.findall(r"(?:update|file) (\d+)/(\d+)", log.read_text(errors="replace"))
     if not found:
         return ""
@@ -211,10 +217,10 @@ def last_lines(path: Path, count: int = 5) -> str:
 
 
 def start(step: Step, logs: Path) -> Running:
-    """Start a step in a process group of its own, its output in a file."""
+    """Start a step in its own process group, with its output in a file."""
     environment = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONUNBUFFERED": "1"}
-    command = [sys.executable, *step.words]
-    with open(log_of(logs, step), "w") as log:
+    command = [sys.executable, *step.arguments]
+    with open(log_path(logs, step), "w") as log:
         log.write(f"{shlex.join(command)}\n\n")
         log.flush()
         process = subprocess.Popen(
@@ -229,78 +235,88 @@ def start(step: Step, logs: Path) -> Running:
     return Running(step, process, time.monotonic())
 
 
-def end(running: Running) -> None:
-    """End a step and the processes that it started. Nothing is lost: the demo starts over."""
+def kill(running: Running) -> None:
+    """Kill a step and its child processes. Nothing is lost: the demo starts over."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(running.process.pid, signal.SIGKILL)
     running.process.wait()
 
 
-class Screen:
-    """What the demo prints: one progress line that is overwritten, or a few lines in a file."""
+class ProgressDisplay:
+    """Prints one progress line that is overwritten in a terminal, or a few lines to a file."""
 
     def __init__(self):
-        self.begun = self.last = time.monotonic()
+        self.start_time = time.monotonic()
+        self.last_print = self.start_time
         self.terminal = sys.stdout.isatty()
 
-    def line(self, text: str) -> None:
-        """Print a line to stay."""
-        clear = "\r\033[K" if self.terminal else ""
-        print(clear + text, flush=True)
+    def print_line(self, text: str) -> None:
+        """Print a line in place of the progress line."""
+        if self.terminal:
+            text = CLEAR_LINE + text
+        print(text, flush=True)
 
-    def progress(self, states: list[str]) -> None:
-        """Show how far the steps are."""
+    def show(self, states: list[str]) -> None:
+        """Print the elapsed seconds and the states of the steps, if it is time to."""
         now = time.monotonic()
-        text = f"{now - self.begun:.0f} s: {', '.join(states)}"
+        text = f"{now - self.start_time:.0f} s: {', '.join(states)}"
         if self.terminal:
             width = os.get_terminal_size(sys.stdout.fileno()).columns
-            print(f"\r\033[K{text[: max(width, 20) - 1]}", end="", flush=True)
-        elif now - self.last >= SECONDS_BETWEEN_LINES:
-            self.last = now
+            print(CLEAR_LINE + text[: max(width, 20) - 1], end="", flush=True)
+        elif now - self.last_print >= SECONDS_BETWEEN_LINES:
+            self.last_print = now
             print(f"  {text}", flush=True)
 
 
-def check(running: Running, logs: Path, screen: Screen) -> bool:
-    """Return whether a step is done. Raises StepFailed."""
-    step, process, begun = running
-    if process.poll() is None:
+def is_done(running: Running, logs: Path, display: ProgressDisplay) -> bool:
+    """Return whether a step is done, and print its time. Raises StepFailed."""
+    step = running.step
+    code = running.process.poll()
+    if code is None:
         return False
-    if process.returncode:
-        code = process.returncode if process.returncode > 0 else 128 - process.returncode
-        log = log_of(logs, step)
+    if code != 0:
+        if code < 0:  # killed by a signal
+            code = 128 - code
+        log = log_path(logs, step)
         raise StepFailed(f"{last_lines(log)}\nerror: {step.name} failed, see {log}", code)
-    screen.line(f"{step.name}: {time.monotonic() - begun:.0f} s")
+    display.print_line(f"{step.name}: {time.monotonic() - running.start_time:.0f} s")
     return True
 
 
-def run_side_by_side(chains: list[list[Step]], logs: Path, screen: Screen) -> None:
-    """Run chains of steps, each chain in order, side by side. End them all if one step fails."""
+def run_in_parallel(chains: list[list[Step]], logs: Path, display: ProgressDisplay) -> None:
+    """Run chains of steps in parallel, each chain in order. If one step fails, kill the others.
+
+    Raises StepFailed.
+    """
     logs.mkdir(parents=True, exist_ok=True)
-    waiting = [list(chain) for chain in chains]
+    queues = [deque(chain) for chain in chains]
     running: list[Running | None] = [None] * len(chains)
     try:
-        for index, chain in enumerate(waiting):
-            running[index] = start(chain.pop(0), logs)
+        for index, queue in enumerate(queues):
+            running[index] = start(queue.popleft(), logs)
         while any(running):
             time.sleep(0.2)
             for index, current in enumerate(running):
-                if current and check(current, logs, screen):
-                    running[index] = start(waiting[index].pop(0), logs) if waiting[index] else None
+                if current is None or not is_done(current, logs, display):
+                    continue
+                running[index] = None
+                if queues[index]:
+                    running[index] = start(queues[index].popleft(), logs)
             active = [current.step for current in running if current]
-            screen.progress([step.name + progress_of(log_of(logs, step)) for step in active])
+            display.show([step.name + percent_done(log_path(logs, step)) for step in active])
     finally:
         for current in filter(None, running):
-            end(current)
+            kill(current)
 
 
 def accuracy(out: Path, prefix: str) -> float:
-    """Return the last validation accuracy of a finetuning, in percent."""
+    """Return the last validation accuracy of a finetuning run, in percent."""
     lines = (out / f"{prefix}_log.txt").read_text().splitlines()
     return json.loads(lines[-1])["test_acc1"]
 
 
 def draw_chart(path: Path, pretrained: float, scratch: float) -> None:
-    """Draw the two accuracies on the motion task beside chance."""
+    """Plot the two accuracies on the motion task, and chance."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -314,15 +330,15 @@ def draw_chart(path: Path, pretrained: float, scratch: float) -> None:
     axes.axhline(chance, color="black", linewidth=1, linestyle=":")
     axes.annotate("chance", (0.5, chance + 1), ha="center", fontsize=8)
     axes.set_ylim(0, 100)
-    axes.set_ylabel("directions named right, %")
-    axes.set_title(f"{CLASSES} directions, {LABELS} labels each, same updates", fontsize=10)
+    axes.set_ylabel("top-1 accuracy, %")
+    axes.set_title(f"{CLASSES} directions, {LABELS} labels per class, same updates", fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
 
 def summary(out: Path, scale: Scale, seconds: float) -> list[str]:
-    """Return at most 15 lines: what was shown, which files to open, what to try next."""
+    """Return at most 15 lines: results, files to open, commands to try next."""
     pretrained = accuracy(out, "pretrained")
     scratch = accuracy(out, "scratch")
     images = accuracy(out, "images")
@@ -333,25 +349,26 @@ def summary(out: Path, scale: Scale, seconds: float) -> list[str]:
         f"Direction of motion, {CLASSES} classes with {LABELS} labels each, "
         f"{scale.finetune_updates} updates:",
         f"  pretrained without labels   {pretrained:.0f} % of {scale.val_clips} unseen clips",
-        f"  from scratch                {scratch:.0f} % ({chance}; it needs more updates and labels)",
+        f"  from scratch                {scratch:.0f} % "
+        f"({chance}; more updates and labels are needed)",
         f"Patterns in images, the same encoder: {images:.0f} % ({chance})",
         "Open:",
         f"  {folder}/accuracy.png        the two accuracies",
-        f"  {folder}/prediction.png      real clips it never saw, 75 % hidden, and what it predicts",
-        f"  {folder}/logs/               each step's command and output",
+        f"  {folder}/prediction.png      unseen real clips, 75 % hidden, and the predictions",
+        f"  {folder}/logs/               command and output of each step",
         "Try next:",
         f"  tensorboard --logdir {folder}/tb",
         "  python pretrain.py --data_dirs YOUR_VIDEOS --output_dir runs/first",
-        "  python finetune.py --help    (README.md, Finetuning on videos)",
+        "  python finetune.py --help    (docs/finetuning.md)",
     ]
 
 
 def run(out: Path, scale: Scale = FULL) -> None:
     """Run the demo; all files go to `out`. Raises StepFailed."""
-    screen = Screen()
+    display = ProgressDisplay()
     logs = out / "logs"
     first_half, second_half, images = file_steps(out, scale)
-    run_side_by_side([[first_half], [second_half]], logs, screen)
+    run_in_parallel([[first_half], [second_half]], logs, display)
     lines = VIDEOS * scale.finetune_updates
     write_labels(out / "clips" / "train", out / "labels.csv", LABELS, lines)
     on_motion = [
@@ -365,28 +382,28 @@ def run(out: Path, scale: Scale = FULL) -> None:
         pretrain_samples(out, scale),
         draw_picture(out),
     ]
-    run_side_by_side([on_motion, others], logs, screen)
+    run_in_parallel([on_motion, others], logs, display)
     draw_chart(out / "accuracy.png", accuracy(out, "pretrained"), accuracy(out, "scratch"))
-    for line in summary(out, scale, time.monotonic() - screen.begun):
-        screen.line(line)
+    for line in summary(out, scale, time.monotonic() - display.start_time):
+        display.print_line(line)
 
 
 def main(argv: list[str] | None = None, scale: Scale = FULL) -> None:
-    """Run the demo on a command line (sys.argv by default)."""
+    """Parse a command line (sys.argv by default) and run the demo."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--output_dir", type=Path, default=ROOT / "demo", help="(default: demo)")
     args = parser.parse_args(argv)
-    for name in ("SIGTERM", "SIGHUP"):
-        signal.signal(getattr(signal, name), lambda number, frame: sys.exit(128 + number))
+    for signum in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(signum, lambda signum, frame: sys.exit(128 + signum))
     try:
         run(args.output_dir.absolute(), scale)
     except StepFailed as error:
         print(f"\n{error}", file=sys.stderr)
         sys.exit(error.code)
     except KeyboardInterrupt:
-        print("\ninterrupted: run it again to start over", file=sys.stderr)
+        print("\ninterrupted. Run the demo again to start over.", file=sys.stderr)
         sys.exit(130)
 
 
