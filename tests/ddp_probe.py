@@ -1,4 +1,4 @@
-"""Run under torchrun by test_ddp.py: gradients of a shared batch, and how often they were summed over the processes."""
+"""Run under torchrun by test_ddp.py: gradients of a shared batch, and the number of all-reduces."""
 
 import contextlib
 import json
@@ -15,31 +15,38 @@ from util import dist
 
 
 def main() -> None:
-    """Print a line of JSON on rank 0: buckets summed per update, gradient norms, whether gradients live in the buckets."""
-    accum, out = int(sys.argv[1]), sys.argv[2]
-    place = dist.setup("cpu")
-    model = dist.wrap(tiny_mae(), place, static_graph=accum == 1)
-    calls, storages = [], set()
+    """Save the gradients and print a report as JSON on rank 0.
 
-    def counting(state, bucket):
+    counts: all-reduced buckets per update; inside: whether the gradients are views of the buckets.
+    """
+    accum = int(sys.argv[1])
+    out = sys.argv[2]
+    env = dist.setup("cpu")
+    model = dist.wrap_ddp(tiny_mae(), env, static_graph=accum == 1)
+    calls = []
+    storages = set()
+
+    def count_buckets(state, bucket):
         calls.append(bucket.index())
         storages.add(bucket.buffer().untyped_storage().data_ptr())
         return allreduce_hook(state, bucket)
 
-    model.register_comm_hook(None, counting)
+    model.register_comm_hook(None, count_buckets)
     generator = torch.Generator().manual_seed(3)
-    clips, noise = (
-        torch.randn(8, 3, 8, 32, 32, generator=generator),
-        torch.rand(8, 64, generator=generator),
-    )
+    clips = torch.randn(8, 3, 8, 32, 32, generator=generator)
+    noise = torch.rand(8, 64, generator=generator)
     counts = []
-    for _ in range(3):  # DDP arranges its buckets anew after the first update
+    for _ in range(3):  # DDP rebuilds its buckets after the first update
         calls.clear()
         model.zero_grad()
-        own = torch.arange(place.rank, 8, place.world_size).chunk(accum)
-        for number, part in enumerate(own, 1):
-            with contextlib.nullcontext() if number == accum else model.no_sync():
-                (model(clips[part], 0.75, noise=noise[part])[0] / accum).backward()
+        own = torch.arange(env.rank, 8, env.world_size).chunk(accum)
+        for micro, part in enumerate(own, 1):
+            context = model.no_sync()
+            if micro == accum:
+                context = contextlib.nullcontext()
+            with context:
+                loss, _, _ = model(clips[part], 0.75, noise=noise[part])
+                (loss / accum).backward()
         counts.append(len(calls))
     gradients = {
         name.removeprefix("module."): parameter.grad.clone()
@@ -48,13 +55,11 @@ def main() -> None:
     inside = all(
         parameter.grad.untyped_storage().data_ptr() in storages for parameter in model.parameters()
     )
-    if place.rank == 0:
+    if env.rank == 0:
         torch.save(gradients, out)
-    dist.print0(
-        json.dumps(
-            {"counts": counts, "inside": inside, "optimize_ddp": torch._dynamo.config.optimize_ddp}
-        )
-    )
+    optimize_ddp = torch._dynamo.config.optimize_ddp
+    report = {"counts": counts, "inside": inside, "optimize_ddp": optimize_ddp}
+    dist.print0(json.dumps(report))
     dist.cleanup()
 
 

@@ -1,6 +1,8 @@
-"""Writes docs/decoders.md: what each backend makes of each test video. Needs STMAE_TEST_DATA and decord.
+"""Write docs/decoders.md: what each decoder makes of each test video.
 
-STMAE_TEST_DATA=... python tests/decoder_matrix.py
+    STMAE_TEST_DATA=... python tests/decoder_matrix.py
+
+Needs decord, and the real files in the folder STMAE_TEST_DATA.
 """
 
 import os
@@ -14,99 +16,107 @@ import numpy as np
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from video_checks import matrix_table
+from video_checks import DECODERS, matrix_table
 
-from data.decode import (
-    PyAVVideo,
-    ReadError,
-    VideoInfo,
-    checked_path,
-    clip_indices,
-    describe,
-    open_video,
-)
+from data.clips import clip_indices
+from data.decode import describe, open_video
+from data.input_files import ReadError
+from data.pyav_video import PyAVVideo
+from data.video import VideoInfo
 
 PAGE = ROOT / "docs" / "decoders.md"
-WHY = {
-    "exoplayer__roadtrip-vp92-10bit.webm": "its first frames refer to what was cut off",
-    "made__bytes_flipped.mp4": "damaged: what is skipped changes how the decoder conceals it",
+KNOWN_DIFFERENCES = {
+    "exoplayer__roadtrip-vp92-10bit.webm": "the references of its first frames were cut off",
+    "made__bytes_flipped.mp4": "corrupt: skipping frames changes how the decoder conceals it",
 }
-HEAD = f"""# What the two backends make of ordinary and odd files
+NUM_FRAMES = 8  # that are compared of each real file
+HEAD = f"""# What the two decoders make of ordinary and unusual files
 
-Made by `tests/decoder_matrix.py` with PyAV {av.__version__}, held by `tests/test_data_decode.py` and `tests/test_video_matrix.py`.
+Made by `tests/decoder_matrix.py` with PyAV {av.__version__}. `tests/test_data_decode.py` and
+`tests/test_video_matrix.py` check that the page is up to date.
 
-`--decoder auto`, the default, is PyAV. `--decoder decord` reads by decord what decord is known to read rightly: H.264, HEVC,
-VP8 and VP9 in MP4, MOV, MKV and WebM with closed groups of pictures, square pixels, and no frame hidden by an edit list. Everything else
-it hands to PyAV, and so it does with a file that it cannot open or finish.
+`--decoder auto`, the default, is PyAV. `--decoder decord` uses decord for the files that decord is
+known to read exactly: H.264, HEVC, VP8 and VP9 in MP4, MOV, MKV and WebM with closed GOPs, square
+pixels, and no frame hidden by an edit list. PyAV reads all other files, and those that decord
+cannot open or finish.
 
-## Videos made for the purpose
+## Videos made for the tests
 
-Each frame of these carries its own number and colored patches. Every frame is read alone and in clips of 16, with and without an
-index, and compared with the sequential decode. "exact": every number is right and colors differ by at most 3 levels (6 where pictures are scaled).
+Each frame of these shows its own number and colored patches. Every frame is read alone and in clips
+of 16 frames, with and without an index, and compared with the sequential decode. "exact": every
+number is right and colors differ by at most 3 levels (6 where frames are scaled).
 
 """
 
 
-def frames_of(path: str, decoder: str, info: VideoInfo) -> np.ndarray | str:
-    """Eight frames spread over the video as a backend reads them, at native size, or its reason."""
+def read_frames(path: Path, decoder: str, info: VideoInfo) -> np.ndarray | str:
+    """Return frames (8, H, W, 3) spread over a video at native size, or why they are not read."""
     try:
-        with open_video(path, decoder, info=info) as video:
+        with open_video(str(path), decoder, info=info) as video:
             if decoder == "decord" and isinstance(video, PyAVVideo):
                 return "handed to PyAV"
-            return video.read(clip_indices(video, num_frames=8, sampling_rate=4, start=0.6))
+            indices = clip_indices(video, num_frames=NUM_FRAMES, sampling_rate=4, start=0.6)
+            return video.read(indices)
     except ReadError as error:
         return str(error)
 
 
-def row(path: Path) -> str:
-    """One line of the table of real files."""
+def describe_file(info: VideoInfo) -> str:
+    """Return codec, size and length of a video in words."""
+    text = f"{info.codec}, {info.width}x{info.height}, {info.frames} frames"
+    if info.rotation:
+        text += f", rotated {info.rotation}°"
+    if info.times is not None:
+        text += ", variable rate"
+    return text
+
+
+def compare_frames(one: np.ndarray, other: np.ndarray) -> str:
+    """Return in words how the frames (8, H, W, 3) of two decoders differ."""
+    if one.shape != other.shape:
+        return f"sizes differ: {one.shape} and {other.shape}"
+    differences = np.abs(one.astype(int) - other).reshape(len(one), -1).max(1)
+    if not differences.any():
+        return "equal"
+    num_different = int((differences > 0).sum())
+    largest = differences.max()
+    return f"{num_different} of {NUM_FRAMES} frames differ, by up to {largest} levels"
+
+
+def file_row(path: Path) -> str:
+    """Return one line of the table of real files."""
     try:
-        info = describe(checked_path(str(path)))
+        info = describe(str(path))
     except ReadError as error:
-        return (
-            f"| {path.name} | - | unreadable: {error} | | the run puts another video in its place |"
-        )
-    pyav, decord = (
-        frames_of(checked_path(str(path)), decoder, info) for decoder in ("pyav", "decord")
-    )
-    what = f"{info.codec}, {info.width}x{info.height}, {info.frames} frames" + (
-        f", turned {info.rotation}°" if info.rotation else ""
-    )
-    what += ", unsteady rate" if info.times is not None else ""
-    said = [found if isinstance(found, str) else "reads" for found in (pyav, decord)]
-    outcome = WHY.get(path.name, "")
-    if not isinstance(pyav, str) and not isinstance(decord, str):
-        far = (
-            np.abs(pyav.astype(int) - decord).reshape(len(pyav), -1).max(1)
-            if pyav.shape == decord.shape
-            else None
-        )
-        outcome = f"sizes differ: {pyav.shape} and {decord.shape}" if far is None else "equal"
-        if far is not None and far.any():
-            outcome = f"{int((far > 0).sum())} of 8 frames differ, by up to {far.max()} levels"
-    return f"| {path.name} | {what} | {said[0]} | {said[1]} | {outcome} |"
+        return f"| {path.name} | - | unreadable: {error} | | another video replaces it |"
+    results = [read_frames(path, decoder, info) for decoder in DECODERS]
+    cells = [path.name, describe_file(info)]
+    for result in results:
+        cells.append(result if isinstance(result, str) else "reads")
+    pyav_frames, decord_frames = results
+    if isinstance(pyav_frames, str) or isinstance(decord_frames, str):
+        cells.append(KNOWN_DIFFERENCES.get(path.name, ""))
+    else:
+        cells.append(compare_frames(pyav_frames, decord_frames))
+    return f"| {' | '.join(cells)} |"
 
 
 def real_files() -> str:
-    """The part of the page about real files: eight frames of each at native size."""
+    """Return the part of the page about real files: eight frames of each at native size."""
     lines = []
-    for kind, title in (("videos", "Real files"), ("odd", "Broken and unusual files")):
+    for kind, title in (("videos", "Real files"), ("odd", "Corrupt and unusual files")):
+        lines += ["", f"## {title}", ""]
         lines += [
-            "",
-            f"## {title}",
-            "",
-            "| file | what it is | pyav | decord | frames |",
+            "| file | description | pyav | decord | frames |",
             "| --- | --- | --- | --- | --- |",
         ]
-        lines += [
-            row(path)
-            for path in sorted(Path(os.environ["STMAE_TEST_DATA"], "data", kind).glob("*"))
-        ]
+        folder = Path(os.environ["STMAE_TEST_DATA"], "data", kind)
+        lines += [file_row(path) for path in sorted(folder.glob("*"))]
     return "\n".join(lines) + "\n"
 
 
 def page() -> str:
-    """The whole page."""
+    """Return the whole page."""
     with tempfile.TemporaryDirectory() as folder:
         return HEAD + matrix_table(Path(folder)) + real_files()
 

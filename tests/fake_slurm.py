@@ -1,9 +1,10 @@
-"""A scheduler for one job: runs an sbatch script as SLURM would, signals its step before the time is up, starts it again when asked to.
+"""Run an sbatch script as SLURM would: signal its step, and start it again after a requeue.
 
     python tests/fake_slurm.py LOG TEXT... -- SCRIPT [arguments]
 
-At each start the step gets the signal of `#SBATCH --signal` once LOG holds the next TEXT; all its processes do, as from slurmstepd. After the seconds
-that the script asks for, what is left is killed and counted as a failure. Prints a line per start, exits with the last exit code.
+In each start, all processes of the step get the signal of `#SBATCH --signal` once LOG contains the
+next TEXT, as from slurmstepd. Processes that run longer than the seconds of that line are killed,
+which counts as a failure. Prints one line per start. Exits with the last exit code.
 """
 
 import os
@@ -17,6 +18,7 @@ from pathlib import Path
 
 import psutil
 
+MAX_STARTS = 10
 SRUN = """#!/bin/bash
 "$@" &
 echo $! > "$FAKE_SLURM/step"
@@ -31,19 +33,29 @@ esac
 
 
 def descendants(root: int) -> list[int]:
-    """The processes of a step: `root` and all below it."""
+    """Return the process ids of a step: `root` and all its descendants."""
     try:
-        step = psutil.Process(root)
-        return sorted([root, *(process.pid for process in step.children(recursive=True))])
+        children = psutil.Process(root).children(recursive=True)
     except psutil.NoSuchProcess:
         return []
+    return sorted([root, *(process.pid for process in children)])
 
 
-def one_start(number: int, folder: Path, script: list[str], log: Path, text: str | None) -> int:
-    """Run the job once. Returns its exit code, 137 if it had to be killed."""
-    name, seconds = re.search(
-        r"^#SBATCH --signal=(\w+)@(\d+)", Path(script[0]).read_text(), re.M
-    ).groups()
+def signal_of(script: Path) -> tuple[signal.Signals, int]:
+    """Return the signal that a script requests, and the seconds from it to the time limit."""
+    line = re.search(r"^#SBATCH --signal=(\w+)@(\d+)", script.read_text(), re.MULTILINE)
+    return signal.Signals[f"SIG{line[1]}"], int(line[2])
+
+
+def wait_for_text(job: subprocess.Popen, log: Path, offset: int, text: str) -> None:
+    """Wait until the log contains a text after an offset, or the job ends."""
+    while job.poll() is None and text not in log.read_text()[offset:]:
+        time.sleep(0.1)
+
+
+def run_once(restarts: int, folder: Path, script: list[str], log: Path, text: str | None) -> int:
+    """Run the job once. Return its exit code, 137 if it had to be killed."""
+    signum, seconds = signal_of(Path(script[0]))
     environment = os.environ | {
         "PATH": f"{folder}:{Path(sys.executable).parent}:{os.environ['PATH']}",
         "FAKE_SLURM": str(folder),
@@ -51,47 +63,49 @@ def one_start(number: int, folder: Path, script: list[str], log: Path, text: str
         "SLURM_NNODES": "1",
         "SLURM_JOB_NODELIST": "localhost",
         "SLURM_GPUS_ON_NODE": "2",
-        "SLURM_RESTART_COUNT": str(number),
+        "SLURM_RESTART_COUNT": str(restarts),
     }
     with open(log, "a") as output:
+        offset = log.stat().st_size
         job = subprocess.Popen(
             ["bash", *script], env=environment, stdout=output, stderr=output, start_new_session=True
         )
-    began = log.stat().st_size if log.exists() else 0
-    while text and job.poll() is None and text not in log.read_text()[began:]:
-        time.sleep(0.1)
-    if text and job.poll() is None:
-        step = int((folder / "step").read_text())
-        for process in descendants(step):
-            os.kill(process, getattr(signal, f"SIG{name}"))
-        try:
-            job.wait(timeout=int(seconds))
-        except subprocess.TimeoutExpired:
-            os.killpg(job.pid, signal.SIGKILL)
-            return 137
-    return job.wait()
+    if text is None:
+        return job.wait()
+    wait_for_text(job, log, offset, text)
+    if job.poll() is not None:
+        return job.returncode
+    step = int((folder / "step").read_text())
+    for process in descendants(step):
+        os.kill(process, signum)
+    try:
+        return job.wait(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        os.killpg(job.pid, signal.SIGKILL)
+        return 137
 
 
 def main(argv: list[str]) -> int:
-    """Run the job until it does not ask to be started again."""
+    """Run the job until it ends without a requeue. Return its exit code."""
     split = argv.index("--")
-    log, texts, script = Path(argv[0]), argv[1:split], argv[split + 1 :]
+    log = Path(argv[0])
+    texts = argv[1:split]
+    script = argv[split + 1 :]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for tool, content in (("srun", SRUN), ("scontrol", SCONTROL)):
             (folder / tool).write_text(content)
             (folder / tool).chmod(0o755)
-        for number in range(10):
-            code = one_start(
-                number, folder, script, log, texts[number] if number < len(texts) else None
-            )
-            asked = (folder / "requeue").exists()
-            sys.stdout.write(
-                f"start {number}: exit code {code}, {'back into the queue' if asked else 'done'}\n"
-            )
-            (folder / "requeue").unlink(missing_ok=True)
-            if not asked:
+        for restarts in range(MAX_STARTS):
+            text = None
+            if restarts < len(texts):
+                text = texts[restarts]
+            code = run_once(restarts, folder, script, log, text)
+            if not (folder / "requeue").exists():
+                sys.stdout.write(f"start {restarts}: exit code {code}, done\n")
                 return code
+            sys.stdout.write(f"start {restarts}: exit code {code}, requeued\n")
+            (folder / "requeue").unlink()
     return 1
 
 

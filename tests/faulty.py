@@ -1,7 +1,25 @@
-"""Run a script with faults injected into this process; under torchrun: faulty.py FAULTS SCRIPT [flags].
+"""Run a script with faults injected into this process.
 
-FAULTS is JSON: a list of {"do": what, "rank": only there (default: everywhere), "at": in which micro-step of this process (from 1), "start":
-only in which start of a torchrun with restarts}. What each does stands in `act`. Every micro-step is recorded: {output_dir}/used_RANK.jsonl.
+    python tests/faulty.py FAULTS SCRIPT [flags of the script]
+
+FAULTS is JSON, a list of {"do": WHAT, "rank": R, "at": N, "start": S, ...}:
+
+rank   the only rank with this fault (default: all)
+at     the micro-step of this process, from 1
+start  the only start of a torchrun with restarts (default: all)
+
+WHAT                 effect
+SIGTERM, SIGKILL...  send this process a signal, at a micro-step
+raise                raise an error, at a micro-step
+nan                  make the loss of a micro-step NaN
+inf                  make a gradient of a micro-step infinite
+full disk, free disk limit files to "bytes" bytes, and remove that limit, at a micro-step
+slow                 wait "seconds" before each micro-step
+no offset            start each epoch with its first sample, wherever it was interrupted
+in validation        send this process "signal" at the begin of a validation
+die after save       send this process SIGKILL after the checkpoint of update "step"
+
+Every micro-step is recorded in {output_dir}/used_RANK.jsonl.
 """
 
 import json
@@ -19,89 +37,137 @@ import torch
 
 import engine_pretrain
 import pretrain
-from data.loaders import EpochSampler
+from data.samplers import EpochSampler
 from util import checkpoint, dist
 
+DDP_SETTLING_PASSES = 2  # before the first micro-step, with several ranks
 
-def act(fault: dict, model: torch.nn.Module) -> None:
-    """Do what a fault says, at the beginning of a micro-step. nan, inf: spoil its loss, or its gradient on this rank."""
+
+def send_signal(name: str) -> None:
+    """Send this process a signal."""
+    os.kill(os.getpid(), signal.Signals[name])
+
+
+def limit_file_size(size: int) -> None:
+    """Let files grow to `size` bytes only: then writing fails, as on a full disk."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+
+
+def make_gradient_infinite(model: torch.nn.Module) -> None:
+    """Multiply the next gradient of the first parameter by infinity."""
+
+    def spoil(gradient):
+        handle.remove()
+        return gradient * torch.inf
+
+    handle = next(model.parameters()).register_hook(spoil)
+
+
+def make_clips_nan() -> None:
+    """Make the next normalized clips NaN."""
+    normalize = engine_pretrain.normalize
+
+    def normalize_to_nan(clips, *pixel_stats):
+        engine_pretrain.normalize = normalize
+        return normalize(clips, *pixel_stats) * torch.nan
+
+    engine_pretrain.normalize = normalize_to_nan
+
+
+def inject_now(fault: dict, model: torch.nn.Module) -> None:
+    """Inject a fault at the begin of a micro-step."""
     what = fault["do"]
     if what.startswith("SIG"):
-        os.kill(os.getpid(), getattr(signal, what))
+        send_signal(what)
     elif what == "raise":
         raise RuntimeError("injected: this rank fails")
+    elif what == "nan":
+        make_clips_nan()
     elif what == "inf":
-        parameter = next(model.parameters())
-        parameter.register_hook(
-            lambda gradient: gradient * torch.inf if fault.pop("armed", None) else None
-        )
-        fault["armed"] = True
-    elif what == "full disk":  # every file may grow to this size only, as on a disk without room
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (fault["bytes"], resource.RLIM_INFINITY))
-    elif what == "room again":
-        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        make_gradient_infinite(model)
+    elif what == "full disk":
+        limit_file_size(fault["bytes"])
+    elif what == "free disk":
+        limit_file_size(resource.RLIM_INFINITY)
+
+
+def patch_micro_step(faults: list[dict], out: Path) -> None:
+    """Make micro-steps inject their faults and record what they used."""
+    original = engine_pretrain.micro_step
+    record = out / f"used_{dist.rank()}.jsonl"
+    pause = sum(fault["seconds"] for fault in faults if fault["do"] == "slow")
+    calls = 0
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        calls = -DDP_SETTLING_PASSES
+
+    def micro_step(model, batch, *rest):
+        nonlocal calls
+        calls += 1
+        if calls <= 0:
+            return original(model, batch, *rest)
+        time.sleep(pause)
+        for fault in faults:
+            if fault.get("at") == calls:
+                inject_now(fault, model)
+        loss = original(model, batch, *rest)
+        used = {"index": batch["index"].tolist(), "loss": loss.item()}
+        with open(record, "a") as file:
+            file.write(json.dumps(used) + "\n")
+        return loss
+
+    engine_pretrain.micro_step = micro_step
+
+
+def patch_sampler() -> None:
+    """Make each pass begin with the first sample of its epoch."""
+    set_updates = EpochSampler.set_updates
+
+    def set_updates_without_offset(self, first, end):
+        set_updates(self, first - first % self.updates_per_epoch, end)
+
+    EpochSampler.set_updates = set_updates_without_offset
+
+
+def patch_validation(signal_name: str) -> None:
+    """Make each validation begin with a signal to this process."""
+    original = pretrain.validation_loss
+
+    def validation_loss(*arguments):
+        send_signal(signal_name)
+        return original(*arguments)
+
+    pretrain.validation_loss = validation_loss
+
+
+def patch_save(step: int) -> None:
+    """Make this process die after the checkpoint of update `step`."""
+    original = checkpoint.save
+
+    def save(path, state, *rest):
+        original(path, state, *rest)
+        if state["step"] == step:
+            send_signal("SIGKILL")
+
+    checkpoint.save = save
 
 
 def inject(faults: list[dict], out: Path) -> None:
-    """Patch the pretraining script so that the faults happen."""
-    rank, start = dist.rank(), int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
-    faults = [
-        fault
-        for fault in faults
-        if fault.get("rank", rank) == rank and fault.get("start", start) == start
-    ]
-    honest, calls = (
-        engine_pretrain.micro_step,
-        [-2 if int(os.environ.get("WORLD_SIZE", 1)) > 1 else 0],
-    )  # two passes to warm up
-
-    def micro_step(model, batch, *rest):
-        calls[0] += 1
-        if calls[0] <= 0:
-            return honest(model, batch, *rest)
-        time.sleep(max((fault["seconds"] for fault in faults if fault["do"] == "slow"), default=0))
-        now = [fault for fault in faults if fault.get("at") == calls[0]]
-        for fault in now:
-            act(fault, model)
-        if any(fault["do"] == "nan" for fault in now):
-            batch = batch | {"noise": batch["noise"]}
-            engine_pretrain.normalize = lambda clips, *more: poisoned(clips, *more)
-        loss = honest(model, batch, *rest)
-        with open(out / f"used_{rank}.jsonl", "a") as file:
-            file.write(json.dumps({"index": batch["index"].tolist(), "loss": loss.item()}) + "\n")
-        return loss
-
-    normalize = engine_pretrain.normalize
-
-    def poisoned(clips, *more):
-        engine_pretrain.normalize = normalize
-        return normalize(clips, *more) * torch.nan
-
-    engine_pretrain.micro_step = micro_step
-    set_updates = EpochSampler.set_updates
-    if any(fault["do"] == "no offset" for fault in faults):
-        EpochSampler.set_updates = lambda self, first, last: set_updates(
-            self, first - first % self.updates_per_epoch, last
-        )
+    """Patch the pretraining script so that this process has its share of the faults."""
+    rank = dist.rank()
+    start = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+    own_faults = []
     for fault in faults:
-        if fault["do"] == "in validation":
-            validation_loss = pretrain.validation_loss
-
-            def measured(model, batches, *rest, fault=fault, validation_loss=validation_loss):
-                os.kill(os.getpid(), getattr(signal, fault["signal"]))
-                return validation_loss(model, batches, *rest)
-
-            pretrain.validation_loss = measured
-        if fault["do"] == "die after save":
-            save = checkpoint.save
-
-            def save_and_die(path, state, *more, fault=fault, save=save):
-                save(path, state, *more)
-                if state["step"] == fault["step"]:
-                    os.kill(os.getpid(), signal.SIGKILL)
-
-            checkpoint.save = save_and_die
+        if fault.get("rank", rank) == rank and fault.get("start", start) == start:
+            own_faults.append(fault)
+    patch_micro_step(own_faults, out)
+    for fault in own_faults:
+        if fault["do"] == "no offset":
+            patch_sampler()
+        elif fault["do"] == "in validation":
+            patch_validation(fault["signal"])
+        elif fault["do"] == "die after save":
+            patch_save(fault["step"])
 
 
 def main(faults: list[dict], script: str, flags: list[str]) -> None:

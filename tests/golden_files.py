@@ -1,4 +1,7 @@
-"""The ancestor's numbers: the whole set where STMAE_TEST_DATA points to it, else the small cases kept in tests/golden."""
+"""Reference values of the ancestor.
+
+STMAE_TEST_DATA names a folder with all cases; without it only the small ones in tests/golden exist.
+"""
 
 import json
 import os
@@ -9,19 +12,19 @@ import pytest
 
 
 def golden_path(name: str) -> Path:
-    """Where a golden file lies; skips the test if it is not here."""
-    places = [Path(__file__).parent / "golden"]
+    """Return the path of a golden file; skip the test if there is none."""
+    folders = [Path(__file__).parent / "golden"]
     if "STMAE_TEST_DATA" in os.environ:
-        places.insert(0, Path(os.environ["STMAE_TEST_DATA"], "golden"))
-    for place in places:
-        if (place / name).exists():
-            return place / name
-    pytest.skip(
-        f"{name} is not among the small cases in tests/golden, and STMAE_TEST_DATA is not set"
-    )
+        folders.insert(0, Path(os.environ["STMAE_TEST_DATA"], "golden"))
+    for folder in folders:
+        if (folder / name).exists():
+            return folder / name
+    pytest.skip(f"{name} is not in tests/golden. Set STMAE_TEST_DATA to a folder that has it.")
 
 
 def golden(name: str):
-    """A golden .npz or .json file, opened; skips the test if it is not here."""
+    """Load a golden .npz or .json file; skip the test if there is none."""
     path = golden_path(name)
-    return json.loads(path.read_text()) if name.endswith(".json") else np.load(path)
+    if name.endswith(".json"):
+        return json.loads(path.read_text())
+    return np.load(path)

@@ -1,4 +1,7 @@
-"""Running scripts in processes of their own: under torchrun, or (sooner there) as ranks that a server with torch in memory forks."""
+"""Run scripts in processes of their own: under torchrun, or as ranks forked from a server.
+
+The server has torch in memory, so its ranks start sooner than those of torchrun.
+"""
 
 import json
 import multiprocessing
@@ -9,6 +12,7 @@ import socket
 import subprocess
 import sys
 import time
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import psutil
@@ -27,28 +31,26 @@ LAUNCHER = (
 
 
 def clean_environment(**more: str) -> dict[str, str]:
-    """The environment without a launcher's variables."""
-    return {key: value for key, value in os.environ.items() if key not in LAUNCHER} | more
+    """Return the environment without a launcher's variables, with some more."""
+    environment = {key: value for key, value in os.environ.items() if key not in LAUNCHER}
+    return environment | more
+
+
+def script_command(script: str, arguments: list[str]) -> list[str]:
+    """Return the command that runs a script of the repository in one process."""
+    return [sys.executable, str(ROOT / script), *arguments]
 
 
 def torchrun_command(script: str, processes: int, arguments: list[str], *options: str) -> list[str]:
-    """The command that runs a script of the repository under torchrun."""
-    launcher = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        str(processes),
-        *options,
-    ]
-    return [*launcher, str(ROOT / script), *arguments]
+    """Return the command that runs a script of the repository under torchrun."""
+    launcher = f"-m torch.distributed.run --standalone --nproc_per_node {processes}".split()
+    return [sys.executable, *launcher, *options, str(ROOT / script), *arguments]
 
 
 def torchrun(
     script: str, processes: int, arguments: list[str], timeout: int = 120
 ) -> subprocess.CompletedProcess:
-    """Run a script of the repository under torchrun, in an environment without preparation."""
+    """Run a script of the repository under torchrun, and capture its output."""
     command = torchrun_command(script, processes, arguments)
     return subprocess.run(
         command, capture_output=True, text=True, timeout=timeout, env=clean_environment()
@@ -56,42 +58,48 @@ def torchrun(
 
 
 class Job:
-    """A script under torchrun, its output in {out}/printed.txt."""
+    """A script under torchrun with two processes, its output in {out}/printed.txt."""
 
     def __init__(
         self, out: Path, script: str, arguments: list[str], *options: str, **environment: str
     ):
+        """Start the script. options: of torchrun; environment: variables to set."""
         out.mkdir(parents=True, exist_ok=True)
-        self.out, self.printed = out, out / "printed.txt"
-        self.others = []
-        self.others = self.processes()
+        self.out = out
+        self.printed = out / "printed.txt"
+        self.earlier: list[int] = []  # processes that an earlier job with this folder left
+        self.earlier = self.processes()
+        command = torchrun_command(script, 2, arguments, *options)
         with open(self.printed, "a") as file:
-            command = torchrun_command(script, 2, arguments, *options)
             self.process = subprocess.Popen(
                 command, stdout=file, stderr=file, env=clean_environment(**environment)
             )
 
-    def until(self, pattern: str, seconds: float = 90) -> str:
-        """Wait until the output has this; returns all of it."""
+    def wait_for(self, pattern: str, seconds: float = 90) -> None:
+        """Wait until the output contains a pattern."""
         deadline = time.monotonic() + seconds
-        while not re.search(pattern, text := self.printed.read_text()):
-            assert time.monotonic() < deadline and self.process.poll() is None, text[-3000:]
+        text = self.printed.read_text()
+        while not re.search(pattern, text):
+            assert time.monotonic() < deadline, text[-3000:]
+            assert self.process.poll() is None, text[-3000:]
             time.sleep(0.05)
-        return text
+            text = self.printed.read_text()
 
     def processes(self) -> list[int]:
-        """The processes that were given this output folder since this start: launcher, ranks, loaders."""
-        every = psutil.process_iter(["cmdline", "status"])
-        alive = [process for process in every if process.info["status"] != psutil.STATUS_ZOMBIE]
-        ours = [
-            process.pid
-            for process in alive
-            if str(self.out) in " ".join(process.info["cmdline"] or [])
-        ]
-        return [number for number in ours if number not in self.others]
+        """Return the ids of this job's processes: launcher, ranks and loader workers.
 
-    def gone(self, seconds: float = GRACE) -> int:
-        """Wait for the end of all processes, orphans too; returns the launcher's exit code."""
+        They are recognized by the output folder on their command lines.
+        """
+        pids = []
+        for process in psutil.process_iter(["cmdline", "status"]):
+            command_line = " ".join(process.info["cmdline"] or [])
+            alive = process.info["status"] != psutil.STATUS_ZOMBIE
+            if alive and str(self.out) in command_line and process.pid not in self.earlier:
+                pids.append(process.pid)
+        return pids
+
+    def wait_until_gone(self, seconds: float = GRACE) -> int:
+        """Wait for the end of all processes, orphans too; return the launcher's exit code."""
         deadline = time.monotonic() + seconds
         while self.process.poll() is None or self.processes():
             assert time.monotonic() < deadline, self.printed.read_text()[-3000:]
@@ -99,27 +107,25 @@ class Job:
         return self.process.returncode
 
 
-def faulty(faults: list[dict], flags: list[str]) -> list[str]:
-    """Arguments of tests/faulty.py for a pretraining."""
+def faulty_arguments(faults: list[dict], flags: list[str]) -> list[str]:
+    """Return the arguments with which tests/faulty.py pretrains. flags: of pretrain.py."""
     return [json.dumps(faults), "pretrain.py", *flags]
 
 
-def _as_rank(
-    rank: int, world: int, port: int, faults: list[dict], flags: list[str], output: str
-) -> None:
-    """In a new process: run the pretraining as this rank."""
+def faulty_job(
+    out: Path, faults: list[dict], flags: list[str], *options: str, **environment: str
+) -> Job:
+    """Start a pretraining with faults under torchrun. See `Job`."""
+    arguments = faulty_arguments(faults, flags)
+    return Job(out, "tests/faulty.py", arguments, *options, **environment)
+
+
+def _run_rank(environment: dict, faults: list[dict], flags: list[str], output: str) -> None:
+    """Pretrain in this new process. environment: a launcher's variables; output: a path."""
     with open(output, "w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    if world > 1:
-        os.environ.update(
-            RANK=str(rank),
-            WORLD_SIZE=str(world),
-            LOCAL_RANK=str(rank),
-            LOCAL_WORLD_SIZE=str(world),
-            MASTER_ADDR="127.0.0.1",
-            MASTER_PORT=str(port),
-        )
+    os.environ.update(environment)
     import torch
     from faulty import main
 
@@ -127,27 +133,59 @@ def _as_rank(
     main(faults, "pretrain", flags)
 
 
-def ranks(
-    world: int, flags: list[str], faults: list[dict] = (), timeout: int = 120
-) -> tuple[list[int], str]:
-    """Pretrain in `world` processes with faults of tests/faulty.py. Returns their exit codes and all that they printed, rank by rank."""
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])  # for the server
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["faulty"])
+def free_port() -> int:
+    """Return a port that no process listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+        return probe.getsockname()[1]
+
+
+def launcher_variables(rank: int, world_size: int, port: int) -> dict[str, str]:
+    """Return the variables that torchrun sets for a rank; none for a single process."""
+    if world_size == 1:
+        return {}
+    return {
+        "RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_RANK": str(rank),
+        "LOCAL_WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+
+
+def run_ranks(
+    world_size: int, flags: list[str], faults: list[dict] = (), timeout: int = 120
+) -> tuple[list[int], str]:
+    """Pretrain in `world_size` processes, with faults of tests/faulty.py.
+
+    flags: of pretrain.py. Returns the ranks' exit codes, and what they printed, rank by rank.
+    """
+    # for the server, which starts with the first call
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["faulty"])
     out = Path(flags[flags.index("--output_dir") + 1])
     out.mkdir(parents=True, exist_ok=True)
-    outputs = [str(out / f"printed_{rank}.txt") for rank in range(world)]
-    processes = [
-        context.Process(
-            target=_as_rank, args=(rank, world, port, list(faults), flags, outputs[rank])
-        )
-        for rank in range(world)
-    ]
-    for process in processes:
+    port = free_port()
+    outputs = []
+    processes = []
+    for rank in range(world_size):
+        environment = launcher_variables(rank, world_size, port)
+        output = str(out / f"printed_{rank}.txt")
+        arguments = (environment, list(faults), flags, output)
+        process = context.Process(target=_run_rank, args=arguments)
         process.start()
+        outputs.append(output)
+        processes.append(process)
+    hung = end_processes(processes, timeout)
+    printed = "".join(Path(output).read_text() for output in outputs)
+    assert not hung, f"still running after {timeout} s:\n{printed[-3000:]}"
+    return [process.exitcode for process in processes], printed
+
+
+def end_processes(processes: list[BaseProcess], timeout: float) -> list[BaseProcess]:
+    """Wait for the end of all processes; kill and return those that need more seconds."""
     deadline = time.monotonic() + timeout
     for process in processes:
         process.join(max(deadline - time.monotonic(), 0.1))
@@ -155,6 +193,13 @@ def ranks(
     for process in hung:
         os.kill(process.pid, signal.SIGKILL)
         process.join()
-    printed = "".join(Path(output).read_text() for output in outputs)
-    assert not hung, f"still running after {timeout} s:\n{printed[-3000:]}"
-    return [process.exitcode for process in processes], printed
+    return hung
+
+
+def check_ranks(
+    world_size: int, flags: list[str], faults: list[dict] = (), timeout: int = 120
+) -> str:
+    """Run `run_ranks`, assert that all ranks succeed, and return what they printed."""
+    codes, printed = run_ranks(world_size, flags, faults, timeout)
+    assert codes == [0] * world_size, printed
+    return printed

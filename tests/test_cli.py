@@ -1,21 +1,21 @@
-"""Bad command lines end in one line that names the flag that was meant; flags that follow others."""
+"""The parser: errors in one line, with the flag that was probably meant; derived defaults."""
 
 import argparse
 from importlib import import_module
 
 import pytest
+import torch
 
-from data import doctor, index, reencode
+from tools import data_doctor, inspect_checkpoint, make_manifest, reencode
 from util import args as flags
-from util import export
-from util.cli import SYNONYMS, Parser
+from util.cli import SYNONYMS, Parser, fraction, min_two, nonnegative_int, positive_int
 from util.dist import UserError
 
 SCRIPTS = ("pretrain", "finetune", "finetune_on_image")
 
 
 def error_of(call, *words: str) -> str:
-    """Return the message of the UserError that a call on a command line raises."""
+    """Return the message of the UserError that a call with these arguments raises."""
     with pytest.raises(UserError) as raised:
         call(list(words))
     assert "\n" not in str(raised.value)
@@ -41,16 +41,16 @@ def error_of(call, *words: str) -> str:
         ("finetune_on_image", "--train_path", "--train_data_path"),
     ],
 )
-def test_an_unknown_flag_names_the_one_that_was_meant(script, flag, meant):
+def test_an_unknown_flag_gets_a_suggestion(script, flag, meant):
     parse = import_module(script).get_parser().parse_args
     for words in ([flag, "x"], [f"{flag}=x"], ["--lr", "1", flag, "x", "y"]):
         assert error_of(parse, *words) == f"unknown flag {flag}: did you mean {meant}?"
 
 
-def test_a_flag_like_no_other_is_named_alone():
+def test_a_flag_unlike_any_other_gets_no_suggestion():
     parse = import_module("pretrain").get_parser().parse_args
     assert error_of(parse, "--zzz").startswith("unknown flag --zzz (")
-    assert error_of(parse, "stray").startswith("'stray' belongs to no flag (")
+    assert error_of(parse, "stray").startswith("unexpected argument 'stray' (")
 
 
 def test_retired_flags_are_never_suggested():
@@ -61,21 +61,21 @@ def test_retired_flags_are_never_suggested():
 @pytest.mark.parametrize(
     ("program", "words", "meant"),
     [
-        (doctor.main, ["x", "--num_frame", "8"], "--num_frames"),
+        (data_doctor.main, ["x", "--num_frame", "8"], "--num_frames"),
         (reencode.main, ["x", "y", "--shortside", "8"], "--short_side"),
-        (index.official, ["--from", "ssv2", "a", "b", "c", "--form", "x"], "--from"),
-        (export.main, ["inspect", "x", "--img-size", "8"], "--img_size"),
+        (make_manifest.main, ["--from", "ssv2", "a", "b", "c", "--form", "x"], "--from"),
+        (inspect_checkpoint.main, ["x", "--img-size", "8"], "--img_size"),
     ],
 )
-def test_programs_beside_the_scripts_name_it_too(program, words, meant):
+def test_the_tools_suggest_flags_too(program, words, meant):
     assert error_of(program, *words).endswith(f"did you mean {meant}?")
 
 
 def test_every_synonym_leads_to_a_flag_of_a_script():
-    parsers = [import_module(script).get_parser() for script in SCRIPTS]
-    known = {
-        name for parser in parsers for action in parser._actions for name in action.option_strings
-    }
+    known = set()
+    for script in SCRIPTS:
+        for action in import_module(script).get_parser()._actions:
+            known.update(action.option_strings)
     assert set(SYNONYMS.values()) <= known
     assert not set(SYNONYMS) & known
 
@@ -84,10 +84,8 @@ def test_flags_are_not_abbreviated():
     parser = Parser("A program.", prog="program")
     parser.add_argument("--output_dir")
     assert parser.parse_args(["--output_dir", "x"]) == argparse.Namespace(output_dir="x")
-    assert (
-        error_of(parser.parse_args, "--output", "x")
-        == "unknown flag --output: did you mean --output_dir?"
-    )
+    message = error_of(parser.parse_args, "--output", "x")
+    assert message == "unknown flag --output: did you mean --output_dir?"
 
 
 @pytest.mark.parametrize("script", SCRIPTS[:2])
@@ -95,3 +93,39 @@ def test_manifests_go_to_the_output_folder_by_default(script):
     parser = import_module(script).get_parser()
     assert flags.parse(parser, ["--output_dir", "a"]).datafile_dir == "a"
     assert flags.parse(parser, ["--output_dir", "a", "--datafile_dir", "b"]).datafile_dir == "b"
+
+
+@pytest.mark.parametrize(
+    ("given", "device", "expected"),
+    [
+        ([], "cuda", True),
+        ([], "cpu", False),
+        (["--compile"], "cpu", True),
+        (["--no-compile"], "cuda", False),
+    ],
+)
+def test_compile_is_on_with_cuda_by_default(given, device, expected):
+    args = flags.parse(import_module("pretrain").get_parser(), given)
+    flags.resolve_compile(args, torch.device(device))
+    assert args.compile is expected
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [([], 0.001 * 64 / 256), (["--lr", "0.5"], 0.5)],
+)
+def test_the_learning_rate_follows_the_effective_batch(given, expected, capsys):
+    words = ["--blr", "0.001", "--batch_size_per_gpu", "8", "--accum_iter", "2", *given]
+    args = flags.parse(import_module("pretrain").get_parser(), words)
+    assert flags.effective_lr(args, 2, {"repeat_aug": 2}) == pytest.approx(expected)
+    line = "effective batch 64 = 8 batch_size_per_gpu x 2 accum_iter x 2 processes x 2 repeat_aug\n"
+    assert line in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("number_type", "text"),
+    [(positive_int, "0"), (nonnegative_int, "-1"), (min_two, "1"), (fraction, "0")],
+)
+def test_numbers_out_of_range_are_rejected(number_type, text):
+    with pytest.raises(argparse.ArgumentTypeError, match=f"^{text} is "):
+        number_type(text)

@@ -1,247 +1,245 @@
-"""Faults in the data (T15, T16): files that cannot be read, that hang, and that kill the process which reads them."""
+"""Faults in the data (T15, T16): unreadable files, and files that hang or kill their reader."""
 
-import argparse
 import csv
+import multiprocessing
 import os
 import re
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import av
 import numpy as np
 import pytest
 import torch
+from clip_dataset import SEED, clip_dataset
 from launch import torchrun
 from make_videos import write_folder, write_video
-from test_data_loaders import dataset
-from test_pretrain import command, records, weights
+from runs import log_records, pretrain_command, saved_weights
 
-import data.loaders as loaders
 import pretrain
-from data.decode import PyAVVideo, open_video
-from data.index import find_videos
-from data.loaders import EpochSampler, Feed, ShareSampler, read_quarantine, train_feed
-from data.transforms import sample_seed
-from util.dist import Place, UserError
+from data import datasets
+from data.datasets import ClipDataset
+from data.decode import open_video
+from data.loader import FaultTolerantLoader, WorkerSettings, train_loader
+from data.manifest import find_videos
+from data.pyav_video import PyAVVideo
+from data.samplers import DistributedEvalSampler, EpochSampler
+from data.watchdog import read_quarantine
+from util.dist import DistEnv, UserError
+from util.seeds import derive_seed
+
+CPU = torch.device("cpu")
+ONE_PROCESS = DistEnv(CPU)
+READ_TIMEOUT = 2.0  # seconds
+CHECK_INTERVAL = 5  # seconds in which a DataLoader notices a dead worker
+GUARD = 10  # seconds more on a slow machine
 
 
 @pytest.fixture(scope="module")
-def videos(tmp_path_factory):
-    """Paths of eight videos."""
-    return find_videos([str(write_folder(tmp_path_factory.mktemp("videos"), 8))])
+def videos(tmp_path_factory) -> list[str]:
+    """Return the paths of eight videos."""
+    folder = write_folder(tmp_path_factory.mktemp("videos"), 8)
+    return find_videos([str(folder)], "--data_dirs")
 
 
 @pytest.fixture
 def faulty(monkeypatch):
-    """Makes the reading of some files hang or kill its process: a dict {path: "hang" or "kill"} to fill."""
-    faults, opened = {}, loaders.open_video
+    """Return a dict {path: "hang" or "kill"} of files whose reading hangs or kills the process."""
+    faults = {}
 
-    def open_video(path, *more):
+    def open_faulty(path, *rest):
         if faults.get(path) == "hang":
             time.sleep(1000)
         if faults.get(path) == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
-        return opened(path, *more)
+        return open_video(path, *rest)
 
-    monkeypatch.setattr(loaders, "open_video", open_video)
+    monkeypatch.setattr(datasets, "open_video", open_faulty)
     return faults
 
 
-def feed(data, quarantine, workers=2, seconds=2.0) -> Feed:
-    """Batches of two."""
-    sampler = EpochSampler(len(data), 2, 1, 0, 1, seed=3)
-    return Feed(
-        data,
-        sampler,
-        batch_size=2,
-        num_workers=workers,
-        pin_memory=False,
-        seconds=seconds,
-        quarantine=quarantine,
-    )
+def make_loader(data: ClipDataset, quarantine: Path) -> FaultTolerantLoader:
+    """Return a loader of one epoch in batches of two, on two workers."""
+    sampler = EpochSampler(len(data), 2, 1, ONE_PROCESS, SEED)
+    workers = WorkerSettings(2, False, READ_TIMEOUT, quarantine)
+    return FaultTolerantLoader(data, sampler, 2, workers)
+
+
+def start_run(data: ClipDataset, folder: Path) -> Callable:
+    """Return the train_loader of two epochs of two batches of three, on two workers."""
+    sampler = EpochSampler(len(data), 3, 1, ONE_PROCESS, SEED)
+    workers = WorkerSettings(2, False, READ_TIMEOUT, folder / "quarantine.csv")
+    return train_loader(data, sampler, 2 * sampler.updates_per_epoch, workers, CPU)
+
+
+def run_pretraining(folder: Path | str, out: Path, *flags: str) -> None:
+    """Run two epochs of pretraining in batches of two."""
+    shared = ["--epochs", "2", "--batch_size_per_gpu", "2", "--read_timeout", str(READ_TIMEOUT)]
+    pretrain.main(pretrain_command(str(folder), out, *shared, *flags))
+
+
+def indices_of(batches) -> list[int]:
+    """Return the sample indices of some batches, in order."""
+    return [index for batch in batches for index in batch["index"].tolist()]
+
+
+def assert_only_one_file_differs(expected, batches, bad: str, data: ClipDataset) -> None:
+    """Assert that batches have the same order, and the same clips but those of a bad file."""
+    for undisturbed, batch in zip(expected, batches, strict=True):
+        assert undisturbed["index"].tolist() == batch["index"].tolist()
+        for row, index in enumerate(batch["index"].tolist()):
+            same = torch.equal(undisturbed["clips"][row], batch["clips"][row])
+            assert same == (data.paths[index] != bad)
+
+
+def bad_files(batches) -> dict[str, str]:
+    """Return the unreadable files {path: reason} of some batches."""
+    return dict(entry for batch in batches for entry in batch["bad"])
 
 
 @pytest.mark.parametrize("fault", ["hang", "kill"])
-def test_t16_a_file_that_hangs_or_kills_its_reader_is_set_aside(videos, tmp_path, faulty, fault):
-    quarantine, before = (
-        tmp_path / "out" / "quarantine.csv",
-        list(feed(dataset(videos), tmp_path / "none")),
-    )
-    bad = videos[int(before[1]["index"][0])]  # in the second of four batches
+def test_t16_a_file_that_hangs_or_kills_is_quarantined(videos, tmp_path, faulty, fault):
+    undisturbed = list(make_loader(clip_dataset(videos), tmp_path / "none"))
+    bad = videos[int(undisturbed[1]["index"][0])]  # in the second of four batches
     faulty[bad] = fault
-    began, data = time.time(), dataset(videos)
-    batches = list(feed(data, quarantine))
-    assert (
-        time.time() - began < 2 + 5 + 10
-    )  # the time-out, its grace, and a guard for slow machines
-    assert [batch["index"].tolist() for batch in batches] == [
-        batch["index"].tolist() for batch in before
-    ]  # each once, in order
-    said = [(path, reason) for batch in batches for path, reason in batch["bad"]]
-    assert {path for path, _ in said} == {bad} and "hung for 2 s or killed" in said[0][1]
+    quarantine = tmp_path / "out" / "quarantine.csv"
+    data = clip_dataset(videos)
+    start = time.time()
+    batches = list(make_loader(data, quarantine))
+    assert time.time() - start < READ_TIMEOUT + CHECK_INTERVAL + GUARD
+    assert_only_one_file_differs(undisturbed, batches, bad, data)
+    assert bad_files(batches) == {bad: "hung for 2 s or killed its reader"}
     assert list(read_quarantine(quarantine)) == [bad]
-    began = time.time()
-    again = list(feed(dataset(videos), quarantine))  # another run: nothing is tried any more
-    assert time.time() - began < 2 + 10
-    for old, one, two in zip(before, batches, again, strict=True):
-        assert torch.equal(one["clips"], two["clips"]) and torch.equal(one["noise"], two["noise"])
-        for place, index in enumerate(old["index"].tolist()):
-            assert torch.equal(old["clips"][place], one["clips"][place]) == (videos[index] != bad)
+
+    start = time.time()
+    later_run = list(make_loader(clip_dataset(videos), quarantine))  # does not open the file
+    assert time.time() - start < READ_TIMEOUT + GUARD
+    for one, other in zip(batches, later_run, strict=True):
+        assert torch.equal(one["clips"], other["clips"])
+        assert torch.equal(one["noise"], other["noise"])
 
 
 def test_t16_a_hang_changes_nothing_but_the_file(videos, tmp_path, faulty):
-    """A run over a hanging file ends with the weights of a run that knew the file to be bad; afterwards it resumes."""
-    folder = str(Path(videos[0]).parent.parent)
+    folder = Path(videos[0]).parent.parent
     faulty[videos[2]] = "hang"
-    flags = [
-        "--epochs",
-        "2",
-        "--batch_size_per_gpu",
-        "2",
-        "--max_bad_frac",
-        "0.2",
-        "--read_timeout",
-        "2",
-    ]
-    (tmp_path / "known").mkdir()
-    (tmp_path / "known" / "quarantine.csv").write_text(f"{videos[2]},known\n")
-    pretrain.main(command(folder, tmp_path / "known", *flags))
-    pretrain.main(command(folder, tmp_path / "hung", *flags, "--num_workers", "2"))
-    known, hung = weights(tmp_path / "known"), weights(tmp_path / "hung")
-    assert all(torch.equal(known[name], hung[name]) for name in known)
-    assert videos[2] in (tmp_path / "hung" / "bad_videos.csv").read_text()
+    known = tmp_path / "known"
+    known.mkdir()
+    (known / "quarantine.csv").write_text(f"{videos[2]},known\n")
+    run_pretraining(folder, known, "--max_bad_frac", "0.2")
+    hung = tmp_path / "hung"
+    run_pretraining(folder, hung, "--max_bad_frac", "0.2", "--num_workers", "2")
+    expected = saved_weights(known)
+    for name, tensor in saved_weights(hung).items():
+        assert torch.equal(tensor, expected[name])
+    assert videos[2] in (hung / "bad_videos.csv").read_text()
+
+
+def test_t16_too_many_hanging_files_stop_a_run(videos, tmp_path, faulty):
+    folder = Path(videos[0]).parent.parent
+    faulty[videos[2]] = "hang"
     with pytest.raises(UserError, match="1 files cannot be read, more than --max_bad_frac allows"):
-        pretrain.main(
-            command(
-                folder,
-                tmp_path / "strict",
-                "--epochs",
-                "2",
-                "--max_bad_frac",
-                "0.1",
-                "--read_timeout",
-                "2",
-                "--num_workers",
-                "1",
-            )
-        )
+        run_pretraining(folder, tmp_path, "--max_bad_frac", "0.1", "--num_workers", "1")
 
 
 def test_t16_a_worker_that_dies_of_no_file_is_an_error(videos, tmp_path):
-    import multiprocessing
-
-    data = dataset(videos * 20)
-    iterator = iter(feed(data, tmp_path / "q.csv"))
+    data = clip_dataset(videos * 20)
+    iterator = iter(make_loader(data, tmp_path / "q.csv"))
     next(iterator)
-    quiet = 0
-    while (
-        quiet < 10
-    ):  # until both workers have filled their queues and read nothing for half a second
+    idle_checks = 0
+    while idle_checks < 10:  # until the workers have filled their queues and read nothing for 0.5 s
         time.sleep(0.05)
-        quiet = 0 if data.watch.slots[:, 1].any() else quiet + 1
-    victims = multiprocessing.active_children()
-    for child in victims:
-        os.kill(child.pid, signal.SIGKILL)
+        idle_checks += 1
+        if data.watchdog.slots[:, 1].any():
+            idle_checks = 0
+    for worker in multiprocessing.active_children():
+        os.kill(worker.pid, signal.SIGKILL)
     with pytest.raises(RuntimeError, match="DataLoader worker"):
         list(iterator)
     assert not (tmp_path / "q.csv").exists()
 
 
-def run_feed(data, out, seconds: float = 2.0):
-    """The training feed of a run of two epochs in batches of three, on two workers."""
-    args = argparse.Namespace(
-        batch_size_per_gpu=3,
-        accum_iter=1,
-        seed=3,
-        num_workers=2,
-        pin_mem=False,
-        read_timeout=seconds,
-        output_dir=str(out),
-        max_steps=0,
-        epochs=2,
-    )
-    return train_feed(data, args, Place(torch.device("cpu")))[1]
-
-
-def only_in_the_second_epoch(samples: int, used: int) -> int:
-    """A sample that the first epoch leaves out and the second one uses."""
+def file_of_second_epoch_only(videos: list[str], used: int = 6) -> str:
+    """Return a file that the first epoch leaves out and the second one uses."""
     orders = []
     for epoch in range(2):
-        generator = torch.Generator().manual_seed(sample_seed(3, epoch, 3))
-        orders.append(torch.randperm(samples, generator=generator)[:used].tolist())
-    return next(index for index in orders[1] if index not in orders[0])
+        generator = torch.Generator().manual_seed(derive_seed(SEED, epoch, 3))
+        orders.append(torch.randperm(len(videos), generator=generator)[:used].tolist())
+    return videos[next(index for index in orders[1] if index not in orders[0])]
 
 
-def check_second_epoch(honest, batches, bad: str, data) -> None:
-    """The same order as in an honest run, and the same clips but for those of the bad file."""
-    for expected, batch in zip(honest, batches, strict=True):
-        assert expected["index"].tolist() == batch["index"].tolist()
-        for row, index in enumerate(batch["index"].tolist()):
-            same = torch.equal(expected["clips"][row], batch["clips"][row])
-            assert same == (data.paths[index] != bad)
-    assert {path for batch in batches for path, _ in batch["bad"]} == {bad}
+@pytest.fixture
+def undisturbed_epochs(videos, tmp_path):
+    """Return the batches of both epochs of a run without faults."""
+    epoch_batches = start_run(clip_dataset(videos), tmp_path / "undisturbed")
+    return [list(epoch_batches(epoch, 0)) for epoch in range(2)]
 
 
-def test_t16_a_file_of_the_next_epoch_that_kills_its_reader(videos, tmp_path, faulty):
-    honest = run_feed(dataset(videos), tmp_path / "honest")
-    expected = [list(honest(epoch, 0)) for epoch in range(2)]
-    data = dataset(videos)
-    bad = videos[only_in_the_second_epoch(samples=8, used=6)]
-    faulty[bad] = "kill"
-    batches = run_feed(data, tmp_path / "faulty")
-    for one, two in zip(expected[0], batches(0, 0), strict=True):
-        assert torch.equal(one["clips"], two["clips"]) and two["bad"] == []
-    check_second_epoch(expected[1], list(batches(1, 0)), bad, data)
-    assert list(read_quarantine(tmp_path / "faulty" / "quarantine.csv")) == [bad]
-
-
-def test_t16_a_reader_that_dies_during_a_validation_is_found_after_it(
-    videos, tmp_path, faulty, monkeypatch
+def test_t16_a_prefetched_file_of_the_next_epoch_kills(
+    undisturbed_epochs, videos, tmp_path, faulty
 ):
-    honest = run_feed(dataset(videos), tmp_path / "honest")
-    expected = [list(honest(epoch, 0)) for epoch in range(2)]
-    data, slow = dataset(videos), dataset(videos)
-    bad = videos[only_in_the_second_epoch(samples=8, used=6)]
-    faulty[bad] = "hang"  # ended after two seconds, when the validation is under way
-    batches = run_feed(data, tmp_path / "faulty")
-    assert len(list(batches(0, 0))) == 2
+    bad = file_of_second_epoch_only(videos)
+    faulty[bad] = "kill"
+    data = clip_dataset(videos)
+    epoch_batches = start_run(data, tmp_path)
+    first_epoch = list(epoch_batches(0, 0))
+    for undisturbed, batch in zip(undisturbed_epochs[0], first_epoch, strict=True):
+        assert torch.equal(undisturbed["clips"], batch["clips"])
+    assert bad_files(first_epoch) == {}
+    second_epoch = list(epoch_batches(1, 0))
+    assert_only_one_file_differs(undisturbed_epochs[1], second_epoch, bad, data)
+    assert list(bad_files(second_epoch)) == [bad]
+    assert list(read_quarantine(tmp_path / "quarantine.csv")) == [bad]
+
+
+def test_t16_a_worker_that_dies_during_validation_is_found(
+    undisturbed_epochs, videos, tmp_path, faulty, monkeypatch
+):
+    bad = file_of_second_epoch_only(videos)
+    faulty[bad] = "hang"  # killed after two seconds, during the validation
+    data = clip_dataset(videos)
+    epoch_batches = start_run(data, tmp_path / "faulty")
+    assert len(list(epoch_batches(0, 0))) == 2
+
+    faulty.pop(bad)  # in this process, from which the validation's workers are forked
+    slow = clip_dataset(videos)
     read_clips = slow.read_clips
     monkeypatch.setattr(slow, "read_clips", lambda *key: time.sleep(0.9) or read_clips(*key))
-    faulty.pop(bad)  # in this process, from which the workers of the validation are forked
-    validation = Feed(
-        slow,
-        ShareSampler(8, 0, 1),
-        batch_size=2,
-        num_workers=2,
-        pin_memory=False,
-        seconds=30,
-        quarantine=tmp_path / "validation.csv",
-    )
-    assert [index for batch in validation for index in batch["index"].tolist()] == list(range(8))
+    workers = WorkerSettings(2, False, 30, tmp_path / "validation.csv")
+    validation = FaultTolerantLoader(slow, DistributedEvalSampler(8, 0, 1), 2, workers)
+    assert indices_of(validation) == list(range(8))
     assert not (tmp_path / "faulty" / "quarantine.csv").exists()
-    assert data.watch.victims() == [videos.index(bad)]  # its reader is dead already
-    check_second_epoch(expected[1], list(batches(1, 0)), bad, data)
-    assert [index for batch in validation for index in batch["index"].tolist()] == list(range(8))
+    assert data.watchdog.files_of_dead_workers() == [videos.index(bad)]
+
+    second_epoch = list(epoch_batches(1, 0))
+    assert_only_one_file_differs(undisturbed_epochs[1], second_epoch, bad, data)
+    assert list(bad_files(second_epoch)) == [bad]
+    assert indices_of(validation) == list(range(8))
 
 
-def broken_files(folder: Path) -> dict[str, str]:
-    """One file of each kind of damage in a folder: {name: what its reason must say}."""
-    whole = write_video(folder / "whole.mp4", frames=40).read_bytes()
-    (folder / "whole.mp4").unlink()
-    (folder / "empty.mp4").touch()
-    (folder / "random.mp4").write_bytes(np.random.default_rng(0).bytes(5000))
-    (folder / "truncated.mp4").write_bytes(whole[: len(whole) // 2])
-    (folder / "folder.mp4").mkdir()
-    os.mkfifo(folder / "fifo.mp4")
-    with av.open(str(folder / "audio.mp4"), "w") as container:
+def write_audio(path: Path) -> None:
+    """Write an MP4 file without a video stream."""
+    with av.open(str(path), "w") as container:
         stream = container.add_stream("aac", rate=44100)
-        frame = av.AudioFrame.from_ndarray(
-            np.zeros((1, 1024), dtype=np.float32), format="fltp", layout="mono"
-        )
+        samples = np.zeros((1, 1024), dtype=np.float32)
+        frame = av.AudioFrame.from_ndarray(samples, format="fltp", layout="mono")
         frame.sample_rate = 44100
         container.mux(stream.encode(frame))
         container.mux(stream.encode())
+
+
+def write_broken_files(folder: Path) -> dict[str, str]:
+    """Write one file of each kind of damage; return {name: part of the reason}."""
+    whole = write_video(folder / "whole.mp4", frames=40)
+    content = whole.read_bytes()
+    whole.unlink()
+    (folder / "empty.mp4").touch()
+    (folder / "random.mp4").write_bytes(np.random.default_rng(0).bytes(5000))
+    (folder / "truncated.mp4").write_bytes(content[: len(content) // 2])
+    (folder / "folder.mp4").mkdir()
+    os.mkfifo(folder / "fifo.mp4")
+    write_audio(folder / "audio.mp4")
     return {
         "empty.mp4": "empty file",
         "random.mp4": "not a video",
@@ -253,16 +251,24 @@ def broken_files(folder: Path) -> dict[str, str]:
     }
 
 
-def test_t15_damaged_files_are_replaced_and_listed_once_on_two_processes(videos, tmp_path):
-    faults = broken_files(tmp_path / "bad")
-    single = write_video(tmp_path / "bad" / "single.mp4", frames=1)
+def read_listed(out: Path) -> list[tuple[str, str]]:
+    """Return the name and reason of each file in a run's bad_videos.csv."""
+    with open(out / "bad_videos.csv", newline="") as file:
+        header, *rows = csv.reader(file)
+    assert header == ["path", "reason"]
+    return [(Path(path).name, reason) for path, reason in rows]
+
+
+def test_t15_bad_files_are_replaced_and_listed_once_by_two_ranks(videos, tmp_path):
+    reasons = write_broken_files(tmp_path / "bad")
+    one_frame = write_video(tmp_path / "bad" / "one_frame.mp4", frames=1)
+    paths = [*videos, *(str(tmp_path / "bad" / name) for name in reasons), str(one_frame)]
     manifest = tmp_path / "all.csv"
-    manifest.write_text(
-        "\n".join([*videos, *(str(tmp_path / "bad" / name) for name in faults), str(single)]) + "\n"
-    )
-    flags = command(
+    manifest.write_text("\n".join(paths) + "\n")
+    out = tmp_path / "out"
+    flags = pretrain_command(
         "unused",
-        tmp_path / "out",
+        out,
         "--epochs",
         "2",
         "--batch_size_per_gpu",
@@ -272,105 +278,97 @@ def test_t15_damaged_files_are_replaced_and_listed_once_on_two_processes(videos,
         "--num_workers",
         "1",
     )
-    place = flags.index("--data_dirs")
-    run = torchrun(
-        "pretrain.py", 2, [*flags[:place], "--data_csv", str(manifest), *flags[place + 2 :]]
-    )
+    source = flags.index("--data_dirs")
+    flags[source : source + 2] = ["--data_csv", str(manifest)]
+    run = torchrun("pretrain.py", 2, flags)
     assert run.returncode == 0, run.stderr[-2000:]
-    assert (
-        torch.load(tmp_path / "out" / "run.pth", weights_only=True)["step"] == 8
-    )  # both processes made all updates
-    with open(tmp_path / "out" / "bad_videos.csv", newline="") as file:
-        listed = [(Path(path).name, reason) for path, reason in list(csv.reader(file))[1:]]
-    assert sorted(name for name, _ in listed) == sorted(
-        faults
-    )  # each once; the video of one frame is none of them
-    assert all(faults[name] in reason for name, reason in listed)
+    checkpoint = torch.load(out / "run.pth", weights_only=True)
+    assert checkpoint["step"] == 8  # no rank skipped an update
+    listed = read_listed(out)
+    assert sorted(name for name, _ in listed) == sorted(reasons)
+    for name, reason in listed:
+        assert reasons[name] in reason
 
 
 def test_t15_a_manifest_without_a_readable_file_is_one_error(tmp_path):
     (tmp_path / "a.mp4").write_text("x")
     (tmp_path / "b.mp4").write_text("y")
-    with pytest.raises(
-        UserError, match=r"no readable file found in .* tries, for example .*not a video"
-    ) as raised:
-        pretrain.main(
-            command(
-                str(tmp_path),
-                tmp_path / "out",
-                "--epochs",
-                "1",
-                "--batch_size_per_gpu",
-                "1",
-                "--max_bad_frac",
-                "1",
-            )
-        )
+    message = r"no readable file found in .* tries, for example .*not a video"
+    with pytest.raises(UserError, match=message) as raised:
+        run_pretraining(tmp_path, tmp_path / "out", "--max_bad_frac", "1")
     assert "\n" not in str(raised.value)
 
 
-def spoil(path: Path, frames: range) -> None:
-    """Overwrite the packets of some frames of an MP4 file whose every frame is a key frame."""
-    data = bytearray(path.read_bytes())
+def spoil_frames(path: Path, frames: range) -> None:
+    """Overwrite the packets of some frames of an MP4 file whose frames are all key frames."""
+    content = bytearray(path.read_bytes())
     with PyAVVideo(str(path), None) as video:
-        for packet in (packet for group in frames for packet in video.packets.group(group)):
-            data[packet.pos : packet.pos + packet.size] = bytes(packet.size)
-    path.write_bytes(data)
+        for frame in frames:
+            for packet in video.gops.packets(frame):
+                content[packet.pos : packet.pos + packet.size] = bytes(packet.size)
+    path.write_bytes(content)
 
 
-def test_frames_that_cannot_be_decoded_are_counted(tmp_path):
-    path = write_video(tmp_path / "v.mp4", frames=40, gop=1, b_frames=0)
-    whole = dataset([str(path)], repeat_aug=1)[(0, 0)]
-    assert whole["replaced"] == 0 and whole["damaged"] == []
-    spoil(path, range(1, 40, 2))
-    sample = dataset([str(path)], repeat_aug=1)[(0, 0)]
-    assert 0 < sample["replaced"] <= 4 and sample["bad"] == []
-    assert sample["damaged"] == [(str(path), f"{sample['replaced']} of 4 frames cannot be decoded")]
+def write_spoiled(path: Path) -> Path:
+    """Write a video of which every second frame cannot be decoded."""
+    write_video(path, frames=40, gop=1, b_frames=0)
+    spoil_frames(path, range(1, 40, 2))
+    return path
 
 
-def test_replaced_frames_stand_in_the_log_and_the_list(tmp_path, capsys):
+def test_undecodable_frames_are_counted(tmp_path):
+    whole = write_video(tmp_path / "whole.mp4", frames=40, gop=1, b_frames=0)
+    sample = clip_dataset([str(whole)], repeat_aug=1)[(0, 0)]
+    assert (sample["replaced"], sample["damaged"]) == (0, [])
+    spoiled = str(write_spoiled(tmp_path / "spoiled.mp4"))
+    sample = clip_dataset([spoiled], repeat_aug=1)[(0, 0)]
+    assert 0 < sample["replaced"] <= 4
+    assert sample["bad"] == []
+    reason = f"{sample['replaced']} of 4 frames cannot be decoded"
+    assert sample["damaged"] == [(spoiled, reason)]
+
+
+def test_replaced_frames_are_logged_and_their_file_listed(tmp_path, capsys):
     folder = Path(write_folder(tmp_path / "videos", 7))
-    write_video(folder / "spoiled.mp4", frames=40, gop=1, b_frames=0)
-    spoil(folder / "spoiled.mp4", range(1, 40, 2))
-    pretrain.main(
-        command(str(folder), tmp_path / "out", "--batch_size_per_gpu", "2", "--epochs", "2")
-    )
-    log = records(tmp_path / "out")
-    assert all(record["replaced_frames"] > 0 and record["unreadable_videos"] == 0 for record in log)
-    listed = (tmp_path / "out/bad_videos.csv").read_text().splitlines()
-    assert (
-        listed[0] == "path,reason"
-        and len(listed) == 2
-        and "spoiled.mp4" in listed[1]
-        and "frames cannot be decoded" in listed[1]
-    )
-    shown = [int(number) for number in re.findall(r"replaced (\d+)", capsys.readouterr().out)]
-    assert sum(shown) == sum(record["replaced_frames"] for record in log)
+    write_spoiled(folder / "spoiled.mp4")
+    out = tmp_path / "out"
+    run_pretraining(folder, out)
+    log = log_records(out)
+    for record in log:
+        assert record["replaced_frames"] > 0
+        assert record["unreadable_videos"] == 0
+    [(name, reason)] = read_listed(out)
+    assert name == "spoiled.mp4"
+    assert "frames cannot be decoded" in reason
+    shown = re.findall(r"replaced (\d+)", capsys.readouterr().out)
+    assert sum(map(int, shown)) == sum(record["replaced_frames"] for record in log)
 
 
 @pytest.mark.parametrize(
     "error",
     [KeyError("width"), MemoryError(), RuntimeError("odd\nfile"), ValueError("embedded null byte")],
+    ids=lambda error: type(error).__name__,
 )
 def test_any_error_of_a_library_is_the_fault_of_the_file(tmp_path, monkeypatch, error):
     paths = [str(write_video(tmp_path / f"{number}.mp4", frames=20)) for number in range(3)]
 
-    def opened(path, *rest):
+    def open_or_raise(path, *rest):
         if path == paths[1]:
             raise error
         return open_video(path, *rest)
 
-    monkeypatch.setattr(loaders, "open_video", opened)
-    sample = dataset(paths)[(0, 1)]
+    monkeypatch.setattr(datasets, "open_video", open_or_raise)
+    sample = clip_dataset(paths)[(0, 1)]
     assert sample["path"] in (paths[0], paths[2])
     reason = dict(sample["bad"])[paths[1]]
-    assert reason.startswith(type(error).__name__) and "\n" not in reason
+    assert reason.startswith(type(error).__name__)
+    assert "\n" not in reason
 
 
-def test_an_error_of_the_user_is_not_taken_for_one_of_a_file(tmp_path, monkeypatch):
-    def opened(*_):
+def test_an_error_of_the_user_is_not_the_fault_of_a_file(tmp_path, monkeypatch):
+    def refuse(*_):
         raise UserError("the cure")
 
-    monkeypatch.setattr(loaders, "open_video", opened)
+    monkeypatch.setattr(datasets, "open_video", refuse)
     with pytest.raises(UserError):
-        dataset([str(write_video(tmp_path / "v.mp4", frames=4))])[(0, 0)]
+        clip_dataset([str(write_video(tmp_path / "v.mp4", frames=4))])[(0, 0)]

@@ -34,19 +34,24 @@ WAITS = Step("waits", ["-c", "import time; print('update 3/10', flush=True); tim
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
-    """Return the content of all files below a folder."""
+    """Return the contents of all files below a folder, by relative path."""
     found = sorted(path for path in folder.rglob("*") if path.is_file())
     return {str(path.relative_to(folder)): path.read_bytes() for path in found}
 
 
-def test_clips_and_images_are_functions_of_their_numbers(tmp_path):
-    for name, parts in (("a", (range(0, 16, 2), range(1, 16, 2))), ("b", (range(16),))):
-        for numbers in parts:
-            demo_parts.make_clips(tmp_path / name / "clips", "val", numbers)
-            demo_parts.make_images(tmp_path / name / "images", "train", numbers)
-    first = files_of(tmp_path / "a")
-    assert first == files_of(tmp_path / "b")
-    assert len(first) == len(set(first.values())) == 32
+def make_files(out: Path, indices: range) -> None:
+    """Make clips and images of these indices."""
+    demo_parts.make_clips(out / "clips", "val", indices)
+    demo_parts.make_images(out / "images", "train", indices)
+
+
+def test_clips_and_images_are_functions_of_their_index(tmp_path):
+    make_files(tmp_path / "parts", range(0, 16, 2))
+    make_files(tmp_path / "parts", range(1, 16, 2))
+    make_files(tmp_path / "whole", range(16))
+    parts = files_of(tmp_path / "parts")
+    assert parts == files_of(tmp_path / "whole")
+    assert len(parts) == len(set(parts.values())) == 32
 
 
 def test_images_of_two_splits_differ(tmp_path):
@@ -74,7 +79,7 @@ def test_labels_are_the_first_of_each_class_repeated(tmp_path):
     assert all(Path(path).parent.name == label for path, label in rows[1:])
 
 
-def test_every_command_parses_in_a_folder_with_blanks(tmp_path):
+def test_every_command_parses_in_a_folder_with_spaces(tmp_path):
     out = tmp_path / "my demo"
     steps = [
         demo.pretrain_motion(out, TINY),
@@ -84,23 +89,22 @@ def test_every_command_parses_in_a_folder_with_blanks(tmp_path):
         demo.finetune_images(out, TINY),
     ]
     for step in steps:
-        parser = import_module(Path(step.words[0]).stem).get_parser()
-        args = parser.parse_args(step.words[1:])
+        parser = import_module(Path(step.arguments[0]).stem).get_parser()
+        args = parser.parse_args(step.arguments[1:])
         assert args.output_dir == str(out) and args.compile is False and args.device is None
     for step in [*demo.file_steps(out, TINY), demo.draw_picture(out)]:
-        demo_parts.get_parser().parse_args(step.words[1:])
+        demo_parts.get_parser().parse_args(step.arguments[1:])
 
 
-def test_the_two_finetunings_differ_in_the_start_alone(tmp_path):
-    pretrained, scratch = (
-        demo.finetune_direction(tmp_path, TINY, name).words for name in ("pretrained", "scratch")
-    )
-    extra = ["--finetune", str(tmp_path / "motion.pth")]
-    without = [word for word in pretrained if word not in extra]
-    assert [word.replace("pretrained", "scratch") for word in without] == scratch
+def test_the_two_finetunings_differ_only_in_the_weights(tmp_path):
+    pretrained = demo.finetune_direction(tmp_path, TINY, "pretrained").arguments
+    scratch = demo.finetune_direction(tmp_path, TINY, "scratch").arguments
+    weights = ["--finetune", str(tmp_path / "motion.pth")]
+    others = [argument for argument in pretrained if argument not in weights]
+    assert [argument.replace("pretrained", "scratch") for argument in others] == scratch
 
 
-def test_progress_is_the_last_position_in_a_log(tmp_path):
+def test_progress_is_the_last_one_in_a_log(tmp_path):
     log = tmp_path / "log.txt"
     for text, shown in (
         ("", ""),
@@ -109,16 +113,16 @@ def test_progress_is_the_last_position_in_a_log(tmp_path):
         ("epoch 0.1  update 20/1500  loss 1\nepoch 0.2  update 300/1500  loss 1\n", " 20 %"),
     ):
         log.write_text(text)
-        assert demo.progress_of(log) == shown
+        assert demo.percent_done(log) == shown
 
 
 def test_progress_in_a_file_is_rare(capsys, monkeypatch):
-    screen = demo.Screen()
+    display = demo.ProgressDisplay()
     for _ in range(3):
-        screen.progress(["pretrain 20 %"])
+        display.show(["pretrain 20 %"])
     assert capsys.readouterr().out == ""
     monkeypatch.setattr(demo, "SECONDS_BETWEEN_LINES", 0)
-    screen.progress(["pretrain 20 %", "draw"])
+    display.show(["pretrain 20 %", "draw"])
     assert capsys.readouterr().out == "  0 s: pretrain 20 %, draw\n"
 
 
@@ -138,22 +142,23 @@ def test_the_chart_is_a_small_picture(tmp_path):
     assert (tmp_path / "accuracy.png").stat().st_size < 60_000
 
 
-def test_a_failed_step_ends_the_others(tmp_path):
+def test_a_failed_step_kills_the_others(tmp_path):
     fails = Step("fails", ["-c", "print('the reason'); raise SystemExit(3)"])
-    begun = time.monotonic()
+    start = time.monotonic()
     with pytest.raises(StepFailed, match=r"the reason\nerror: fails failed, see .*fails\.txt") as e:
-        demo.run_side_by_side([[WAITS], [fails, WAITS]], tmp_path, demo.Screen())
+        demo.run_in_parallel([[WAITS], [fails, WAITS]], tmp_path, demo.ProgressDisplay())
     assert e.value.code == 3
-    assert time.monotonic() - begun < 30
+    assert time.monotonic() - start < 30
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_the_children_without_a_traceback(tmp_path, number):
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_kills_the_children_without_a_traceback(tmp_path, signum):
     child = "import os, time; print(os.getpid(), flush=True); time.sleep(600)"
     code = (
         f"import sys; sys.path.insert(0, {str(ROOT / 'examples')!r}); import demo\n"
         f"steps = [demo.Step('waits', ['-c', {child!r}])]\n"
-        "demo.run = lambda out, scale: demo.run_side_by_side([steps], out / 'logs', demo.Screen())\n"
+        "display = demo.ProgressDisplay()\n"
+        "demo.run = lambda out, scale: demo.run_in_parallel([steps], out / 'logs', display)\n"
         f"demo.main(['--output_dir', {str(tmp_path)!r}])"
     )
     process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
@@ -163,15 +168,15 @@ def test_a_signal_ends_the_children_without_a_traceback(tmp_path, number):
         assert time.monotonic() < deadline
         time.sleep(0.05)
     started = int(log.read_text().splitlines()[-1])
-    process.send_signal(number)
+    process.send_signal(signum)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == 128 + number and "Traceback" not in errors
+    assert process.returncode == 128 + signum and "Traceback" not in errors
     with pytest.raises(ProcessLookupError):
         os.kill(started, 0)
 
 
 @pytest.mark.slow
-def test_the_whole_demo_runs_twice_and_prints_little(tmp_path, capsys, monkeypatch):
+def test_the_whole_demo_runs_twice_with_little_output(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(demo, "LABELS", 1)
     (tmp_path / "mine.txt").write_text("kept")
     for _ in range(2):

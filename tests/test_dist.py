@@ -1,31 +1,43 @@
-"""Where a process finds its place: torchrun's variables, SLURM's, or none."""
+"""The launcher's environment: torchrun's variables, SLURM's, or none."""
 
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import torch
 
 from util import dist
+from util.dist import UserError
+from util.preemption import AnyRank
+
+ROOT = Path(__file__).parent.parent
+LAUNCHER = (
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_RANK",
+    "LOCAL_WORLD_SIZE",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+)
 
 
 @pytest.fixture
 def environment(monkeypatch):
-    """An environment without a launcher, and a way to set one."""
+    """Remove the launcher's variables; return a function that sets some."""
     for name in list(os.environ):
-        if name.startswith("SLURM_") or name in (
-            "RANK",
-            "WORLD_SIZE",
-            "LOCAL_RANK",
-            "LOCAL_WORLD_SIZE",
-            "MASTER_ADDR",
-            "MASTER_PORT",
-        ):
+        if name.startswith("SLURM_") or name in LAUNCHER:
             monkeypatch.delenv(name)
-    return lambda **values: [monkeypatch.setenv(name, value) for name, value in values.items()]
+
+    def set_variables(**values: str) -> None:
+        for name, value in values.items():
+            monkeypatch.setenv(name, value)
+
+    return set_variables
 
 
-def test_alone(environment):
+def test_without_a_launcher_there_is_one_process(environment):
     assert dist.rank() == 0
     assert dist.setup("cpu")[1:] == (0, 1, 0, 1)
 
@@ -37,7 +49,7 @@ def test_torchrun_wins_over_slurm(environment):
     assert dist.rank() == 3 and dist.local_world_size() == 4
 
 
-def test_a_batch_scripts_own_shell_is_one_process(environment):
+def test_the_shell_of_a_batch_script_is_one_process(environment):
     environment(SLURM_JOB_ID="7", SLURM_PROCID="0", SLURM_NTASKS="16", SLURM_LOCALID="0")
     assert dist.rank() == 0 and dist.local_world_size() == 1
     assert dist.setup("cpu").world_size == 1
@@ -57,10 +69,10 @@ def test_first_host_of_a_node_list(nodes, first):
 
 
 def test_srun_tasks_find_each_other(environment):
-    """Two processes with SLURM's variables alone add up their ranks."""
+    """Sum the ranks of two processes that have SLURM's variables alone."""
     code = (
-        "from util import dist; import torch; p = dist.setup('cpu'); "
-        "print(p[1:], dist.sum_over_ranks(torch.tensor(p.rank + 1.0)).item()); dist.cleanup()"
+        "from util import dist; import torch; env = dist.setup('cpu'); "
+        "print(env[1:], dist.all_reduce_sum(torch.tensor(env.rank + 1.0)).item()); dist.cleanup()"
     )
     start = {
         "SLURM_JOB_ID": "12",
@@ -69,16 +81,55 @@ def test_srun_tasks_find_each_other(environment):
         "SLURM_STEP_TASKS_PER_NODE": "2",
         "SLURM_STEP_NODELIST": "localhost",
     }
-    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     tasks = [
         subprocess.Popen(
             [sys.executable, "-c", code],
-            cwd=root,
+            cwd=ROOT,
             stdout=subprocess.PIPE,
             text=True,
             env={**os.environ, **start, "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)},
         )
         for rank in range(2)
     ]
-    said = [task.communicate(timeout=60)[0].strip() for task in tasks]
-    assert said == ["(0, 2, 0, 2) 3.0", "(1, 2, 1, 2) 3.0"]
+    printed = [task.communicate(timeout=60)[0].strip() for task in tasks]
+    assert printed == ["(0, 2, 0, 2) 3.0", "(1, 2, 1, 2) 3.0"]
+
+
+def test_cuda_without_a_gpu_is_one_line(environment, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(
+        UserError, match="^--device cuda: .* finds no CUDA device. Use --device cpu"
+    ):
+        dist.setup("cuda")
+
+
+@pytest.mark.parametrize(
+    ("device", "local_rank", "srun", "visible", "index"),
+    [
+        ("cuda", 1, False, 2, 1),
+        ("cuda", 1, True, 2, 1),
+        ("cuda", 1, True, 1, 0),  # srun --gpus-per-task 1
+        ("cuda:0", 1, False, 2, 0),
+    ],
+)
+def test_each_process_gets_a_gpu(monkeypatch, device, local_rank, srun, visible, index):
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    gpu = torch.device("cuda", index)
+    assert dist._select_gpu(torch.device(device), local_rank, srun) == gpu
+    assert chosen == [gpu]
+
+
+def test_more_processes_than_gpus_is_one_line_of_that_rank(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(UserError, match=r"^local rank 2 has no GPU \(2 visible\). Start") as raised:
+        dist._select_gpu(torch.device("cuda"), 2, started_by_srun=False)
+    assert raised.value.print_on_any_rank
+
+
+def test_flags_of_one_process_are_the_result():
+    any_rank = AnyRank()
+    assert any_rank.now(True, False) == [True, False]
+    assert any_rank.deferred(False, True) == [False, True]
+    any_rank.drain()

@@ -1,4 +1,4 @@
-"""The models' own count of FLOPs against torch's counter, and against the counted work of the published model."""
+"""FLOP counts of the models against torch's counter, and the count of the published model."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The ancestor's numbers (golden files): losses, predictions, gradients, a training trajectory, schedules, groups."""
+"""Golden files of the ancestor: losses, predictions, gradients, a trajectory, schedules, groups."""
 
 import json
 
@@ -10,29 +10,30 @@ from golden_files import golden
 from models_mae import MaskedAutoencoderViT
 from models_vit import VisionTransformer
 from util.optim import (
-    finetune_groups,
-    layer_scale,
-    learning_rate,
+    Schedule,
+    finetune_param_groups,
+    layer_lr_scale,
     make_optimizer,
-    pretrain_groups,
+    pretrain_param_groups,
     set_learning_rate,
     update,
+    warmup_cosine,
 )
 
 MAE = ("base", "norm_pix", "pred_t_half", "joint_pos_no_cls", "no_qkv_bias", "temporal", "boundary")
 
 
 def arrays(file, prefix: str) -> dict[str, torch.Tensor]:
-    """The arrays NAME of a file's PREFIX.NAME."""
+    """Return the arrays of a file whose names begin with "PREFIX.", under the rest of the name."""
     return {
-        key[len(prefix) + 1 :]: torch.from_numpy(file[key])
+        key.removeprefix(prefix + "."): torch.from_numpy(file[key])
         for key in file.files
         if key.startswith(prefix + ".")
     }
 
 
 def build(config: dict) -> MaskedAutoencoderViT:
-    """The model of a golden config."""
+    """Return the model of a golden config."""
     own = (
         "img_size",
         "patch_size",
@@ -54,7 +55,7 @@ def build(config: dict) -> MaskedAutoencoderViT:
 
 
 def close(ours: torch.Tensor, golden_value: torch.Tensor, tolerance: float) -> bool:
-    """Equal up to `tolerance` of the tensor's largest value."""
+    """Return whether tensors are equal up to `tolerance` of the largest golden value."""
     return bool((ours - golden_value).abs().max() <= tolerance * golden_value.abs().max())
 
 
@@ -111,24 +112,22 @@ def test_pretraining_trajectory():
     model = build(config)
     model.load_state_dict(arrays(file, "param0"))
     optimizer = make_optimizer(
-        pretrain_groups(model, config["weight_decay"]), model.parameters(), tuple(config["betas"])
+        pretrain_param_groups(model, config["weight_decay"]),
+        model.parameters(),
+        tuple(config["betas"]),
     )
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    losses, lrs, norms = [], [], []
+    losses = []
+    lrs = []
+    norms = []
     for micro in range(len(file["inputs"])):
         if micro % config["accum_iter"] == 0:
             progress = micro / config["steps_per_epoch"]
-            lrs.append(
-                learning_rate(
-                    progress,
-                    **{key: config[key] for key in ("lr", "min_lr", "warmup_epochs", "epochs")},
-                )
-            )
+            settings = {key: config[key] for key in ("lr", "min_lr", "warmup_epochs", "epochs")}
+            lrs.append(warmup_cosine(progress, **settings))
             set_learning_rate(optimizer, lrs[-1])
-        clips, noise = (
-            torch.from_numpy(file["inputs"][micro]),
-            torch.from_numpy(file["noise"][micro]),
-        )
+        clips = torch.from_numpy(file["inputs"][micro])
+        noise = torch.from_numpy(file["noise"][micro])
         loss, _, _ = model(clips, config["mask_ratio"], "random", noise)
         (loss / config["accum_iter"]).backward()
         losses.append(loss.item())
@@ -145,16 +144,25 @@ def test_pretraining_trajectory():
 def test_schedule():
     for row in golden("schedules_and_groups.json")["cosine_warmup"]:
         settings = {key: row[key] for key in ("lr", "min_lr", "warmup_epochs", "epochs")}
-        assert learning_rate(row["epoch"], **settings) == pytest.approx(
+        assert warmup_cosine(row["epoch"], **settings) == pytest.approx(
             row["lr_plain"], rel=1e-9, abs=1e-15
         )
+
+
+def test_schedule_of_a_run_counts_updates():
+    schedule = Schedule(lr=1.0, min_lr=0.1, warmup_epochs=2.0, steps_per_epoch=4, total_steps=18)
+    rates = [schedule.learning_rate(step) for step in range(19)]
+    assert rates[:9] == [step / 8 for step in range(9)]  # linear warm-up over two epochs
+    assert rates[13] == pytest.approx(0.55)  # halfway from update 8 to 18
+    assert rates[18] == pytest.approx(0.1)
+    assert [schedule.end_of_epoch(epoch) for epoch in range(5)] == [4, 8, 12, 16, 18]
 
 
 @pytest.mark.parametrize("bias_wd", [False, True])
 def test_pretraining_weight_decay(bias_wd):
     table = golden("schedules_and_groups.json")[f"pretrain_groups_bias_wd_{bias_wd}"]
     model = build(json.loads(str(golden("mae_base.npz")["config"])))
-    groups = pretrain_groups(model, 0.05, bias_wd)
+    groups = pretrain_param_groups(model, 0.05, bias_wd)
     decay = {
         id(parameter): group["weight_decay"] for group in groups for parameter in group["params"]
     }
@@ -167,13 +175,13 @@ def test_pretraining_weight_decay(bias_wd):
 def test_layer_decay():
     table = golden("schedules_and_groups.json")["layer_decay"]
     for name, row in table["params"].items():
-        assert layer_scale(name, table["depth"], table["layer_decay"]) == pytest.approx(
+        assert layer_lr_scale(name, table["depth"], table["layer_decay"]) == pytest.approx(
             row["lr_scale"], rel=1e-9
         ), name
     config = json.loads(str(golden("vit_base.npz")["config"]))
     config.pop("batch")
     model = VisionTransformer(**config | {"depth": table["depth"]})
-    groups = finetune_groups(model, table["depth"], 0.05, table["layer_decay"])
+    groups = finetune_param_groups(model, table["depth"], 0.05, table["layer_decay"])
     found = {id(parameter): group for group in groups for parameter in group["params"]}
     shared = table["params"].keys() & dict(model.named_parameters()).keys()
     assert len(shared) > 20

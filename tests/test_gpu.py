@@ -1,4 +1,4 @@
-"""What only a GPU can show: equality with the CPU, precision, compilation, no synchronisation in the step, exact repetition."""
+"""GPU checks: equality with the CPU, precision, compilation, no sync in the step, determinism."""
 
 import argparse
 import warnings
@@ -8,10 +8,10 @@ import torch
 from tiny import clips_and_noise, tiny_mae, tiny_vit
 
 import models_vit
-from data.loaders import on_device
+from data.loader import on_device
 from engine_pretrain import micro_step
-from models_vit import ATTENTION
-from util.optim import make_optimizer, pretrain_groups, set_learning_rate, update
+from models_vit import SDPA_BACKENDS
+from util.optim import make_optimizer, pretrain_param_groups, set_learning_rate, update
 
 pytestmark = [
     pytest.mark.gpu,
@@ -22,13 +22,13 @@ CUDA = torch.device("cuda")
 
 
 def gradients(model, clips, noise) -> list[torch.Tensor]:
-    """All gradients of one masked reconstruction, on the CPU."""
+    """Return all gradients of one masked reconstruction, on the CPU."""
     model.zero_grad()
     model(clips, 0.75, noise=noise)[0].backward()
     return [parameter.grad.float().cpu() for parameter in model.parameters()]
 
 
-@pytest.mark.parametrize("attn", list(ATTENTION))
+@pytest.mark.parametrize("attn", list(SDPA_BACKENDS))
 def test_every_backend_agrees_with_the_cpu(attn):
     clips, noise = clips_and_noise()
     expected = gradients(tiny_mae(), clips, noise)
@@ -48,22 +48,22 @@ def test_the_flash_attn_package_agrees_with_sdpa():
     )
 
 
-@pytest.mark.filterwarnings("ignore")  # torch.compile's own, from inside
+@pytest.mark.filterwarnings("ignore")  # warnings of torch.compile itself
 def test_compiled_in_bf16_is_close_to_eager_in_fp32():
     clips, noise = (tensor.to(CUDA) for tensor in clips_and_noise())
-    plain, compiled = tiny_mae().to(CUDA), tiny_mae().to(CUDA)
+    plain = tiny_mae().to(CUDA)
+    compiled = tiny_mae().to(CUDA)
     compiled.compile_parts()
     with torch.autocast("cuda", torch.bfloat16):
         loss = compiled(clips, 0.75, noise=noise)[0]
     assert loss.item() == pytest.approx(plain(clips, 0.75, noise=noise)[0].item(), rel=2e-2)
 
 
-def test_the_step_does_not_synchronise():
+def test_the_step_does_not_synchronize():
     model = tiny_mae().to(CUDA)
-    optimizer, scaler = (
-        make_optimizer(pretrain_groups(model, 0.05), model.parameters(), (0.9, 0.95)),
-        torch.amp.GradScaler("cuda", enabled=False),
-    )
+    groups = pretrain_param_groups(model, 0.05)
+    optimizer = make_optimizer(groups, model.parameters(), (0.9, 0.95))
+    scaler = torch.amp.GradScaler("cuda", enabled=False)
     batch = {
         "clips": torch.randint(0, 256, (2, 2, 3, 8, 32, 32), dtype=torch.uint8),
         "noise": torch.rand(2, 2, 64),
@@ -74,7 +74,7 @@ def test_the_step_does_not_synchronise():
     def steps() -> None:
         for moved in on_device([batch] * 3, CUDA):
             set_learning_rate(optimizer, 1e-3)
-            micro_step(model, moved, scaler, args, torch.bfloat16)
+            micro_step(model, moved, args, scaler, torch.bfloat16)
             update(optimizer, scaler, 1.0)
 
     steps()
@@ -83,9 +83,8 @@ def test_the_step_does_not_synchronise():
         warnings.simplefilter("always")
         steps()
     torch.cuda.set_sync_debug_mode("default")
-    assert [
-        str(warning.message) for warning in caught if "synchroniz" in str(warning.message)
-    ] == []
+    messages = [str(warning.message) for warning in caught]
+    assert [message for message in messages if "synchroniz" in message] == []
 
 
 def test_deterministic_kernels_repeat_bit_by_bit(monkeypatch):
@@ -94,7 +93,8 @@ def test_deterministic_kernels_repeat_bit_by_bit(monkeypatch):
     torch.use_deterministic_algorithms(True)
     try:
         with torch.autocast("cuda", torch.bfloat16):
-            first, second = (gradients(tiny_mae().to(CUDA), clips, noise) for _ in range(2))
+            first = gradients(tiny_mae().to(CUDA), clips, noise)
+            second = gradients(tiny_mae().to(CUDA), clips, noise)
     finally:
         torch.use_deterministic_algorithms(False)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))

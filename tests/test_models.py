@@ -1,4 +1,4 @@
-"""The models against rules: masks, initialisation, order of tokens, precision, compilation, errors."""
+"""Models against rules: masks, initialization, token order, precision, compilation, errors."""
 
 import pytest
 import torch
@@ -6,13 +6,13 @@ import torch.nn.functional as F
 from tiny import clips_and_noise, tiny_mae, tiny_vit
 
 import models_vit
-from models_mae import MaskedAutoencoderViT, split_tokens, untubelets
-from models_vit import SIZES, choose_attention, named_size, tubelets
+from models_mae import MaskedAutoencoderViT, make_mask, unpatchify
+from models_vit import SIZES, choose_attention, named_size, patchify
 
 GRID = (4, 3, 3)
 
 
-def test_every_named_model_has_the_table_size_and_an_unknown_one_lists_them():
+def test_named_models_have_the_sizes_of_the_table():
     assert named_size("mae_vit_huge_patch14") == {
         "patch_size": 14,
         "embed_dim": 1280,
@@ -31,7 +31,7 @@ def test_every_named_model_has_the_table_size_and_an_unknown_one_lists_them():
             named_size(wrong)
 
 
-def test_seed_configuration_has_the_counted_parameters():
+def test_published_configuration_has_the_counted_parameters():
     with torch.device("meta"):
         model = MaskedAutoencoderViT(
             **named_size("mae_vit_huge_patch14"),
@@ -51,39 +51,35 @@ def test_seed_configuration_has_the_counted_parameters():
 @pytest.mark.parametrize("ratio", [0.5, 0.75, 0.85])
 def test_masks_follow_their_rule(mask_type, ratio):
     noise = torch.rand(5, 36)
-    visible, hidden = split_tokens(noise, GRID, ratio, mask_type)
-    assert torch.equal(
-        torch.cat([visible, hidden], 1).sort(1).values, torch.arange(36).expand(5, 36)
-    )  # a partition
+    visible, hidden = make_mask(noise, GRID, ratio, mask_type)
+    partition = torch.cat([visible, hidden], 1).sort(1).values
+    assert torch.equal(partition, torch.arange(36).expand(5, 36))
     assert (visible.diff(dim=1) > 0).all() and (hidden.diff(dim=1) > 0).all()  # in token order
     keep = int(9 * (1 - ratio)) * 4 if mask_type == "tube" else int(36 * (1 - ratio))
     assert visible.shape == (5, keep)
     if mask_type == "random":
-        assert (
-            noise.gather(1, visible).max(1).values.lt(noise.gather(1, hidden).min(1).values).all()
-        )
+        largest_visible = noise.gather(1, visible).max(1).values
+        assert (largest_visible < noise.gather(1, hidden).min(1).values).all()
     elif mask_type == "tube":
-        places = visible.view(5, 4, -1) % 9
-        assert (places == places[:, :1]).all()
-        assert (
-            noise.gather(1, places[:, 0]).max()
-            <= noise[:, :9].gather(1, hidden.view(5, 4, -1)[:, 0]).min(1).values.max()
-        )
+        positions = visible.view(5, 4, -1) % 9
+        assert (positions == positions[:, :1]).all()
+        hidden_positions = hidden.view(5, 4, -1)[:, 0]
+        largest_visible = noise.gather(1, positions[:, 0]).max(1).values
+        assert (largest_visible < noise.gather(1, hidden_positions).min(1).values).all()
     elif mask_type == "temporal":
         assert torch.equal(visible[0], torch.arange(keep))
     else:
-        assert set(visible[0].tolist()) == set(
-            sorted(range(36), key=lambda i: min(i, 35 - i))[:keep]
-        )
+        from_the_ends = sorted(range(36), key=lambda i: min(i, 35 - i))
+        assert set(visible[0].tolist()) == set(from_the_ends[:keep])
 
 
 def test_equal_noise_keeps_the_first_tokens():
-    visible, _ = split_tokens(torch.zeros(1, 36), GRID, 0.75, "random")
+    visible, _ = make_mask(torch.zeros(1, 36), GRID, 0.75, "random")
     assert visible.tolist() == [list(range(9))]
 
 
 def test_2048_tokens_at_090_keep_204():
-    assert split_tokens(torch.rand(1, 2048), (8, 16, 16), 0.9, "random")[0].shape[1] == 204
+    assert make_mask(torch.rand(1, 2048), (8, 16, 16), 0.9, "random")[0].shape[1] == 204
 
 
 @pytest.mark.parametrize(
@@ -92,23 +88,23 @@ def test_2048_tokens_at_090_keep_204():
 )
 def test_impossible_masks_are_refused(ratio, kind):
     with pytest.raises(ValueError, match="mask"):
-        split_tokens(torch.rand(1, 36), GRID, ratio, kind)
+        make_mask(torch.rand(1, 36), GRID, ratio, kind)
 
 
-def test_tubelets_and_back():
+def test_patchify_equals_convolution_and_has_an_inverse():
     frames = torch.rand(2, 3, 8, 12, 12)
-    cut = tubelets(frames, 2, 4)  # (B, L, C, t, p, p)
+    cut = patchify(frames, 2, 4)  # (B, L, C, t, p, p)
     kernel = torch.rand(7, 3, 2, 4, 4)
     expected = F.conv3d(frames, kernel, stride=(2, 4, 4)).flatten(2).transpose(1, 2)
     torch.testing.assert_close(cut.flatten(2) @ kernel.flatten(1).T, expected)
     ids = torch.randint(36, (2, 5))
-    assert torch.equal(tubelets(frames, 2, 4, ids), cut[torch.arange(2)[:, None], ids])
+    assert torch.equal(patchify(frames, 2, 4, ids), cut[torch.arange(2)[:, None], ids])
     values = cut.permute(0, 1, 3, 4, 5, 2).flatten(2)
-    assert torch.equal(untubelets(values, GRID, 2, 4), frames)
+    assert torch.equal(unpatchify(values, GRID, 2, 4), frames)
 
 
 @pytest.mark.parametrize("trunc_init", [False, True])
-def test_initialisation_table(trunc_init):
+def test_initialization_table(trunc_init):
     model = tiny_mae(trunc_init=trunc_init, embed_dim=256, num_heads=4, decoder_embed_dim=256)
     std = {name: parameter.std(correction=0).item() for name, parameter in model.named_parameters()}
     for name, parameter in model.named_parameters():
@@ -118,16 +114,17 @@ def test_initialisation_table(trunc_init):
             assert (parameter == 1).all(), name
         elif name == "patch_embed.proj.weight":
             fan_in, fan_out = parameter[0].numel(), len(parameter)
-            expected = (
-                0.88 if trunc_init else (2 / (fan_in + fan_out)) ** 0.5
-            )  # a normal cut at two deviations has 0.88
+            expected = (2 / (fan_in + fan_out)) ** 0.5
+            if trunc_init:
+                expected = 0.88  # std of a normal distribution truncated at +-2
             assert std[name] == pytest.approx(expected, rel=0.03)
         elif parameter.ndim == 2:
             fan_out, fan_in = parameter.shape
             bound = (6 / (fan_in + fan_out)) ** 0.5
-            assert std[name] == pytest.approx(0.02 if trunc_init else bound / 3**0.5, rel=0.03), (
-                name
-            )
+            expected = bound / 3**0.5
+            if trunc_init:
+                expected = 0.02
+            assert std[name] == pytest.approx(expected, rel=0.03), name
             assert trunc_init or parameter.abs().max() <= bound
         else:
             assert std[name] == pytest.approx(0.02, rel=0.15), name
@@ -149,7 +146,7 @@ def test_reconstruct_predicts_what_the_loss_sees():
     original, predicted, hidden = model.reconstruct(clips, 0.75, "random", noise)
     assert torch.equal(original, clips)
     torch.testing.assert_close((predicted - clips)[hidden].square().mean(), loss)
-    values = tubelets(predicted, 2, 8).permute(0, 1, 3, 4, 5, 2).flatten(2)
+    values = patchify(predicted, 2, 8).permute(0, 1, 3, 4, 5, 2).flatten(2)
     torch.testing.assert_close(values[mask].view_as(pred), pred)
 
 
@@ -158,9 +155,10 @@ def test_norm_pix_reconstruction_gets_its_patch_statistics_back():
     clips, noise = clips_and_noise()
     loss, _, mask = model(clips, 0.75, "random", noise)
     _, predicted, _ = model.reconstruct(clips, 0.75, "random", noise)
-    true, ours = (tubelets(frames, 2, 8).flatten(2)[mask] for frames in (clips, predicted))
-    scale = (true.var(1, keepdim=True) + 1e-6).sqrt()
-    torch.testing.assert_close(((ours - true) / scale).square().mean(), loss)
+    true = patchify(clips, 2, 8).flatten(2)[mask]
+    ours = patchify(predicted, 2, 8).flatten(2)[mask]
+    std = (true.var(1, keepdim=True) + 1e-6).sqrt()
+    torch.testing.assert_close(((ours - true) / std).square().mean(), loss)
 
 
 @pytest.mark.parametrize(
@@ -181,6 +179,8 @@ def test_sizes_that_do_not_fit_are_refused(changes):
 def test_wrong_clip_size_and_unknown_argument_are_refused():
     with pytest.raises(ValueError, match="this model takes"):
         tiny_mae()(torch.zeros(1, 3, 4, 32, 32))
+    with pytest.raises(ValueError, match="this model takes"):
+        tiny_vit()(torch.zeros(1, 3, 1, 16, 16))  # a static clip
     with pytest.raises(TypeError):
         tiny_mae(decoder_heads=4)
     with pytest.raises(ValueError, match="class token"):
@@ -189,7 +189,8 @@ def test_wrong_clip_size_and_unknown_argument_are_refused():
 
 @pytest.mark.slow
 def test_compiled_model_is_the_same_model():
-    plain, compiled = tiny_mae(), tiny_mae()
+    plain = tiny_mae()
+    compiled = tiny_mae()
     names = list(compiled.state_dict())
     compiled.compile_parts()
     assert list(compiled.state_dict()) == names
@@ -218,50 +219,85 @@ def test_attention_kernels_agree():
     qkv = torch.randn(2, 17, 3, 4, 8, dtype=torch.float64)
     q, k, v = qkv.transpose(1, 3).unbind(2)  # (B, A, N, K)
     expected = ((q @ k.transpose(-1, -2) / 8**0.5).softmax(-1) @ v).transpose(1, 2)
-    for attn in ("auto", "sdpa", "math"):
-        torch.testing.assert_close(models_vit.attend(qkv, attn), expected)
+    for kernel in ("sdpa", "math"):
+        torch.testing.assert_close(models_vit.attend(qkv, kernel), expected)
 
 
-def test_attention_choice(monkeypatch):
-    half = ("cuda", torch.bfloat16, 80)
+HALF = ("cuda", torch.bfloat16, 80)
+UNSUITABLE = [
+    ("cpu", torch.bfloat16, 80),
+    ("cuda", torch.float32, 80),
+    ("cuda", torch.bfloat16, 36),
+]
+
+
+def packed_attention(qkv, deterministic=False):
+    """Stand in for the flash-attn package: (B, N, 3, A, K) -> (B, N, A, K), half precision only."""
+    assert qkv.dtype in (torch.float16, torch.bfloat16)
+    q, k, v = qkv.transpose(1, 3).unbind(2)
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+
+
+def test_attention_choice_without_the_package(monkeypatch):
     monkeypatch.setattr(models_vit, "flash_attn_qkvpacked_func", None)
-    assert choose_attention("auto", *half)[0] == "sdpa"
+    assert choose_attention("auto", *HALF)[0] == "sdpa"
+    assert choose_attention("math", *HALF)[0] == "math"
     with pytest.raises(ValueError, match="not installed"):
-        choose_attention("flash_attn", *half)
-    monkeypatch.setattr(models_vit, "flash_attn_qkvpacked_func", lambda qkv: qkv[:, :, 2])
-    assert choose_attention("auto", *half)[0] == "flash_attn"
-    assert choose_attention("sdpa", *half)[0] == "sdpa"
-    for other in (
-        ("cpu", torch.bfloat16, 80),
-        ("cuda", torch.float32, 80),
-        ("cuda", torch.bfloat16, 36),
-    ):
+        choose_attention("flash_attn", *HALF)
+    with pytest.raises(ValueError, match="auto, flash_attn, sdpa"):
+        choose_attention("xformers", *HALF)
+
+
+def test_attention_choice_with_the_package(monkeypatch):
+    monkeypatch.setattr(models_vit, "flash_attn_qkvpacked_func", packed_attention)
+    assert choose_attention("auto", *HALF)[0] == "flash_attn"
+    assert choose_attention("sdpa", *HALF)[0] == "sdpa"
+    for other in UNSUITABLE:
         assert choose_attention("auto", *other)[0] == "sdpa"
         with pytest.raises(ValueError, match="flash-attn"):
             choose_attention("flash_attn", *other)
+
+
+def test_attention_that_cannot_run_is_refused_at_build(monkeypatch):
+    monkeypatch.setattr(models_vit, "flash_attn_qkvpacked_func", None)
+    with pytest.raises(ValueError, match="not installed"):
+        tiny_vit(attn="flash_attn")
     with pytest.raises(ValueError, match="auto, flash_attn, sdpa"):
-        choose_attention("xformers", *half)
+        tiny_vit(attn="xformers")
+
+
+def test_set_attention_chooses_for_every_block(monkeypatch):
+    monkeypatch.setattr(models_vit, "flash_attn_qkvpacked_func", packed_attention)
+    model = tiny_mae()  # head widths: encoder 32, decoder 8
+    kernels = [block.attn.kernel for block in (*model.blocks, *model.decoder_blocks)]
+    assert set(kernels) == {"sdpa"}  # before the choice
+    lines = model.set_attention("cuda", torch.bfloat16)
+    assert [line.partition(" (")[0] for line in lines] == [
+        "attention with head width 32: flash_attn",
+        "attention with head width 8: flash_attn",
+    ]
+    kernels = [block.attn.kernel for block in (*model.blocks, *model.decoder_blocks)]
+    assert set(kernels) == {"flash_attn"}
+    with pytest.raises(ValueError, match="needs CUDA"):
+        tiny_mae(attn="flash_attn").set_attention("cpu", torch.float32)
 
 
 def test_flash_attn_branch_gets_the_packed_product(monkeypatch):
     seen = []
 
-    def stand_in(
-        qkv, deterministic=False
-    ):  # the package's signature: (B, N, 3, A, K) -> (B, N, A, K), half precision only
-        assert qkv.dtype in (torch.float16, torch.bfloat16)
+    def record(qkv, deterministic=False):
         seen.append((tuple(qkv.shape), qkv.dtype))
-        q, k, v = qkv.transpose(1, 3).unbind(2)
-        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+        return packed_attention(qkv, deterministic)
 
-    monkeypatch.setattr(models_vit, "choose_attention", lambda *_: ("flash_attn", ""))
-    monkeypatch.setattr(models_vit, "flash_attn_qkvpacked_func", stand_in)
-    layer, x = models_vit.Attention(64, 4, True, "auto"), torch.randn(2, 9, 64)
+    monkeypatch.setattr(models_vit, "flash_attn_qkvpacked_func", record)
+    layer = models_vit.Attention(64, 4, True, "auto")
+    x = torch.randn(2, 9, 64)
+    layer.set_kernel("cuda", torch.bfloat16)
     with torch.autocast("cpu", torch.bfloat16):
         ours = layer(x)
     (gradient,) = torch.autograd.grad(ours.float().square().sum(), layer.q.weight)
     assert seen == [((2, 9, 3, 4, 16), torch.bfloat16)]
-    monkeypatch.undo()
+    layer.set_kernel("cpu", torch.float32)
     torch.testing.assert_close(ours.float(), layer(x), rtol=0.05, atol=0.02)
     (expected,) = torch.autograd.grad(layer(x).square().sum(), layer.q.weight)
     assert (gradient - expected).abs().max() <= 0.05 * expected.abs().max()

@@ -1,4 +1,4 @@
-"""Between log lines the host reads no tensor's value: neither the pretraining nor the finetuning step asks for one."""
+"""The training steps read no tensor value on the host, so they never wait for the GPU."""
 
 import argparse
 
@@ -7,16 +7,22 @@ import torch
 from tiny import tiny_mae, tiny_vit
 
 import engine_finetune
-from engine_finetune import Recipe
+from engine_finetune import BatchTransform
 from engine_pretrain import micro_step
-from util.optim import finetune_groups, make_optimizer, pretrain_groups, set_learning_rate, update
-from util.tracking import Tally
+from util.metrics import MetricSums
+from util.optim import (
+    finetune_param_groups,
+    make_optimizer,
+    pretrain_param_groups,
+    set_learning_rate,
+    update,
+)
 
 READS = ("item", "tolist", "numpy", "cpu", "__float__", "__int__", "__index__")
 
 
 def forbid_reads(monkeypatch) -> None:
-    """From here on Tensor.item and its like raise."""
+    """Make Tensor.item and the like raise."""
 
     def refuse(*_, **__):
         raise AssertionError("the step read a tensor's value")
@@ -29,10 +35,9 @@ def forbid_reads(monkeypatch) -> None:
 
 def test_pretraining_step(monkeypatch):
     model = tiny_mae()
-    optimizer, scaler = (
-        make_optimizer(pretrain_groups(model, 0.05), model.parameters(), (0.9, 0.95)),
-        torch.amp.GradScaler("cpu", enabled=False),
-    )
+    groups = pretrain_param_groups(model, 0.05)
+    optimizer = make_optimizer(groups, model.parameters(), (0.9, 0.95))
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
     batch = {
         "clips": torch.randint(0, 256, (2, 2, 3, 8, 32, 32), dtype=torch.uint8),
         "noise": torch.rand(2, 2, 64),
@@ -41,7 +46,7 @@ def test_pretraining_step(monkeypatch):
     for mask_type in ("random", "tube", "temporal", "boundary"):
         args = argparse.Namespace(mask_ratio=0.75, mask_type=mask_type, accum_iter=1)
         set_learning_rate(optimizer, 1e-3)
-        micro_step(model, batch, scaler, args, torch.float32)
+        micro_step(model, batch, args, scaler, torch.float32)
         norm, skipped = update(optimizer, scaler, 1.0)
     monkeypatch.undo()
     assert norm.item() > 0 and skipped.item() == 0
@@ -50,23 +55,32 @@ def test_pretraining_step(monkeypatch):
 def test_finetuning_step(monkeypatch):
     model = tiny_vit().train()
     optimizer = make_optimizer(
-        finetune_groups(model, 2, 0.05, 0.8), model.parameters(), (0.9, 0.999)
+        finetune_param_groups(model, 2, 0.05, 0.8), model.parameters(), (0.9, 0.999)
     )
     args = argparse.Namespace(
-        mixup=0.0, cutmix=0.0, mixup_prob=1.0, rand_aug=False, smoothing=0.1, accum_iter=1
+        mixup=0.0,
+        cutmix=0.0,
+        mixup_prob=1.0,
+        rand_aug=False,
+        reprob=0.25,
+        remode="pixel",
+        recount=1,
+        smoothing=0.1,
+        accum_iter=1,
     )
-    recipe = Recipe(args, model.config | {"mean": (0.45,) * 3, "std": (0.225,) * 3}, still_frames=1)
+    transform = BatchTransform(
+        args, model.config | {"mean": (0.45,) * 3, "std": (0.225,) * 3}, still_frames=1
+    )
     batch = {
         "clips": torch.randint(0, 256, (2, 2, 3, 8, 32, 32), dtype=torch.uint8),
         "labels": torch.tensor([0, 3]),
     }
-    scaler, tally = (
-        torch.amp.GradScaler("cpu", enabled=False),
-        Tally(engine_finetune.SUMS, torch.device("cpu")),
-    )
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    sums_of_updates = MetricSums(engine_finetune.METRICS, torch.device("cpu"), max_bad_steps=50)
     forbid_reads(monkeypatch)
-    sums = engine_finetune.micro_step(model, batch, recipe, scaler, args, torch.float32)
+    clips, targets = transform(batch)
+    sums = engine_finetune.micro_step(model, clips, targets, args, scaler, torch.float32)
     norm, skipped = update(optimizer, scaler, 1.0)
-    tally.add(torch.cat([sums, norm[None]]), skipped, torch.zeros(()), ["a.mp4"])
+    sums_of_updates.add(torch.cat([sums, norm[None]]), skipped, torch.zeros(()), ["a.mp4"])
     monkeypatch.undo()
     assert norm.item() > 0 and skipped.item() == 0

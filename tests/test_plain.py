@@ -1,4 +1,4 @@
-"""Our models against the plain ones in float64: loss to 1e-12, gradients to 1e-10."""
+"""Compare the models with the plain ones in float64: loss to 1e-12, gradients to 1e-10."""
 
 import pytest
 import torch

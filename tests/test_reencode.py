@@ -1,4 +1,4 @@
-"""Converting videos once: the same frames, times and names in another format, nothing done twice, nothing half done."""
+"""Converting videos: same frames, times and names in another format; resumable, never half done."""
 
 import os
 import signal
@@ -7,36 +7,49 @@ import sys
 import time
 from fractions import Fraction
 from pathlib import Path
+from typing import NamedTuple
 
 import av
 import numpy as np
 import pandas as pd
 import pytest
+from av.video.frame import PictureType
 from make_videos import frame_number, numbered_frame, write_folder, write_video
 
-from data import reencode
-from data.decode import ReadError, open_video
-from data.index import read_manifest
-from data.pyav import VERSION
-from data.reencode import main, output_size, run_each, target_names
+from data.decode import open_video
+from data.input_files import ReadError
+from data.manifest import read_manifest
+from data.pyav_compat import VERSION
+from tools import reencode
+from tools.reencode import Timestamps, main, output_size, run_each, target_names
 from util.dist import UserError
 
 ROOT = Path(__file__).parent.parent
 
 
 def packets(path: Path) -> tuple[list, Fraction]:
-    """The video packets of a file, in the order of the file, and their time base."""
+    """Return the video packets of a file, in the order of the file, and their time base."""
     with av.open(str(path)) as container:
         assert len(container.streams) == 1
-        return [
-            packet for packet in container.demux(video=0) if packet.size
-        ], container.streams.video[0].time_base
+        time_base = container.streams.video[0].time_base
+        return [packet for packet in container.demux(video=0) if packet.size], time_base
 
 
-def numbers(path: Path) -> list[int]:
-    """The numbers that the frames of a file show."""
+def shown_numbers(path: Path) -> list[int]:
+    """Return the numbers that are drawn into the frames of a file."""
     with open_video(str(path), "pyav") as video:
         return [frame_number(frame) for frame in video.read(np.arange(video.num_frames))]
+
+
+class Encoding(NamedTuple):
+    """How frames are encoded."""
+
+    codec: str = "libx264"
+    pix_fmt: str = "yuv420p"
+    full_range: bool = False  # luma of 0 to 255
+
+
+H264 = Encoding()
 
 
 def write_timed(
@@ -44,32 +57,34 @@ def write_timed(
     stamps: list[int],
     rotation: int = 0,
     aspect: Fraction | None = None,
-    pix_fmt: str = "yuv420p",
     size: tuple[int, int] = (96, 64),
-    codec: str = "libx264",
-    full_range: bool = False,
+    encoding: Encoding = H264,
 ) -> Path:
     """Numbered frames at these times (ms)."""
     with av.open(str(path), "w") as container:
-        stream = container.add_stream(codec, rate=30)
-        stream.width, stream.height, stream.pix_fmt = *size, pix_fmt
+        stream = container.add_stream(encoding.codec, rate=30)
+        stream.width, stream.height = size
+        stream.pix_fmt = encoding.pix_fmt
         stream.codec_context.time_base = Fraction(1, 1000)
         if aspect:
             stream.codec_context.sample_aspect_ratio = aspect
-        if full_range:
+        color_range = None
+        if encoding.full_range:
             stream.codec_context.color_range = 2
+            color_range = "JPEG"
         if rotation:
             stream.set_display_rotation(rotation)
         for number, stamp in enumerate(stamps):
             frame = av.VideoFrame.from_ndarray(numbered_frame(number, *size), format="rgb24")
-            frame = frame.reformat(format=pix_fmt, dst_color_range="JPEG" if full_range else None)
-            frame.pts, frame.time_base = stamp, Fraction(1, 1000)
+            frame = frame.reformat(format=encoding.pix_fmt, dst_color_range=color_range)
+            frame.pts = stamp
+            frame.time_base = Fraction(1, 1000)
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
     return path
 
 
-def test_structure_numbers_and_format(tmp_path, capsys):
+def test_structure_frames_and_format(tmp_path, capsys):
     src, dst = tmp_path / "src", tmp_path / "dst"
     write_folder(src, videos=2)
     write_video(src / "deep" / "er" / "big.MKV", frames=50, size=(400, 300), gop=50)
@@ -81,30 +96,28 @@ def test_structure_numbers_and_format(tmp_path, capsys):
         ("class_1/clip_1.mp4", 24),
         ("deep/er/big.mp4", 50),
     ):
-        assert numbers(dst / name) == list(range(frames))
+        assert shown_numbers(dst / name) == list(range(frames))
     with open_video(str(dst / "deep/er/big.mp4")) as video:
         assert video.read(np.array([0])).shape == (1, 128, 170, 3)
         assert video.fps == pytest.approx(30, rel=2e-3)  # the MKV rounds to milliseconds
     coded, _ = packets(dst / "deep/er/big.mp4")
-    assert [place for place, packet in enumerate(coded) if packet.is_keyframe] == [0, 16, 32, 48]
-    types = [frame.pict_type for frame in av.open(str(dst / "deep/er/big.mp4")).decode(video=0)]
-    runs = "".join("B" if kind == av.video.frame.PictureType.B else "." for kind in types).split(
-        "."
-    )
-    assert max(map(len, runs)) == 2
+    assert [i for i, packet in enumerate(coded) if packet.is_keyframe] == [0, 16, 32, 48]
+    with av.open(str(dst / "deep/er/big.mp4")) as container:
+        types = [PictureType(frame.pict_type).name for frame in container.decode(video=0)]
+    assert "BB" in "".join(types)
+    assert "BBB" not in "".join(types)
     with av.open(str(dst / "deep/er/big.mp4")) as container:
         container.streams.video[0].codec_context.skip_frame = "NONREF"
-        assert (
-            len(list(container.decode(video=0))) == 50 - sum(map(len, runs)) < 40
-        )  # every B frame can be skipped
+        decoded = len(list(container.decode(video=0)))
+    assert decoded == 50 - types.count("B") < 40  # every B frame can be skipped
     data = (dst / "deep/er/big.mp4").read_bytes()
     assert data.index(b"moov") < data.index(b"mdat")
-    said = capsys.readouterr().out
-    assert "3/3 files, 0 failed" in said
-    assert "clips/s/core" in said
+    printed = capsys.readouterr().out
+    assert "3/3 files, 0 failed" in printed
+    assert "clips/s/core" in printed
 
 
-def test_a_second_run_does_nothing(tmp_path, capsys):
+def test_a_second_run_converts_nothing(tmp_path, capsys):
     write_folder(tmp_path / "src", videos=3)
     main([str(tmp_path / "src"), str(tmp_path / "dst")])
     before = {
@@ -124,9 +137,9 @@ def test_a_second_run_does_nothing(tmp_path, capsys):
 @pytest.mark.slow
 def test_a_killed_run_leaves_temporaries_only(tmp_path):
     src, dst = tmp_path / "src", tmp_path / "dst"
-    for number in range(2):
-        write_video(src / f"{number}.mp4", frames=250, size=(320, 240), gop=250)
-    command = [sys.executable, "-m", "data.reencode", str(src), str(dst), "--workers", "1"]
+    for index in range(2):
+        write_video(src / f"{index}.mp4", frames=250, size=(320, 240), gop=250)
+    command = [sys.executable, "-m", "tools.reencode", str(src), str(dst), "--workers", "1"]
     process = subprocess.Popen(command, cwd=ROOT, start_new_session=True, stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 60
     while not (dst / ".0.mp4.part").exists() and time.monotonic() < deadline:
@@ -152,10 +165,10 @@ def test_times_are_kept(tmp_path):
     assert sorted(float(packet.pts * base) for packet in coded) == pytest.approx(
         [stamp / 1000 for stamp in stamps], abs=1e-3
     )
-    assert numbers(tmp_path / "dst" / "vfr.mp4") == list(range(12))
+    assert shown_numbers(tmp_path / "dst" / "vfr.mp4") == list(range(12))
 
 
-def test_b_frames_in_avi_and_no_time_stamps_at_all_become_even(tmp_path):
+def test_avi_and_raw_streams_get_even_time_stamps(tmp_path):
     (tmp_path / "src").mkdir()
     for name in ("a.avi", "b.h264"):
         write_video(tmp_path / "src" / name, frames=30)
@@ -166,7 +179,7 @@ def test_b_frames_in_avi_and_no_time_stamps_at_all_become_even(tmp_path):
         assert np.diff(sorted(float(packet.pts * base) for packet in coded)) == pytest.approx(
             np.full(29, 1 / rate), abs=1e-3
         )
-        assert numbers(tmp_path / "dst" / name) == list(range(30))
+        assert shown_numbers(tmp_path / "dst" / name) == list(range(30))
 
 
 @pytest.mark.skipif(VERSION < 17, reason="PyAV 16 cannot write a rotation")
@@ -191,13 +204,13 @@ def test_rotation_goes_into_the_pixels(tmp_path, rotation):
 @pytest.mark.parametrize(
     ("name", "options"),
     [
-        ("full.mp4", {"full_range": True}),
-        ("ten.mkv", {"pix_fmt": "yuv420p10le"}),
-        ("rgb.avi", {"codec": "ffv1", "pix_fmt": "bgr0"}),
-        ("444.mp4", {"pix_fmt": "yuv444p", "size": (97, 65)}),
+        ("full.mp4", {"encoding": Encoding(full_range=True)}),
+        ("ten.mkv", {"encoding": Encoding(pix_fmt="yuv420p10le")}),
+        ("rgb.avi", {"encoding": Encoding("ffv1", "bgr0")}),
+        ("444.mp4", {"encoding": Encoding(pix_fmt="yuv444p"), "size": (97, 65)}),
     ],
 )
-def test_colours_are_those_that_the_source_shows(tmp_path, name, options):
+def test_colors_are_those_of_the_source(tmp_path, name, options):
     (tmp_path / "src").mkdir()
     source = write_timed(tmp_path / "src" / name, list(range(0, 330, 33)), **options)
     main([str(tmp_path / "src"), str(tmp_path / "dst"), "--crf", "5"])
@@ -205,18 +218,22 @@ def test_colours_are_those_that_the_source_shows(tmp_path, name, options):
     with open_video(str(source), "pyav") as before, open_video(str(target), "pyav") as after:
         old, new = before.read(np.arange(10)), after.read(np.arange(10))
     assert new.shape == (10, 64, 96, 3)
-    assert numbers(target) == list(range(10))
+    assert shown_numbers(target) == list(range(10))
     if "size" not in options:
-        assert (
-            np.abs(old.mean((0, 1, 2)) - new.mean((0, 1, 2))).max() < 1.5
-        )  # a wrong range or matrix shifts them by 5 and more
+        shift = np.abs(old.mean((0, 1, 2)) - new.mean((0, 1, 2))).max()
+        assert shift < 1.5  # a wrong range or matrix gives 5 and more
     with av.open(str(target)) as container:
-        assert next(container.decode(video=0)).format.name == (
-            "yuvj420p" if name == "full.mp4" else "yuv420p"
-        )
+        pixel_format = next(container.decode(video=0)).format.name
+    assert (pixel_format == "yuvj420p") == (name == "full.mp4")
 
 
-def test_sizes():
+def test_time_stamps_increase_strictly_from_zero():
+    timestamps = Timestamps(step=3)
+    stamps = [7, None, 12, 11, 20, None]
+    assert [timestamps.following(stamp) for stamp in stamps] == [0, 3, 5, 7, 13, 19]
+
+
+def test_output_sizes():
     assert output_size(1920, 1080, Fraction(1), 256) == (454, 256)
     assert output_size(320, 240, None, 256) == (320, 240)
     assert output_size(161, 121, None, 256) == (160, 120)
@@ -248,8 +265,8 @@ def test_names_never_collide(tmp_path):
     write_video(tmp_path / "src" / "b.avi", frames=20, codec="mpeg4", b_frames=0)
     write_video(tmp_path / "src" / "b.mp4", frames=25)
     main([str(tmp_path / "src"), str(tmp_path / "dst")])
-    assert len(numbers(tmp_path / "dst" / "b.avi.mp4")) == 20
-    assert len(numbers(tmp_path / "dst" / "b.mp4.mp4")) == 25
+    assert len(shown_numbers(tmp_path / "dst" / "b.avi.mp4")) == 20
+    assert len(shown_numbers(tmp_path / "dst" / "b.mp4.mp4")) == 25
 
 
 def test_broken_files_are_listed_and_the_manifest_is_written(tmp_path, capsys):
@@ -286,8 +303,10 @@ def test_broken_files_are_listed_and_the_manifest_is_written(tmp_path, capsys):
 
 def test_an_output_that_differs_is_refused(tmp_path, monkeypatch):
     write_video(tmp_path / "src" / "v.mp4")
-    picture = reencode._picture
-    monkeypatch.setattr(reencode, "_picture", lambda frame, size: picture(_negative(frame), size))
+    to_yuv420 = reencode._to_yuv420
+    monkeypatch.setattr(
+        reencode, "_to_yuv420", lambda frame, size: to_yuv420(_negative(frame), size)
+    )
     with pytest.raises(ReadError, match="verification: frame 0 differs from its source"):
         reencode.convert(
             str(tmp_path / "src" / "v.mp4"), str(tmp_path / "dst" / "v.mp4"), 256, 23, "pyav"
@@ -296,12 +315,12 @@ def test_an_output_that_differs_is_refused(tmp_path, monkeypatch):
 
 
 def _negative(frame):
-    """The frame with its colours inverted."""
+    """Return the frame with its colors inverted."""
     return av.VideoFrame.from_ndarray(255 - frame.to_ndarray(format="rgb24"), format="rgb24")
 
 
 def _behave(how: str) -> str:
-    """A job that goes as told."""
+    """Fail in the given way."""
     if how == "crash":
         os.kill(os.getpid(), signal.SIGSEGV)
     if how == "hang":
@@ -311,10 +330,10 @@ def _behave(how: str) -> str:
     return how
 
 
-def test_a_crash_or_hang_costs_one_job():
+def test_a_crash_or_hang_fails_one_job():
     begin = time.monotonic()
     jobs = [(how,) for how in ("a", "crash", "hang", "raise", "b")]
-    outcome = {number: (result, reason) for number, result, reason in run_each(_behave, jobs, 2, 1)}
+    outcome = {index: (result, reason) for index, result, reason in run_each(_behave, jobs, 2, 1)}
     assert time.monotonic() - begin < 60
     assert outcome == {
         0: ("a", ""),
@@ -330,25 +349,25 @@ def test_bad_input_is_one_line(tmp_path):
     write_video(src / "v.mp4", frames=3)
     (tmp_path / "file").write_text("x")
     (tmp_path / "empty").mkdir()
-    for argv, said in (
-        ([src, src], "lies inside it"),
-        ([src, src / "small"], "lies inside it"),
+    for argv, message in (
+        ([src, src], "a folder inside it"),
+        ([src, src / "small"], "a folder inside it"),
         ([tmp_path / "none", tmp_path / "dst"], "not found"),
         ([tmp_path / "empty", tmp_path / "dst"], "no videos"),
         ([src, tmp_path / "file"], "cannot be used"),
         ([src, tmp_path / "dst", "--short_side", "15"], "--short_side 15"),
         ([src, tmp_path / "dst", "--crf", "60"], "--crf 60"),
     ):
-        with pytest.raises(UserError, match=said) as raised:
+        with pytest.raises(UserError, match=message) as raised:
             main([str(word) for word in argv])
         assert "\n" not in str(raised.value)
     (src / "manifest.csv").write_text("v.mp4\n")
     (tmp_path / "list.csv").write_text(f"{src}/v.mp4\n")
-    for manifest, said in (
+    for manifest, message in (
         (src / "manifest.csv", "overwritten"),
         (tmp_path / "list.csv", "is a source"),
     ):
-        with pytest.raises(UserError, match=said):
+        with pytest.raises(UserError, match=message):
             main([str(manifest), str(src)])
 
 
@@ -359,7 +378,7 @@ def test_the_program_prints_no_warnings(tmp_path):
         "-W",
         "always",
         "-m",
-        "data.reencode",
+        "tools.reencode",
         str(tmp_path / "src"),
         str(tmp_path / "dst"),
         "--workers",

@@ -1,4 +1,4 @@
-"""Tiny models for the tests, and equality of what they save."""
+"""Tiny models for the tests, and a comparison of checkpoints."""
 
 import torch
 
@@ -7,7 +7,7 @@ from models_vit import VisionTransformer, named_size
 
 
 def tiny_mae(**changes) -> MaskedAutoencoderViT:
-    """A masked autoencoder with 4 x 4 x 4 = 64 tokens and two blocks on either side."""
+    """Return a masked autoencoder: 4 x 4 x 4 = 64 tokens, two encoder and two decoder blocks."""
     arguments = named_size("mae_vit_micro_patch16", 8) | {
         "img_size": 32,
         "num_frames": 8,
@@ -22,7 +22,7 @@ def tiny_mae(**changes) -> MaskedAutoencoderViT:
 
 
 def tiny_vit(**changes) -> VisionTransformer:
-    """A classifier whose encoder is tiny_mae's."""
+    """Return a classifier with the encoder of `tiny_mae`."""
     arguments = named_size("vit_micro_patch16", 8) | {
         "img_size": 32,
         "num_frames": 8,
@@ -36,21 +36,21 @@ def tiny_vit(**changes) -> VisionTransformer:
 def clips_and_noise(
     batch: int = 2, dtype: torch.dtype = torch.float32, tokens: int = 64
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Random input of tiny_mae: (B, 3, 8, 32, 32) and (B, L)."""
+    """Return random input of tiny_mae: clips (B, 3, 8, 32, 32) and noise (B, L)."""
     generator = torch.Generator().manual_seed(1)
-    return torch.randn(batch, 3, 8, 32, 32, generator=generator, dtype=dtype), torch.rand(
-        batch, tokens, generator=generator
-    )
+    clips = torch.randn(batch, 3, 8, 32, 32, generator=generator, dtype=dtype)
+    noise = torch.rand(batch, tokens, generator=generator)
+    return clips, noise
 
 
 def same(one, other) -> bool:
-    """Equal plain data and tensors, bit for bit."""
+    """Return whether plain data and tensors are equal, bit for bit."""
     if isinstance(one, dict):
-        return (
-            isinstance(other, dict)
-            and one.keys() == other.keys()
-            and all(same(one[key], other[key]) for key in one)
-        )
+        if not isinstance(other, dict) or one.keys() != other.keys():
+            return False
+        return all(same(one[key], other[key]) for key in one)
     if isinstance(one, (list, tuple)):
         return len(one) == len(other) and all(same(a, b) for a, b in zip(one, other, strict=True))
-    return torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other)
+    return one == other

@@ -1,4 +1,7 @@
-"""Decode the videos of the matrix in sequence, and compare what a reader gives with that."""
+"""Decode the videos of the matrix sequentially, and compare the frames of a reader with that.
+
+The functions `check_*` return a list of faults, one line each, empty if all is right.
+"""
 
 import struct
 from pathlib import Path
@@ -8,16 +11,24 @@ import av
 import numpy as np
 from av.video.reformatter import VideoReformatter
 from video_matrix import CASES
-from video_writer import COLORS, Case, NoEncoder, colors_of, number_of, oriented, write_case
+from video_writer import COLORS, Case, NoEncoder, apply_matrix, colors_of, number_of, write_case
 
-from data.decode import ReadError, open_video
-from data.pyav import to_rgb
+from data.decode import open_video
+from data.input_files import ReadError
+from data.pyav_compat import to_rgb
+
+CLIP_FRAMES = 16
+TIME_TOLERANCE = 0.0015  # seconds: MKV and WebM round to milliseconds
+DRAWN_TOLERANCE = 12  # color levels, after lossy encoding
+DECODED_TOLERANCE = 3  # color levels, to the sequential decode
+SCALED_TOLERANCE = 6  # the same where frames are scaled
+DECODERS = ("pyav", "decord")
 
 
 class Reference(NamedTuple):
-    """What a sequential decode shows."""
+    """The result of a sequential decode."""
 
-    numbers: list[int | None]  # None: no number can be read
+    numbers: list[int | None]  # None: no number is readable
     times: list[float | None]  # as stamped, seconds
     pictures: list[np.ndarray]  # (H, W, 3) uint8 RGB each, upright; pixels as stored
 
@@ -28,46 +39,54 @@ def shown_picture(frame: av.VideoFrame) -> np.ndarray:
     data = frame.side_data.get("DISPLAYMATRIX")
     if data is not None:
         a, b, _, c, d = struct.unpack("<5i", bytes(data)[:20])
-        picture = oriented(picture, (a, b, c, d))
+        picture = apply_matrix(picture, (a, b, c, d))
     return picture
 
 
-def decode_in_sequence(path: Path) -> Reference:
+def decode_sequentially(path: Path) -> Reference:
     """Decode a file from its start to its end, as a player does."""
+    numbers = []
+    times = []
+    pictures = []
     with av.open(str(path)) as container:
         container.streams.video[0].codec_context.thread_count = 1
-        frames = [(frame.time, shown_picture(frame)) for frame in container.decode(video=0)]
-    times, pictures = zip(*frames, strict=True)
-    return Reference([number_of(picture) for picture in pictures], list(times), list(pictures))
+        for frame in container.decode(video=0):
+            picture = shown_picture(frame)
+            numbers.append(number_of(picture))
+            times.append(frame.time)
+            pictures.append(picture)
+    return Reference(numbers, times, pictures)
 
 
-def proof_faults(case: Case, reference: Reference) -> list[str]:
-    """Compare a sequential decode with what the case says, and with the colors drawn."""
+def check_reference(case: Case, reference: Reference) -> list[str]:
+    """Compare a sequential decode with the case, and with the colors drawn."""
     faults = []
     if reference.numbers != case.numbers:
         faults.append(f"shows {reference.numbers}, not {case.numbers}")
     if case.has_times:
-        apart = [
-            time - reference.times[0] - wanted
-            for time, wanted in zip(reference.times, case.seconds, strict=False)
-        ]
-        if max(map(abs, apart)) > 0.0015:  # MKV and WebM round to milliseconds
-            faults.append(f"times are up to {max(map(abs, apart)):.3f} s off")
-    off = max(np.abs(colors_of(picture) - COLORS).max() for picture in reference.pictures)
-    if off > 12:
-        faults.append(f"colors are up to {off:.0f} levels off")
+        first = reference.times[0]
+        pairs = zip(reference.times, case.seconds, strict=False)
+        largest = max(abs(time - first - expected) for time, expected in pairs)
+        if largest > TIME_TOLERANCE:
+            faults.append(f"times are up to {largest:.3f} s off")
+    differences = [np.abs(colors_of(picture) - COLORS).max() for picture in reference.pictures]
+    if max(differences) > DRAWN_TOLERANCE:
+        faults.append(f"colors are up to {max(differences):.0f} levels off")
     return faults
 
 
-def count_faults(case: Case, video) -> list[str]:
-    """Check the number of frames of an open video."""
-    wanted = len(case.numbers)
-    return [] if video.num_frames == wanted else [f"{video.num_frames} frames instead of {wanted}"]
+def check_count(case: Case, video) -> list[str]:
+    """Compare the number of frames of an open video with the case."""
+    expected = len(case.numbers)
+    if video.num_frames == expected:
+        return []
+    return [f"{video.num_frames} frames instead of {expected}"]
 
 
-def single_faults(case: Case, video, order: np.ndarray) -> list[str]:
-    """Read each frame of `order` alone, and check what it shows."""
-    seen, sizes = [], set()
+def check_single_frames(case: Case, video, order: np.ndarray) -> list[str]:
+    """Read the frame of each index of `order` on its own, and compare its number with the case."""
+    seen = []
+    sizes = set()
     for index in order:
         try:
             frame = video.read(np.array([index]))[0]
@@ -75,131 +94,168 @@ def single_faults(case: Case, video, order: np.ndarray) -> list[str]:
             seen.append(f"'{error}'")
             continue
         seen.append(number_of(frame))
-        sizes.add((frame.shape[1], frame.shape[0]))
-    faults = _wrong_numbers("alone", [case.numbers[i] for i in order], seen)
-    return faults + _wrong_sizes(case, sizes)
+        sizes.add(_size_of(frame))
+    expected = [case.numbers[index] for index in order]
+    return _number_faults("alone", expected, seen) + _size_faults(case, sizes)
 
 
-def _wrong_numbers(how: str, wanted: list[int], seen: list[int | str | None]) -> list[str]:
+def _size_of(picture: np.ndarray) -> tuple[int, int]:
+    """Return width and height of a picture (H, W, 3)."""
+    height, width, _ = picture.shape
+    return width, height
+
+
+def _number_faults(how: str, expected: list[int], seen: list[int | str | None]) -> list[str]:
     """Return how many frames show a wrong number, with the first few."""
-    wrong = {a: "garbage" if b is None else b for a, b in zip(wanted, seen, strict=True) if a != b}
-    count = sum(a != b for a, b in zip(wanted, seen, strict=True))
-    first = ", ".join(f"{a} shows {wrong[a]}" for a in sorted(wrong)[:4])
-    return [f"{how}: {count} of {len(wanted)} wrong ({first})"] if wrong else []
+    wrong = {}
+    count = 0
+    for expected_number, number in zip(expected, seen, strict=True):
+        if expected_number != number:
+            count += 1
+            wrong[expected_number] = "garbage" if number is None else number
+    if not wrong:
+        return []
+    examples = ", ".join(f"{number} shows {wrong[number]}" for number in sorted(wrong)[:4])
+    return [f"{how}: {count} of {len(expected)} wrong ({examples})"]
 
 
-def _wrong_sizes(case: Case, sizes: set[tuple[int, int]]) -> list[str]:
+def _size_faults(case: Case, sizes: set[tuple[int, int]]) -> list[str]:
     """Check that all frames have one size, in the proportions of the case."""
     if len(sizes) > 1:
         return [f"sizes vary: {sorted(sizes)}"]
-    right_width, right_height = case.size
+    expected_width, expected_height = case.size
     width, height = next(iter(sizes), case.size)
-    if abs(width / height * right_height / right_width - 1) > 0.03:
-        return [f"size {width}x{height}, which is not as {right_width}x{right_height}"]
+    proportion = width / height * expected_height / expected_width
+    if abs(proportion - 1) > 0.03:
+        return [f"size {width}x{height}, not in proportion to {expected_width}x{expected_height}"]
     return []
 
 
-def clip_indices(frames: int) -> list[np.ndarray]:
-    """Return clips (16,) at strides 1, 2, 4 and 7, at the start, amid and at the end.
+def matrix_clips(num_frames: int) -> list[np.ndarray]:
+    """Return clips (16,) at strides 1, 2, 4 and 7, at the start, inside and at the end.
 
-    A short video repeats its last frame.
+    A short video repeats its last frame. The first clip does not start at 0, if possible.
     """
     clips = []
     for stride in (1, 2, 4, 7):
-        spare = max(frames - 16 * stride, 0)
-        clips += [np.arange(16) * stride + first for first in sorted({spare // 3, spare, 0})]
-    return [clip.clip(0, frames - 1) for clip in clips[1:] + clips[:1]]  # the first is not at 0
+        slack = max(num_frames - CLIP_FRAMES * stride, 0)
+        for first in sorted({slack // 3, slack, 0}):
+            clip = np.arange(CLIP_FRAMES) * stride + first
+            clips.append(clip.clip(0, num_frames - 1))
+    return clips[1:] + clips[:1]
 
 
-def clip_faults(case: Case, video, reference: Reference) -> list[str]:
-    """Compare clips with the sequential decode: numbers exactly, colors to 3 levels (6 where pictures are scaled)."""
-    wanted, seen, off, sizes = [], [], 0.0, set()
-    for indices in clip_indices(len(case.numbers)):
+def check_clips(case: Case, video, reference: Reference) -> list[str]:
+    """Compare clips with the sequential decode: equal numbers, equal colors but for rounding."""
+    expected = []
+    seen = []
+    sizes = set()
+    largest = 0.0
+    for indices in matrix_clips(len(case.numbers)):
         for index, frame in zip(indices, video.read(indices), strict=True):
-            wanted.append(reference.numbers[index])
+            expected.append(reference.numbers[index])
             seen.append(number_of(frame))
-            off = max(off, np.abs(colors_of(frame) - colors_of(reference.pictures[index])).max())
-            sizes.add((frame.shape[1], frame.shape[0]))
-    faults = _wrong_numbers("in clips", wanted, seen) + _wrong_sizes(case, sizes)
-    scaled = sizes != {picture.shape[1::-1] for picture in reference.pictures}
-    if off > (6 if scaled else 3):
-        faults.append(f"colors up to {off:.0f} levels off in clips")
+            sizes.add(_size_of(frame))
+            differences = colors_of(frame) - colors_of(reference.pictures[index])
+            largest = max(largest, np.abs(differences).max())
+    faults = _number_faults("in clips", expected, seen) + _size_faults(case, sizes)
+    is_scaled = sizes != {_size_of(picture) for picture in reference.pictures}
+    if largest > (SCALED_TOLERANCE if is_scaled else DECODED_TOLERANCE):
+        faults.append(f"colors up to {largest:.0f} levels off in clips")
     return faults
 
 
-def reading_faults(
+def random_order(case: Case) -> np.ndarray:
+    """Return all frame indices of a case in a fixed random order."""
+    return np.random.default_rng(len(case.name)).permutation(len(case.numbers))
+
+
+def check_reader(
     case: Case, path: str, reference: Reference, decoder: str
 ) -> tuple[str, list[str]]:
-    """Read a file in all ways: the name of the class that did, and what was wrong."""
-    order = np.random.default_rng(len(case.name)).permutation(len(case.numbers))
+    """Read a file in all ways. Returns the name of the reader's class, and the faults."""
     try:
         with open_video(path, decoder) as video:
-            faults = count_faults(case, video) + single_faults(case, video, order)
-            return type(video).__name__, faults + clip_faults(case, video, reference)
+            faults = check_count(case, video)
+            faults += check_single_frames(case, video, random_order(case))
+            faults += check_clips(case, video, reference)
+            return type(video).__name__, faults
     except (ReadError, ValueError) as error:
         return "", [str(error)]
 
 
-def matrix_row(case: Case, folder: Path, decoders: tuple[str, ...]) -> str:
-    """Write one line of the table: the case, what it is, and what each decoder makes of it."""
-    cells = [case.name, case.what]
+def matrix_row(case: Case, folder: Path) -> str:
+    """Return one line of the table: the case, its description, and the result of each decoder."""
+    cells = [case.name, case.description]
     try:
-        path = str(write_case(case, folder))
+        path = write_case(case, folder)
     except NoEncoder as error:
-        return f"| {' | '.join(cells)} |" + f" not written: {error} |" * len(decoders)
-    reference = decode_in_sequence(path)
-    for decoder in decoders:
-        reader, faults = reading_faults(case, path, reference, decoder)
-        handed = "handed to PyAV" if decoder == "decord" and reader == "PyAVVideo" else "exact"
-        cells.append(faults[0] if faults else handed)
+        cells += [f"not written: {error}"] * len(DECODERS)
+        return f"| {' | '.join(cells)} |"
+    reference = decode_sequentially(path)
+    for decoder in DECODERS:
+        reader, faults = check_reader(case, str(path), reference, decoder)
+        if faults:
+            cells.append(faults[0])
+        elif decoder == "decord" and reader == "PyAVVideo":
+            cells.append("handed to PyAV")
+        else:
+            cells.append("exact")
     return f"| {' | '.join(cells)} |"
 
 
-def matrix_table(folder: Path, cases: tuple[Case, ...] | None = None) -> str:
-    """Make a Markdown table of what each decoder makes of each case; write files to a folder."""
-    lines = ["| case | what it is | pyav | decord |", "| --- | --- | --- | --- |"]
-    lines += [matrix_row(case, folder, ("pyav", "decord")) for case in cases or CASES]
+def matrix_table(folder: Path, cases: tuple[Case, ...] = CASES) -> str:
+    """Return a Markdown table with the results of all cases; writes their files into a folder."""
+    lines = ["| case | description | pyav | decord |", "| --- | --- | --- | --- |"]
+    lines += [matrix_row(case, folder) for case in cases]
     return "\n".join(lines) + "\n"
 
 
 class Skipping(NamedTuple):
-    """What `skip_frame = "NONREF"` for all packets but a wanted one does."""
+    """The effect of `skip_frame = "NONREF"` for all packets but a wanted one."""
 
     runs: int  # one for each shown frame, from the start of the file
     missing: int  # runs in which the wanted frame did not come out
-    wrong: int  # runs in which the wanted frame came out with another picture, or number
-    spoiled: int  # frames of any run with a picture that is not that of a full decode
-    skipped: float  # mean part of the frames that were not decoded: what skipping saves
+    wrong: int  # runs in which the wanted frame differed from a full decode
+    corrupt: int  # frames of any run that differed from a full decode
+    skipped: float  # mean share of the frames that were not decoded: the gain
 
 
-def _decoded(path: str, decoder: str, wanted: int | None) -> dict[int, np.ndarray]:
-    """Decode a file to {time stamp: picture}; all packets but `wanted` may be skipped."""
+def _decode_skipping(path: str, decoder: str, wanted: int | None) -> dict[int, np.ndarray]:
+    """Decode a file to {PTS: picture}; packets but `wanted` may be skipped (None: none may)."""
     with av.open(path) as container:
         stream = container.streams.video[0]
         codec = av.CodecContext.create(decoder, "r")
-        codec.extradata, codec.thread_count = stream.codec_context.extradata, 1
-        codec.width, codec.height = stream.width, stream.height
+        codec.extradata = stream.codec_context.extradata
+        codec.thread_count = 1
+        codec.width = stream.width
+        codec.height = stream.height
         frames = []
         for packet in container.demux(stream):
             if packet.size:
-                keep = wanted is None or packet.pts == wanted
-                codec.skip_frame = "DEFAULT" if keep else "NONREF"
+                needed = wanted is None or packet.pts == wanted
+                codec.skip_frame = "DEFAULT" if needed else "NONREF"
                 frames += codec.decode(packet)
         codec.skip_frame = "DEFAULT"
         frames += codec.decode(None)
     return {frame.pts: frame.to_ndarray(format="rgb24") for frame in frames}
 
 
-def skipping_evidence(path: str, decoder: str) -> Skipping:
+def measure_skipping(path: str, decoder: str) -> Skipping:
     """Want each frame in turn while others may be skipped; compare with the full decode."""
-    full = _decoded(path, decoder, None)
-    missing = wrong = spoiled = skipped = 0
-    for stamp, picture in full.items():
-        found = _decoded(path, decoder, stamp)
-        if stamp not in found:
+    full = _decode_skipping(path, decoder, None)
+    missing = 0
+    wrong = 0
+    corrupt = 0
+    skipped = 0.0
+    for pts, picture in full.items():
+        found = _decode_skipping(path, decoder, pts)
+        if pts not in found:
             missing += 1
-        elif not np.array_equal(found[stamp], picture):
+        elif not np.array_equal(found[pts], picture):
             wrong += 1
-        spoiled += sum(not np.array_equal(frame, full.get(at)) for at, frame in found.items())
+        for found_pts, found_picture in found.items():
+            if not np.array_equal(found_picture, full.get(found_pts)):
+                corrupt += 1
         skipped += 1 - len(found) / len(full)
-    return Skipping(len(full), missing, wrong, spoiled, skipped / len(full))
+    return Skipping(len(full), missing, wrong, corrupt, skipped / len(full))

@@ -1,0 +1,164 @@
+"""Samples depend on (seed, epoch, index, repeat) alone; unreadable files are replaced."""
+
+import numpy as np
+import pytest
+import torch
+from clip_dataset import SEED, clip_dataset
+from make_videos import write_folder, write_video
+
+from data import datasets
+from data.clips import frame_indices
+from data.datasets import PackedStrings, ViewDataset
+from data.decode import open_video
+from data.manifest import find_videos
+from data.transforms import view_transform
+from util.dist import UserError
+from util.seeds import derive_seed, fork_rng
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory):
+    """Return the paths of six videos."""
+    folder = write_folder(tmp_path_factory.mktemp("videos"), 6)
+    return find_videos([str(folder)], "--data_dirs")
+
+
+def read_window(path: str, indices: np.ndarray) -> torch.Tensor:
+    """Return frames (T, C, H, W) of a video, read alone."""
+    with open_video(path, "pyav", 64) as video:
+        return video.read_tensor(indices)
+
+
+def test_a_sample_has_the_documented_shapes(videos):
+    labels = [5, 4, 3, 2, 1, 0]
+    sample = clip_dataset(videos, labels=labels)[(1, 2)]
+    assert sample["clips"].shape == (2, 3, 4, 32, 32)
+    assert sample["clips"].dtype == torch.uint8
+    assert sample["noise"].shape == (2, 8)
+    assert sample["noise"].dtype == torch.float32
+    assert (sample["index"], sample["label"], sample["path"]) == (2, 3, videos[2])
+    assert sample["bad"] == []
+
+
+def test_draws_differ_between_epochs_repeats_and_seeds(videos):
+    data = clip_dataset(videos)
+    sample = data[(0, 3)]
+    assert torch.equal(sample["clips"], data[(0, 3)]["clips"])
+    assert not torch.equal(sample["clips"][0], sample["clips"][1])
+    assert not torch.equal(sample["clips"], data[(1, 3)]["clips"])
+    assert not torch.equal(sample["noise"], data[(1, 3)]["noise"])
+    other_seed = clip_dataset(videos, seed=SEED + 1)
+    assert not torch.equal(sample["noise"], other_seed[(0, 3)]["noise"])
+
+
+def test_repeats_of_a_window_share_one_decode(videos, monkeypatch):
+    reads = []
+
+    def open_counting_reads(*arguments):
+        video = open_video(*arguments)
+        read = video.read
+        video.read = lambda indices: reads.append(indices) or read(indices)
+        return video
+
+    monkeypatch.setattr(datasets, "open_video", open_counting_reads)
+    clip_dataset(videos, repeat_aug=4)[(0, 0)]
+    assert len(reads) == 1
+    reads.clear()
+    clip_dataset(videos, repeat_aug=4, repeat_windows=2)[(0, 5)]
+    assert len(reads) == 2
+    assert reads[0][0] != reads[1][0]
+
+
+def test_windows_that_do_not_divide_the_repeats_are_an_error(videos):
+    with pytest.raises(UserError, match="--repeat_windows 3"):
+        clip_dataset(videos, repeat_aug=4, repeat_windows=3)
+
+
+def test_a_video_is_closed_before_its_first_crop(videos, monkeypatch):
+    events = []
+
+    def open_recording_close(*arguments):
+        video = open_video(*arguments)
+        close = type(video).__exit__
+        monkeypatch.setattr(
+            type(video), "__exit__", lambda *rest: events.append("close") or close(*rest)
+        )
+        return video
+
+    monkeypatch.setattr(datasets, "open_video", open_recording_close)
+    data = clip_dataset(videos, repeat_aug=4, repeat_windows=2)
+    crop = data.transform
+    data.transform = lambda window: events.append("crop") or crop(window)
+    data[(0, 0)]
+    assert events == ["close"] + ["crop"] * 4
+
+
+def test_a_clip_draws_its_start_and_then_its_crop(videos):
+    data = clip_dataset(videos, repeat_aug=4, repeat_windows=2)
+    clips = data[(1, 5)]["clips"]
+    for repeat in range(4):
+        first_of_window = repeat - repeat % 2
+        with fork_rng(derive_seed(SEED, 1, 5, first_of_window)):
+            start = torch.rand(()).item()
+        with open_video(videos[5], "pyav", 64) as video:
+            num_frames, fps = video.num_frames, video.fps
+        indices = frame_indices(num_frames, fps, num_frames=4, sampling_rate=2, start=start)
+        window = read_window(videos[5], indices)
+        with fork_rng(derive_seed(SEED, 1, 5, repeat)):
+            torch.rand(())
+            assert torch.equal(clips[repeat], data.transform(window).transpose(0, 1))
+
+
+def test_clips_are_channels_last_in_memory(videos):
+    clips = clip_dataset(videos)[(0, 0)]["clips"]
+    assert clips.movedim(1, -1).is_contiguous()
+
+
+def test_unreadable_videos_are_replaced_and_reported(videos, tmp_path):
+    bad = tmp_path / "bad.mp4"
+    bad.write_text("no video")
+    data = clip_dataset([*videos, str(bad)])
+    sample = data[(0, 6)]
+    (path, reason), *_ = sample["bad"]
+    assert path == str(bad)
+    assert "not a video" in reason
+    assert sample["path"] in videos
+    assert torch.equal(sample["clips"], data[(0, 6)]["clips"])  # the same substitute again
+    assert clip_dataset([str(bad)])[(0, 0)]["clips"] is None
+
+
+def test_a_video_of_one_frame_repeats_it(tmp_path):
+    path = write_video(tmp_path / "one.mp4", frames=1)
+    clips = clip_dataset([str(path)])[(0, 0)]["clips"]
+    assert (clips == clips[:, :, :1]).all()
+
+
+def test_views_of_a_video_are_those_read_one_by_one(tmp_path):
+    path = str(write_video(tmp_path / "v.mp4", frames=40, size=(96, 64)))
+    transform = view_transform(32, 3)
+    data = ViewDataset(
+        paths=[path],
+        labels=[3],
+        num_frames=4,
+        sampling_rate=4,
+        target_fps=30,
+        decoder="pyav",
+        short_side=64,
+        num_views=5,
+        transform=transform,
+    )
+    sample = data[(0, 0)]
+    assert sample["clips"].shape == (15, 3, 4, 32, 32)
+    assert sample["label"] == 3
+    for view in range(5):
+        start = view * (24 // 4)  # 40 - 16 frames in four steps
+        indices = np.linspace(start, start + 15, 4).astype(int)
+        expected = transform(read_window(path, indices)).transpose(1, 2)
+        assert torch.equal(sample["clips"][3 * view : 3 * view + 3], expected)
+
+
+def test_packed_strings_are_a_list_of_strings():
+    names = ["/a/b.mp4", "", "/ü/ö.mkv", "x" * 300]
+    packed = PackedStrings(names)
+    assert len(packed) == 4
+    assert [packed[index] for index in range(4)] == names

@@ -1,0 +1,40 @@
+"""Backward passes and updates with losses and gradients that are not finite (T14)."""
+
+import pytest
+import torch
+
+from util.optim import backward, make_optimizer, update
+
+SCALER = torch.amp.GradScaler("cpu", enabled=False)
+
+
+def test_t14_a_nonfinite_loss_makes_even_finite_gradients_nan():
+    weight = torch.ones(3, requires_grad=True)
+    backward((weight * 2).sum() + torch.inf, SCALER, 1)
+    assert weight.grad.isnan().all()
+
+
+def test_a_finite_loss_is_divided_by_the_accumulation():
+    weight = torch.ones(3, requires_grad=True)
+    backward((weight * 2).sum(), SCALER, 2)
+    assert torch.equal(weight.grad, torch.ones(3))
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_t14_a_nonfinite_gradient_skips_the_update(bad):
+    weight = torch.nn.Parameter(torch.ones(3))
+    groups = [{"params": [weight], "weight_decay": 0.1, "lr_scale": 1.0}]
+    optimizer = make_optimizer(groups, [weight], betas=(0.9, 0.95))
+    optimizer.param_groups[0]["lr"] = 0.1
+    weight.grad = torch.tensor([1.0, bad, 1.0])
+    norm, skipped = update(optimizer, SCALER, clip_grad=1.0)
+    assert not norm.isfinite()
+    assert skipped == 1
+    assert torch.equal(weight, torch.ones(3))
+    assert weight.grad is None
+    weight.grad = torch.ones(3)
+    norm, skipped = update(optimizer, SCALER, clip_grad=1.0)
+    assert norm == pytest.approx(3**0.5)
+    assert skipped == 0
+    assert (weight < 1).all()
+    assert optimizer.state[weight]["step"] == 1
