@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV ?= .venv
 CONSTRAINTS ?= /dev/null
 
-# make demo PY=python: an interpreter that has the packages already, so no environment is made.
+# make demo PY=python uses an interpreter that has the packages, and makes no environment.
 ifndef PY
 PY := $(VENV)/bin/python
 ENVIRONMENT := $(VENV)/.stamp
@@ -14,26 +14,26 @@ help:  ## list the targets
 $(VENV)/.stamp: requirements.txt requirements-dev.txt
 	@command -v $(PYTHON) > /dev/null || { echo "error: no $(PYTHON) here: install Python 3.10 or newer, or name one (make demo PYTHON=python3.12)" >&2; exit 2; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "error: $$($(PYTHON) --version) is too old: install Python 3.10 or newer, or name one (make demo PYTHON=python3.12)" >&2; exit 2; }
-	@$(PYTHON) -c 'import ensurepip, venv' 2> /dev/null || { echo "error: $(PYTHON) cannot make environments: install its venv module (Debian, Ubuntu: apt-get install python3-venv)" >&2; exit 2; }
-	@echo "installing the packages into $(VENV), once: a few minutes, 5.6 GB"
+	@$(PYTHON) -c 'import ensurepip, venv' 2> /dev/null || { echo "error: $(PYTHON) cannot create environments: install its venv module (Debian, Ubuntu: apt-get install python3-venv)" >&2; exit 2; }
+	@echo "installing the packages into $(VENV) (once; a few minutes, 5.6 GB)"
 	@$(PYTHON) -m venv $(VENV)
 	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt -c $(CONSTRAINTS)
 	@touch $@
 
-demo: $(ENVIRONMENT)  ## show in five minutes what the method does; all files go to demo/
+demo: $(ENVIRONMENT)  ## run the five-minute demo; all files go to demo/
 	@OMP_NUM_THREADS=1 $(PY) examples/demo.py
 
 test: $(ENVIRONMENT)  ## run the quick tests (CPU)
 	$(PY) -m pytest -q -m "not slow"
 
-test-all: $(ENVIRONMENT)  ## run all tests (CPU), those of minutes too
+test-all: $(ENVIRONMENT)  ## run all tests (CPU), slow ones included
 	$(PY) -m pytest -q
 
-test-oldest:  ## run the quick tests on the oldest Python and packages that the requirements admit
+test-oldest:  ## run the quick tests with the oldest Python and packages that the requirements admit
 	$(MAKE) in-new-environment VENV=.venv-oldest CONSTRAINTS=requirements-oldest.txt \
 		PYTHON="$$($(PYTHON) .ci/find_python.py 3.10)"
 
-test-newest:  ## run the quick tests on the newest Python that is found, with the newest packages
+test-newest:  ## run the quick tests with the newest Python found and the newest packages
 	PIP_CONFIG_FILE=/dev/null $(MAKE) in-new-environment VENV=.venv-newest \
 		PYTHON="$$($(PYTHON) .ci/find_python.py newest)"
 
@@ -41,11 +41,13 @@ in-new-environment:
 	rm -rf $(VENV)
 	trap 'rm -rf $(VENV)' EXIT; $(MAKE) test
 
-lint: $(ENVIRONMENT)  ## check the style
+lint: $(ENVIRONMENT)  ## check style and formatting
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+	$(PY) -m codespell_lib .
 
-bench: $(ENVIRONMENT)  ## measure; tables go to benchmarks/results/
+bench: $(ENVIRONMENT)  ## time a training step; tables go to benchmarks/results/
 	$(PY) benchmarks/train_step.py
 	$(PY) benchmarks/static_clip.py --batch 1
 

@@ -1,8 +1,8 @@
-"""Print the path of a Python interpreter that can make environments, found on PATH or by pyenv.
+"""Print the path of a Python interpreter that can create environments, from PATH or pyenv.
 
 python .ci/find_python.py 3.10          this minor version
-python .ci/find_python.py newest        the newest, of 3.10 on
-python .ci/find_python.py newest-other  the newest whose minor version is not that of this one
+python .ci/find_python.py newest        the newest version, 3.10 or newer
+python .ci/find_python.py newest-other  the newest with another minor version than this interpreter
 """
 
 import os
@@ -21,7 +21,7 @@ PROBE = (
 
 
 def candidates() -> list[str]:
-    """Return the interpreters of PATH, then those of pyenv, if there is one."""
+    """Return the paths of the interpreters on PATH, then of those of pyenv, if it is installed."""
     found = []
     for folder in os.environ.get("PATH", "").split(os.pathsep):
         if os.path.isdir(folder):
@@ -35,16 +35,18 @@ def candidates() -> list[str]:
 
 
 def output(command: list[str]) -> str:
-    """Return what a command prints, "" if it fails."""
+    """Return the output of a command, "" if the command fails."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     except OSError:
         return ""
-    return done.stdout if done.returncode == 0 else ""
+    if done.returncode != 0:
+        return ""
+    return done.stdout
 
 
 def usable() -> dict[tuple[int, int], str]:
-    """Return the interpreters by version, the first of each; those that cannot make environments are left out."""
+    """Return the first interpreter of each version that can create environments."""
     found: dict[tuple[int, int], str] = {}
     for path in candidates():
         numbers = output([path, "-c", PROBE]).split()
@@ -56,17 +58,16 @@ def usable() -> dict[tuple[int, int], str]:
 
 def main() -> None:
     """Print the path. Exit with one line and code 1 if there is none."""
-    wanted, found = sys.argv[1], usable()
+    wanted = sys.argv[1]
+    found = usable()
+    versions = set(found)
     if wanted == "newest-other":
-        found = {
-            version: path for version, path in found.items() if version != sys.version_info[:2]
-        }
-    if not wanted.startswith("newest"):
-        version = tuple(map(int, wanted.split(".")))
-        found = {version: found[version]} if version in found else {}
-    if not found:
+        versions.discard(sys.version_info[:2])
+    elif wanted != "newest":
+        versions &= {tuple(map(int, wanted.split(".")))}
+    if not versions:
         sys.exit(f"no Python ({wanted}) with the modules venv and ensurepip on PATH or in pyenv")
-    print(found[max(found)])
+    print(found[max(versions)])
 
 
 if __name__ == "__main__":
