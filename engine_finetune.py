@@ -282,9 +282,7 @@ def train(
             batches = checkpointer.stop_between_batches(val_data.batches())
             scores = evaluate(model, batches, args.batch_size_per_gpu, prepare, amp)
             keep_best(scores, val_data, checkpointer, record["train_acc1"])
-            record["test_loss"] = scores.loss
-            record["test_acc1"] = scores.acc1
-            record["test_acc5"] = scores.acc5
+            record |= {"test_loss": scores.loss, "test_acc1": scores.acc1, "test_acc5": scores.acc5}
             record["unreadable_samples"] = checkpointer.bad_files.gather()
             checkpointer.end_epoch(record, args.checkpoint_period)
     checkpointer.logger.close()

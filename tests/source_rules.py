@@ -26,6 +26,7 @@ MAX_PARAMETERS = 6  # keyword-only constructors of models and data sets excepted
 MAX_TEST_NAME = 60 + len("test_")
 REPEATED_LINES = 8
 REPEATED_TOKENS = 40
+Span = tuple[tuple[int, int], tuple[int, int]]  # (line, column) of the start and of the end
 NO_CODE = {
     tokenize.COMMENT,
     tokenize.NL,
@@ -117,8 +118,7 @@ def _call_faults(name: str, node: ast.Call) -> list[str]:
 
 def code_tokens(source: str) -> int:
     """Return the number of tokens of a piece of code, without comments and docstrings."""
-    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
-    count = sum(token.type not in NO_CODE for token in tokens)
+    count = len(token_strings(source, skipped=[]))
     documented = (ast.Module, ast.ClassDef, ast.FunctionDef)
     nodes = [node for node in ast.walk(ast.parse(source)) if isinstance(node, documented)]
     return count - sum(ast.get_docstring(node) is not None for node in nodes)
@@ -180,7 +180,7 @@ def telling_lines(source: str) -> list[str]:
 
 def telling_tokens(source: str) -> list[str]:
     """Return the tokens of all code but imports, signatures, docstrings and values passed on."""
-    skipped: list[tuple[tuple[int, int], tuple[int, int]]] = []
+    skipped: list[Span] = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, (ast.Import, ast.ImportFrom)) or _is_text(node):
             skipped.append(_span(node))
@@ -189,12 +189,24 @@ def telling_tokens(source: str) -> list[str]:
             skipped.append((start, (node.body[0].lineno, node.body[0].col_offset)))
         elif isinstance(node, ast.AnnAssign) or _is_passed_on(node):
             skipped.append(_span(node))
-    tokens = []
+    return token_strings(source, skipped)
+
+
+def token_strings(source: str, skipped: list[Span]) -> list[str]:
+    """Return the tokens outside the skipped spans; an f-string is one token on every Python."""
+    strings = []
+    open_fstrings = 0
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        name = tokenize.tok_name[token.type]
+        if name == "FSTRING_END":
+            open_fstrings -= 1
         inside = any(start <= token.start < end for start, end in skipped)
-        if token.type not in NO_CODE and not inside:
-            tokens.append(token.string)
-    return tokens
+        parts_of_fstring = open_fstrings > 0 or name == "FSTRING_END"
+        if token.type not in NO_CODE and not inside and not parts_of_fstring:
+            strings.append(token.string)
+        if name == "FSTRING_START":
+            open_fstrings += 1
+    return strings
 
 
 def _is_text(node: ast.AST) -> bool:
@@ -207,7 +219,7 @@ def _is_passed_on(node: ast.AST) -> bool:
     return isinstance(node, ast.keyword) and isinstance(node.value, (ast.Name, ast.Attribute))
 
 
-def _span(node: ast.AST) -> tuple[tuple[int, int], tuple[int, int]]:
+def _span(node: ast.AST) -> Span:
     return (node.lineno, node.col_offset), (node.end_lineno, node.end_col_offset)
 
 
