@@ -133,3 +133,26 @@ def test_flags_of_one_process_are_the_result():
     assert any_rank.now(True, False) == [True, False]
     assert any_rank.deferred(False, True) == [False, True]
     any_rank.drain()
+
+
+def test_an_output_path_that_cannot_be_made_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    program = f"""
+import sys
+from pathlib import Path
+sys.path.insert(0, {str(ROOT)!r})
+from util.dist import run_script
+run_script(lambda: Path({str(tmp_path / "file" / "runs")!r}).mkdir(parents=True))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert done.stderr.startswith(f"error: {tmp_path / 'file'}")
+
+
+def test_other_errors_of_the_system_keep_their_traceback():
+    def fail() -> None:
+        raise ConnectionResetError("peer")
+
+    with pytest.raises(ConnectionResetError):
+        dist.run_script(fail)

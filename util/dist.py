@@ -5,6 +5,7 @@ either there is one process. All printing goes through this module. `UserError` 
 user error: one line on stderr, then exit code 2.
 """
 
+import errno
 import os
 import sys
 from collections.abc import Callable
@@ -18,6 +19,16 @@ from util import preemption
 
 Item = TypeVar("Item")  # any picklable object
 
+PATH_ERRORS = (  # what the system reports for a path that a user has given
+    errno.EACCES,
+    errno.EEXIST,
+    errno.EISDIR,
+    errno.ENOENT,
+    errno.ENOSPC,
+    errno.ENOTDIR,
+    errno.EPERM,
+    errno.EROFS,
+)
 OWN_PACKAGES = ("util", "data", "tools")
 GROUP_TIMEOUT = timedelta(minutes=10)
 PEAK_TFLOPS = {  # dense bf16 or fp16, from the datasheets of the SXM boards
@@ -338,8 +349,8 @@ def on_rank0(function: Callable[[], Item]) -> Item:
 def run_script(main: Callable[[], object]) -> None:
     """Run a script's `main()` and exit with a code.
 
-    A UserError or a missing package becomes one line on stderr and exit code 2, Ctrl-C exit
-    code 130.
+    A UserError, a missing package and a path that cannot be used become one line on stderr and
+    exit code 2, Ctrl-C exit code 130.
     """
     try:
         main()
@@ -353,6 +364,14 @@ def run_script(main: Callable[[], object]) -> None:
             raise
         print_rank(
             f"error: the package {package} is not installed. Run: pip install -r requirements.txt"
+        )
+        sys.exit(2)
+    except OSError as error:
+        if error.errno not in PATH_ERRORS or error.filename is None:
+            raise
+        print_rank(
+            f"error: {error.filename} cannot be used ({error.strerror}). "
+            "Check the path and its permissions, or give another one."
         )
         sys.exit(2)
     except KeyboardInterrupt:
