@@ -46,6 +46,13 @@ METRICS = (
 )  # `micro_step` returns two; `apply_update` appends grad_norm
 
 
+class Split(NamedTuple):
+    """Paths and labels of the training or validation samples."""
+
+    paths: list[str]
+    labels: list[int]  # class indices
+
+
 class EvalData(NamedTuple):
     """The samples that a finetuning script evaluates."""
 

@@ -15,7 +15,6 @@ The same command resumes an interrupted run (--resume auto). More: docs/finetuni
 
 import argparse
 from pathlib import Path
-from typing import NamedTuple
 
 import engine_finetune
 from data.datasets import ClipDataset, ViewDataset
@@ -32,20 +31,13 @@ from data.manifest import (
 from data.samplers import EpochSampler
 from data.transforms import decode_short_side, train_transform, view_transform
 from data.video_index import copy_index, load_index
-from engine_finetune import EvalData, TrainData
+from engine_finetune import EvalData, Split, TrainData
 from util import args as flags
 from util import dist
 from util.cli import positive_int
 from util.dist import DistEnv, UserError, print0
 from util.pixels import VIDEO_MEAN, VIDEO_STD
 from util.train_state import dataset_fingerprint
-
-
-class Split(NamedTuple):
-    """Paths and labels of the training or validation videos."""
-
-    paths: list[str]
-    labels: list[int]  # class indices
 
 
 def get_parser() -> flags.ScriptParser:
@@ -98,19 +90,14 @@ def labeled_videos(folder: str, manifest: str, kind: str) -> tuple[list[str], li
     return paths, labels
 
 
-def manifest_path(args: argparse.Namespace, kind: str) -> Path:
-    """Return the path of the run's own manifest; kind: "train" or "val"."""
-    return Path(args.datafile_dir, f"{args.save_prefix}_{kind}.csv")
-
-
 def list_videos(args: argparse.Namespace, saved: dict | None) -> tuple[Split, Split, list[str]]:
     """Return training videos, validation videos and the class names. Call on one rank.
 
     saved: the config of the checkpoint that is evaluated or resumed; its classes are kept. The run
     saves its lists as manifests, which a resumed run reads instead of the folders.
     """
-    train_manifest = manifest_path(args, "train")
-    val_manifest = manifest_path(args, "val")
+    train_manifest = flags.manifest_path(args, "train")
+    val_manifest = flags.manifest_path(args, "val")
     source = args.val_dir or args.val_csv or str(val_manifest)
     if args.eval:
         assert saved is not None  # --eval has found a checkpoint
@@ -147,7 +134,7 @@ def build_eval_data(
     """Return the views of the validation videos: one each, with --eval windows x crops."""
     clips = args.test_num_clips if args.eval else 1
     crops = args.test_num_crops if args.eval else 1
-    manifest = args.val_csv if args.eval else manifest_path(args, "val")
+    manifest = args.val_csv if args.eval else flags.manifest_path(args, "val")
     dataset = ViewDataset(
         paths=val.paths,
         labels=val.labels,
@@ -197,7 +184,7 @@ def build_train_data(args: argparse.Namespace, env: DistEnv, train: Split) -> Tr
             flags.augmentation(args),
         ),
         short_side=args.short_side or decode_short_side(args.img_size),
-        known=load_index(manifest_path(args, "train"), train.paths),
+        known=load_index(flags.manifest_path(args, "train"), train.paths),
     )
     return TrainData(
         fingerprint=dataset_fingerprint(train.paths, train.labels),

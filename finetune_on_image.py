@@ -13,7 +13,6 @@ The same command resumes an interrupted run (--resume auto). More: docs/finetuni
 
 import argparse
 from pathlib import Path
-from typing import NamedTuple
 
 import engine_finetune
 from data.datasets import SUBSTITUTES, ImageDataset
@@ -28,20 +27,13 @@ from data.manifest import (
 )
 from data.samplers import EpochSampler
 from data.transforms import image_transform
-from engine_finetune import EvalData, TrainData
+from engine_finetune import EvalData, Split, TrainData
 from util import args as flags
 from util import dist
 from util.cli import fraction
 from util.dist import DistEnv, UserError, print0
 from util.pixels import IMAGE_MEAN, IMAGE_STD
 from util.train_state import dataset_fingerprint
-
-
-class Split(NamedTuple):
-    """Paths and labels of the training or validation images."""
-
-    paths: list[str]
-    labels: list[int]  # class indices
 
 
 def get_parser() -> flags.ScriptParser:

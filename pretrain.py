@@ -160,16 +160,11 @@ def video_paths(args: argparse.Namespace, kind: str, resuming: bool) -> list[str
 
     Rank 0 lists them in the run's own manifest; a resumed run reads it instead of the folders.
     """
-    manifest = manifest_path(args, kind)
+    manifest = flags.manifest_path(args, kind)
     if not (resuming and manifest.exists()):
         dist.on_rank0(lambda: save_manifest(args, kind))
     paths, _ = read_manifest(manifest)
     return paths
-
-
-def manifest_path(args: argparse.Namespace, kind: str) -> Path:
-    """Return the path of the run's own manifest; kind: "train" or "val"."""
-    return Path(args.datafile_dir, f"{args.save_prefix}_{kind}.csv")
 
 
 def save_manifest(args: argparse.Namespace, kind: str) -> None:
@@ -182,7 +177,7 @@ def save_manifest(args: argparse.Namespace, kind: str) -> None:
         csv = args.val_csv
         paths = find_paths(args.val_dirs, csv, "--val_dirs")
         kept = paths
-    manifest = manifest_path(args, kind)
+    manifest = flags.manifest_path(args, kind)
     write_manifest(manifest, kept)
     copy_index(csv, manifest, kept)
     print0(f"{len(kept)} of {len(paths)} videos, listed in {manifest}")
@@ -247,7 +242,7 @@ def build_data(
             args.color_jitter,
         ),
         short_side=args.short_side or decode_short_side(args.img_size),
-        known=load_index(manifest_path(args, "train"), paths),
+        known=load_index(flags.manifest_path(args, "train"), paths),
     )
     sampler = EpochSampler(
         len(dataset),

@@ -7,6 +7,7 @@ The groups "model", "optimization" and "data" hold the flags that may change res
 import argparse
 import math
 import os
+from pathlib import Path
 
 import torch
 
@@ -498,6 +499,11 @@ def resolve_compile(args: argparse.Namespace, device: torch.device) -> None:
     """Set the default of --compile, which depends on the device: on with CUDA."""
     if args.compile is None:
         args.compile = device.type == "cuda"
+
+
+def manifest_path(args: argparse.Namespace, kind: str) -> Path:
+    """Return the path of the run's own manifest; kind: "train" or "val"."""
+    return Path(args.datafile_dir, f"{args.save_prefix}_{kind}.csv")
 
 
 def total_steps(args: argparse.Namespace, updates_per_epoch: int) -> int:

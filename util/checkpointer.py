@@ -10,7 +10,7 @@ import torch
 from util import checkpoint, preemption, resume
 from util.bad_files import BadFiles
 from util.dist import UserError, on_rank0, print0, rank
-from util.logger import RunLogger
+from util.logger import RunLogger, writing_to
 from util.train_state import TrainState
 
 
@@ -83,16 +83,11 @@ class Checkpointer:
     def _prepare_folder(self) -> None:
         """Lock the run and remove partial files left by a crash."""
         files = self.logger.files
-        try:
+        with writing_to(files.folder):
             files.folder.mkdir(parents=True, exist_ok=True)
             resume.lock_run(files)
             for path in (files.checkpoint, files.best):
                 checkpoint.remove_stale_tmp(path)
-        except OSError as error:
-            raise UserError(
-                f"cannot write to {files.folder} ({error.strerror}): "
-                "make room, or give another --output_dir"
-            ) from error
 
     def save_or_stop_if_due(self) -> None:
         """Stop or save after an update if any rank wants to. Call on every rank.

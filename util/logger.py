@@ -65,18 +65,13 @@ class RunLogger:
         import torch.utils.tensorboard  # noqa: F401
 
         folder = self.files.folder
-        try:
+        with writing_to(folder):
             folder.mkdir(parents=True, exist_ok=True)
             if step is not None:
                 self.files.marker.unlink(missing_ok=True)
                 self._trim_log(step, epoch_is_open)
             text = json.dumps(flags, indent=2, sort_keys=True) + "\n"
             replace_text(self.files.path("_args.json"), text)
-        except OSError as error:
-            raise UserError(
-                f"cannot write to {folder} ({error.strerror}): "
-                "make room, or give another --output_dir"
-            ) from error
         self.purge_step = step + 1 if step else None
 
     def _trim_log(self, step: int, epoch_is_open: bool) -> None:
@@ -222,6 +217,17 @@ class RunLogger:
         if self.writer is not None:
             with self.warn_on_oserror("to TensorBoard"):
                 self.writer.close()
+
+
+@contextlib.contextmanager
+def writing_to(folder: Path) -> Iterator[None]:
+    """Turn an OSError in the block into a UserError about --output_dir."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"cannot write to {folder} ({error.strerror}): make room, or give another --output_dir"
+        ) from error
 
 
 def progress_line(
