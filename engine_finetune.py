@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data.transforms import make_mixup, random_erasing_
-from models_vit import VisionTransformer, named_size
+from models_vit import VisionTransformer, named_size, normalize
 from util import checkpoint, dist, pictures, preemption, resume
 from util.args import make_schedule, resolve_compile
 from util.bad_files import BadFiles
@@ -33,7 +33,6 @@ from util.optim import (
     finetune_param_groups,
     make_optimizer,
 )
-from util.pixels import normalize
 from util.pretrained import load_pretrained
 from util.seeds import DROPOUT_STREAM, derive_seed
 from util.train_loop import MicroStep, train_one_epoch

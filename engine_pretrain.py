@@ -27,7 +27,7 @@ from util.optim import (
     make_optimizer,
     pretrain_param_groups,
 )
-from util.pixels import VIDEO_MEAN, VIDEO_STD, normalize
+from util.pixels import VIDEO_MEAN, VIDEO_STD
 from util.train_loop import train_one_epoch
 from util.train_state import TrainState, dataset_fingerprint
 
@@ -64,7 +64,6 @@ def micro_step(
     """
     clips = batch["clips"].flatten(0, 1)  # (B R, C, T, H, W)
     noise = batch["noise"].flatten(0, 1)  # (B R, L)
-    clips = normalize(clips, VIDEO_MEAN, VIDEO_STD)
     with autocast(clips.device, amp):
         loss, _, _ = model(clips, args.mask_ratio, args.mask_type, noise)
     backward(loss, scaler, args.accum_iter)

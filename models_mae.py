@@ -11,7 +11,7 @@ Feichtenhofer et al. 2022, arXiv 2205.09113; He et al. 2021, arXiv 2111.06377.
 import torch
 from torch import Tensor, nn
 
-from models_vit import Block, VideoEncoder, block_flops, patchify, prepend_token
+from models_vit import Block, Linear, VideoEncoder, block_flops, pad_tokens, patchify, prepend_token
 
 MASK_TYPES = ("random", "tube", "temporal", "boundary")
 
@@ -147,7 +147,7 @@ class MaskedAutoencoderViT(VideoEncoder):
             self.register_parameter(name, self._parameters.pop(name))
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
         self.add_positions("decoder_", width)
-        self.decoder_embed = nn.Linear(c["embed_dim"], width)
+        self.decoder_embed = Linear(c["embed_dim"], width)
         num_heads = c["decoder_num_heads"]
         qkv_bias = not c["no_qkv_bias"]
         self.decoder_blocks = nn.ModuleList(
@@ -156,7 +156,7 @@ class MaskedAutoencoderViT(VideoEncoder):
         )
         self.decoder_norm = nn.LayerNorm(width, eps=1e-6)
         num_values = self.pred_frames_per_tubelet * self.patch_size**2 * 3  # P
-        self.decoder_pred = nn.Linear(width, num_values)
+        self.decoder_pred = Linear(width, num_values)
 
     def check_mask(self, mask_ratio: float, mask_type: str) -> None:
         """Raise ValueError for a mask that this model cannot make."""
@@ -183,29 +183,43 @@ class MaskedAutoencoderViT(VideoEncoder):
         return self.training_flops(visible) + decoder + decoder_embed + decoder_pred
 
     def compile_parts(self) -> None:
-        """Compile the blocks and the loss in place."""
+        """Compile the embeddings, the blocks and the prediction with its loss in place."""
         super().compile_parts()
-        compiled = torch.compile(self.reconstruction_loss, fullgraph=True, dynamic=False)
-        self.reconstruction_loss = compiled  # type: ignore[method-assign]
+        self.compile_method("embed_for_decoder")
+        self.compile_method("predict_hidden")
 
-    def decode(self, latent: Tensor, visible: Tensor, hidden: Tensor) -> Tensor:
-        """Return the decoder's output for all tokens, visible ones first: (B, V + K, E).
+    def embed_for_decoder(
+        self, x: Tensor, delta: Tensor, visible: Tensor, hidden: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return the decoder's positions and its tokens without them, each (B, [1 +] V + K, E).
 
-        latent: (B, [1 +] V, D), after the norm; visible, hidden: as `make_mask` returns them. The
-        tokens are not sorted: each one carries its position, and attention ignores the order.
+        Visible tokens come first. They are not sorted: each one carries its position, and attention
+        ignores the order. x + delta: the encoder's output (B, [1 +] V, D), before the norm.
+        visible, hidden: as `make_mask` returns them.
         """
         first_patch = int(self.cls_embed)
+        latent = self.norm(x + delta)[:, first_patch:]
         positions, class_position = self.positions("decoder_")
-        x = self.decoder_embed(latent[:, first_patch:]) + positions[visible]
         masked = self.mask_token + positions[hidden]
-        x = torch.cat([x, masked.to(x.dtype)], dim=1)
+        x = torch.cat([positions[visible], masked], dim=1)
         if class_position is not None:
             x = prepend_token(self.decoder_cls_token + class_position, x)
-        return self.run_blocks(self.decoder_blocks, x)[:, first_patch:]
+        tokens = pad_tokens(self.decoder_embed(latent), first_patch, hidden.shape[1])
+        return x, tokens
 
     def predict(self, x: Tensor) -> Tensor:
         """Return the pixels (B, N, P) of decoder tokens (B, N, E)."""
         return self.decoder_pred(self.decoder_norm(x))
+
+    def predict_hidden(
+        self, x: Tensor, delta: Tensor, clips: Tensor, hidden: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return the mean squared error (scalar) and the pixels (B, K, P) of the hidden tokens.
+
+        x + delta: the decoder's output (B, [1 +] V + K, E).
+        """
+        pred = self.predict((x + delta)[:, -hidden.shape[1] :])
+        return self.squared_errors(pred, clips, hidden).mean(), pred
 
     def target_frames(self, clips: Tensor) -> Tensor:
         """Return the frames to predict (B, C, pred_t_dim, H, W) of clips (B, C, T, H, W).
@@ -230,7 +244,9 @@ class MaskedAutoencoderViT(VideoEncoder):
         arXiv 2111.06377, section 3 ("Reconstruction target").
         """
         frames = self.target_frames(clips)
-        values = patchify(frames, self.pred_frames_per_tubelet, self.patch_size, ids)
+        values = self.normalize(
+            patchify(frames, self.pred_frames_per_tubelet, self.patch_size, ids)
+        )
         values = values.permute(0, 1, 3, 4, 5, 2).flatten(2)  # (B, N, C, u, p, p) -> (B, N, P)
         values = values.to(torch.promote_types(values.dtype, torch.float32))
         if not self.norm_pix_loss:
@@ -240,32 +256,30 @@ class MaskedAutoencoderViT(VideoEncoder):
         std = (values.var(dim=2, keepdim=True) + 1e-6).sqrt()
         return (values - mean) / std, mean, std
 
-    def reconstruction_loss(self, pred: Tensor, clips: Tensor, hidden: Tensor) -> Tensor:
-        """Return the mean squared error (scalar) of the hidden tokens' pixels pred (B, K, P).
+    def squared_errors(self, pred: Tensor, clips: Tensor, hidden: Tensor) -> Tensor:
+        """Return the squared error (B, K, P) of each predicted value of the hidden tokens.
 
         It is computed in float32 or wider.
         """
-        return self.squared_errors(pred, clips, hidden).mean()
-
-    def squared_errors(self, pred: Tensor, clips: Tensor, hidden: Tensor) -> Tensor:
-        """Return the squared error (B, K, P) of each predicted value of the hidden tokens."""
         target, _, _ = self.patch_targets(clips, hidden)
         return (pred.to(target.dtype) - target).square()
 
     def encode_and_decode(
         self, clips: Tensor, mask_ratio: float, mask_type: str, noise: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Mask the clips, encode what is visible, and decode all tokens.
 
         noise: (B, L) float32 for `make_mask`, drawn here if None; in training the data set draws
-        it. Returns decoder tokens (B, V + K, E), and the indices of the visible tokens (B, V) and
-        the hidden ones (B, K).
+        it. Returns x and delta of the decoder's tokens, each (B, [1 +] V + K, E), and the indices
+        of the visible tokens (B, V) and the hidden ones (B, K).
         """
         if noise is None:
             noise = torch.rand(len(clips), self.num_tokens, device=clips.device)
         visible, hidden = make_mask(noise, self.grid, mask_ratio, mask_type)
-        latent = self.norm(self.encode(clips, visible))
-        return self.decode(latent, visible, hidden), visible, hidden
+        x, delta = self.run_blocks(self.blocks, *self.embed(clips, visible))
+        x, delta = self.embed_for_decoder(x, delta, visible, hidden)
+        x, delta = self.run_blocks(self.decoder_blocks, x, delta)
+        return x, delta, visible, hidden
 
     def forward(  # type: ignore[override]  # besides clips it takes a mask
         self,
@@ -276,12 +290,12 @@ class MaskedAutoencoderViT(VideoEncoder):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Mask, encode, decode, and compare with the pixels of the hidden tokens.
 
-        clips: (B, C, T, H, W) float; noise: see `encode_and_decode`. Returns loss (scalar), pred
-        (B, K, P) of the hidden tokens in token order, and mask (B, L) bool, True = hidden.
+        clips: (B, C, T, H, W) float, or uint8 with `pixel_stats` set. noise: see
+        `encode_and_decode`. Returns loss (scalar), pred (B, K, P) of the hidden tokens in token
+        order, and mask (B, L) bool, True = hidden.
         """
-        decoded, visible, hidden = self.encode_and_decode(clips, mask_ratio, mask_type, noise)
-        pred = self.predict(decoded[:, visible.shape[1] :])
-        loss = self.reconstruction_loss(pred, clips, hidden)
+        x, delta, visible, hidden = self.encode_and_decode(clips, mask_ratio, mask_type, noise)
+        loss, pred = self.predict_hidden(x, delta, clips, hidden)
         return loss, pred, hidden_mask(visible, self.num_tokens)
 
     @torch.no_grad()
@@ -299,7 +313,8 @@ class MaskedAutoencoderViT(VideoEncoder):
         nothing. With norm_pix_loss the predicted patches get the mean and std of the true patches;
         true_statistics=False leaves them as predicted, with mean 0 and std 1.
         """
-        decoded, visible, hidden = self.encode_and_decode(clips, mask_ratio, mask_type, noise)
+        x, delta, visible, hidden = self.encode_and_decode(clips, mask_ratio, mask_type, noise)
+        decoded = (x + delta)[:, int(self.cls_embed) :]
         ids_restore = torch.cat([visible, hidden], dim=1).argsort(dim=1)  # (B, L)
         decoded = decoded.gather(1, ids_restore[:, :, None].expand_as(decoded))
         pred = self.predict(decoded).float()

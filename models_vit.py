@@ -42,6 +42,9 @@ SDPA_BACKENDS = {  # --attn: the kernels that PyTorch may use, in order of prior
 }
 
 
+PixelStats = tuple[tuple[float, ...], tuple[float, ...]]  # mean and std of each color
+
+
 def named_size(name: str, patch_size: int | None = None) -> dict[str, int]:
     """Return the constructor arguments of a model name such as "vit_large_patch16".
 
@@ -110,9 +113,70 @@ def attend(qkv: Tensor, kernel: str) -> Tensor:
     if kernel == "flash_attn":
         deterministic = torch.are_deterministic_algorithms_enabled()
         return flash_attn_qkvpacked_func(qkv, deterministic=deterministic)
-    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, A, N, K)
+    heads = qkv.shape[3:]
+    # Split along D: torch.compile joins the gradients and sums them for the bias in one kernel.
+    parts = qkv.flatten(2).chunk(3, dim=2)  # each (B, N, D)
+    q, k, v = (part.unflatten(2, heads).transpose(1, 2) for part in parts)  # each (B, A, N, K)
     with sdpa_kernel(SDPA_BACKENDS[kernel], set_priority=True):
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+
+
+class LinearFunction(torch.autograd.Function):
+    """F.linear of tokens (B, N, D), with a backward pass that moves fewer bytes when compiled.
+
+    The bias gradient is summed over the tokens of each clip, and then over the clips: torch.compile
+    computes the first sum in the kernel that writes the gradient. On CUDA the product for the
+    weight gradient returns float32 instead of a lower precision that is then converted.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """Return (B, N, E) for tokens (B, N, D), weight (E, D) and bias (E,), computed in dtype."""
+        x = x.to(dtype)
+        weight = weight.to(dtype)
+        if bias is not None:
+            bias = bias.to(dtype)
+        ctx.save_for_backward(x, weight)
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradients of x, weight and bias for that of the output (B, N, E)."""
+        x, weight = ctx.saved_tensors
+        grad_x = grad_weight = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            grad_x = grad @ weight
+        if ctx.needs_input_grad[1]:
+            grad_weight = product_in_float32(grad.flatten(0, 1).t(), x.flatten(0, 1))
+        if ctx.needs_input_grad[2]:
+            sum_dtype = torch.promote_types(grad.dtype, torch.float32)
+            grad_bias = grad.sum(1, dtype=sum_dtype).sum(0)
+        return grad_x, grad_weight, grad_bias, None
+
+
+def product_in_float32(a: Tensor, b: Tensor) -> Tensor:
+    """Return the matrix product a @ b: on CUDA in float32 or wider, else in the inputs' dtype."""
+    if a.is_cuda and a.dtype in (torch.float16, torch.bfloat16):
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return a @ b
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Return F.linear of tokens (B, N, D); compiled, with `LinearFunction`."""
+    if not torch.compiler.is_compiling():
+        return F.linear(x, weight, bias)
+    dtype = x.dtype
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+    return LinearFunction.apply(x, weight, bias, dtype)
+
+
+class Linear(nn.Linear):
+    """nn.Linear for tokens, see `linear`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return (B, N, E) for tokens (B, N, D)."""
+        return linear(x, self.weight, self.bias)
 
 
 class Attention(nn.Module):
@@ -136,7 +200,7 @@ class Attention(nn.Module):
         self.q = nn.Linear(width, width, bias=qkv_bias)
         self.k = nn.Linear(width, width, bias=qkv_bias)
         self.v = nn.Linear(width, width, bias=qkv_bias)
-        self.proj = nn.Linear(width, width)
+        self.proj = Linear(width, width)
 
     def set_kernel(self, device_type: str, dtype: torch.dtype) -> str:
         """Choose the kernel for such inputs and return the reason. Raises ValueError."""
@@ -150,7 +214,7 @@ class Attention(nn.Module):
         bias = None
         if self.q.bias is not None:
             bias = torch.cat([part.bias for part in parts])
-        qkv = F.linear(x, weight, bias).unflatten(2, (3, self.num_heads, -1))  # (B, N, 3, A, K)
+        qkv = linear(x, weight, bias).unflatten(2, (3, self.num_heads, -1))  # (B, N, 3, A, K)
         return self.proj(attend(qkv, self.kernel).flatten(2))
 
 
@@ -159,8 +223,8 @@ class Mlp(nn.Module):
 
     def __init__(self, width: int, hidden: int):
         super().__init__()
-        self.fc1 = nn.Linear(width, hidden)
-        self.fc2 = nn.Linear(hidden, width)
+        self.fc1 = Linear(width, hidden)
+        self.fc2 = Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return (B, N, D) for tokens (B, N, D)."""
@@ -168,47 +232,67 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block with stochastic depth.
+    """Pre-norm transformer block.
 
-    In training each branch is dropped for each clip with probability `drop_path`.
+    It takes and returns the residual stream in two parts, `x` and `delta`: the stream is their sum.
+    The next block's first kernel adds them, which saves a pass over the tokens.
     """
 
-    keep_prob: Tensor | None  # a buffer
-
-    def __init__(
-        self,
-        width: int,
-        num_heads: int,
-        mlp_ratio: float,
-        qkv_bias: bool,
-        attn: str,
-        drop_path: float = 0.0,
-    ):
+    def __init__(self, width: int, num_heads: int, mlp_ratio: float, qkv_bias: bool, attn: str):
         super().__init__()
         self.norm1 = nn.LayerNorm(width, eps=1e-6)
         self.attn = Attention(width, num_heads, qkv_bias, attn)
         self.norm2 = nn.LayerNorm(width, eps=1e-6)
         self.mlp = Mlp(width, int(width * mlp_ratio))
-        keep_prob = None
-        if drop_path:
-            # a tensor, so that blocks with different rates share one compiled graph
-            keep_prob = torch.tensor(1.0 - drop_path)
-        self.register_buffer("keep_prob", keep_prob, persistent=False)
 
-    def drop_path(self, branch: Tensor) -> Tensor:
-        """Zero the branch (B, N, D) of random clips; divide the others by the keep probability.
+    def forward(
+        self, x: Tensor, delta: Tensor, branch_scales: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return x and delta, each (B, N, D), after this block; delta is its last branch.
 
-        Huang et al. 2016, "Deep Networks with Stochastic Depth", arXiv 1603.09382.
+        branch_scales: factors (2, B, 1, 1) of the two branches, see `drop_path_scales`.
         """
-        if self.keep_prob is None or not self.training:
-            return branch
-        kept = torch.rand(len(branch), 1, 1, device=branch.device) < self.keep_prob  # (B, 1, 1)
-        return branch * (kept / self.keep_prob).to(branch.dtype)
+        x = x + delta
+        branch = self.attn(self.norm1(x))
+        if branch_scales is not None:
+            branch = branch * branch_scales[0].to(branch.dtype)
+        x = x + branch
+        delta = self.mlp(self.norm2(x))
+        if branch_scales is not None:
+            delta = delta * branch_scales[1].to(delta.dtype)
+        return x, delta
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return (B, N, D) for tokens (B, N, D)."""
-        x = x + self.drop_path(self.attn(self.norm1(x)))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+def linear_keep_probs(drop_path_rate: float, depth: int) -> Tensor:
+    """Return the keep probability (depth,) of each block: from 1 down to 1 - drop_path_rate."""
+    return torch.tensor([1.0 - drop_path_rate * i / max(depth - 1, 1) for i in range(depth)])
+
+
+def drop_path_scales(keep_probs: Tensor, batch_size: int) -> Tensor:
+    """Draw the factors (depth, 2, B, 1, 1) of the two branches of each block: stochastic depth.
+
+    A branch of a clip is dropped (0) or kept (1 / keep probability). keep_probs: (depth,), of which
+    the first is 1: nothing is drawn for the first block.
+    Huang et al. 2016, "Deep Networks with Stochastic Depth", arXiv 1603.09382.
+    """
+    keep = keep_probs[1:, None, None, None, None]
+    draws = torch.rand(len(keep), 2, batch_size, 1, 1, device=keep.device)
+    scales = (draws < keep) / keep
+    return torch.cat([torch.ones_like(draws[:1]), scales])
+
+
+def normalize(clips: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+    """Return (x / 255 - mean) / std per color, as float32, of uint8 clips (..., C, T, H, W).
+
+    No tensors are copied from the host, so that it does not wait for the device.
+    """
+    if len(set(mean)) == 1 and len(set(std)) == 1:
+        return clips * (1 / (255 * std[0])) - mean[0] / std[0]
+    colors = []
+    for c in range(3):
+        color = clips[..., c, :, :, :]  # (..., T, H, W)
+        colors.append(color * (1 / (255 * std[c])) - mean[c] / std[c])
+    return torch.stack(colors, dim=-4)
 
 
 class TubeletEmbed(nn.Module):
@@ -269,6 +353,15 @@ def prepend_token(token: Tensor, x: Tensor) -> Tensor:
     return torch.cat([token.expand(len(x), -1, -1).to(x.dtype), x], dim=1)
 
 
+def pad_tokens(x: Tensor, before: int, after: int = 0) -> Tensor:
+    """Return tokens (B, before + N + after, D): x (B, N, D) with zeros around it."""
+    zero = x.new_zeros(1, 1, 1)
+    width = x.shape[2]
+    return torch.cat(
+        [zero.expand(len(x), before, width), x, zero.expand(len(x), after, width)], dim=1
+    )
+
+
 def block_flops(tokens: int, width: int, depth: int, mlp_ratio: float) -> float:
     """Return the FLOPs of forward and backward of `depth` blocks per sequence of N tokens."""
     weight_products = 6 * tokens * width**2 * (4 + 2 * mlp_ratio)
@@ -282,6 +375,8 @@ class VideoEncoder(nn.Module):
     Raises ValueError for sizes that do not fit each other. `config` holds the arguments of the
     constructor that define the function of the weights.
     """
+
+    keep_probs: Tensor | None  # a buffer (depth,)
 
     def __init__(
         self,
@@ -319,17 +414,20 @@ class VideoEncoder(nn.Module):
         self.sep_pos_embed = sep_pos_embed
         self.cls_embed = cls_embed
         self.activation_checkpointing = False  # set it to save memory
+        self.pixel_stats: PixelStats | None = None  # (mean, std); set it to pass uint8 clips
         self.grid = token_grid(img_size, patch_size, num_frames, t_patch_size)  # (t', h, w)
 
         if cls_embed:
             self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.add_positions("", embed_dim)
         self.patch_embed = TubeletEmbed(embed_dim, t_patch_size, patch_size)
-        self.blocks = nn.ModuleList()
-        for i in range(depth):
-            drop_path = drop_path_rate * i / max(depth - 1, 1)  # grows linearly from 0
-            block = Block(embed_dim, num_heads, mlp_ratio, not no_qkv_bias, attn, drop_path)
-            self.blocks.append(block)
+        self.blocks = nn.ModuleList(
+            Block(embed_dim, num_heads, mlp_ratio, not no_qkv_bias, attn) for _ in range(depth)
+        )
+        keep_probs = None
+        if drop_path_rate:
+            keep_probs = linear_keep_probs(drop_path_rate, depth)
+        self.register_buffer("keep_probs", keep_probs, persistent=False)
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
 
     @property
@@ -367,12 +465,13 @@ class VideoEncoder(nn.Module):
             return joint[0, 1:], joint[:, :1]
         return joint[0], None
 
-    def embed(self, clips: Tensor, ids: Tensor | None = None) -> Tensor:
-        """Return the tokens before the blocks (B, [1 +] N, D) of clips (B, C, T, H, W) float.
+    def embed(self, clips: Tensor, ids: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return the positions and the embedded tubelets of clips, each (B, [1 +] N, D).
 
-        ids: indices (B, N) of the tokens; None: all. Clips of one frame (B, C, 1, H, W) are static
-        clips of T equal frames: same tokens, for 1/T of the work. Raises ValueError for other
-        shapes.
+        Their sum is the input of the first block, which adds them. clips: (B, C, T, H, W) float, or
+        uint8, which is normalized after the gathering. ids: indices (B, N) of the tokens; None:
+        all. Clips of one frame (B, C, 1, H, W) are static clips of T equal frames: same tokens, for
+        1/T of the work. Raises ValueError for other shapes.
         """
         num_frames = self.config["num_frames"]
         side = self.config["img_size"]
@@ -385,36 +484,52 @@ class VideoEncoder(nn.Module):
                 f"clips of shape {tuple(clips.shape)}: "
                 f"this model takes (B, 3, {num_frames}, {side}, {side})"
             )
-        positions, class_position = self.positions()
-        if ids is not None:
-            positions = positions[ids]
         if is_static:
-            patches = patchify(clips, 1, self.patch_size)
+            patches = self.normalize(patchify(clips, 1, self.patch_size))
             frame_tokens = self.patch_embed.embed_static(patches)  # (B, h w, D)
-            x = frame_tokens.repeat(1, self.grid[0], 1)  # (B, L, D)
+            tokens = frame_tokens.repeat(1, self.grid[0], 1)  # (B, L, D)
         else:
-            x = self.patch_embed(patchify(clips, self.t_patch_size, self.patch_size, ids))
-        x = x + positions
+            tubelets = patchify(clips, self.t_patch_size, self.patch_size, ids)
+            tokens = self.patch_embed(self.normalize(tubelets))
+        positions, class_position = self.positions()
+        if ids is None:
+            x = positions.repeat(len(clips), 1, 1)
+        else:
+            x = positions[ids]
         if class_position is not None:
             x = prepend_token(self.cls_token + class_position, x)
-        return x
+            tokens = pad_tokens(tokens, 1)
+        return x, tokens
+
+    def normalize(self, pixels: Tensor) -> Tensor:
+        """Return uint8 pixels (..., C, t, p, p) as floats, by `pixel_stats`; floats as they are."""
+        if pixels.dtype != torch.uint8:
+            return pixels
+        if self.pixel_stats is None:
+            raise ValueError("uint8 clips need pixel_stats: set the model's (mean, std) per color.")
+        return normalize(pixels, *self.pixel_stats)
 
     def encode(self, clips: Tensor, ids: Tensor | None = None) -> Tensor:
         """Return the tokens after the blocks, before the norm: (B, [1 +] N, D)."""
-        return self.run_blocks(self.blocks, self.embed(clips, ids))
+        x, delta = self.run_blocks(self.blocks, *self.embed(clips, ids))
+        return x + delta
 
-    def run_blocks(self, blocks: nn.ModuleList, x: Tensor) -> Tensor:
-        """Apply the blocks to tokens (B, N, D).
+    def run_blocks(self, blocks: nn.ModuleList, x: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
+        """Apply the blocks to tokens x + delta, see `Block`.
 
-        With activation_checkpointing the backward pass recomputes each block.
+        In training, with a drop path rate, each branch is dropped for some clips. With
+        activation_checkpointing the backward pass recomputes each block.
         """
+        scales: list | Tensor = [None] * len(blocks)
+        if self.keep_probs is not None and self.training:
+            scales = drop_path_scales(self.keep_probs, len(x))
         recompute = self.activation_checkpointing and self.training
-        for block in blocks:
+        for block, branch_scales in zip(blocks, scales, strict=True):
             if recompute:
-                x = checkpoint(block, x, use_reentrant=False)
+                x, delta = checkpoint(block, x, delta, branch_scales, use_reentrant=False)
             else:
-                x = block(x)
-        return x
+                x, delta = block(x, delta, branch_scales)
+        return x, delta
 
     def forward(self, clips: Tensor) -> Tensor:
         """Return the tokens after the norm (B, [1 +] L, D) of clips (B, C, T, H, W) float."""
@@ -448,10 +563,15 @@ class VideoEncoder(nn.Module):
         return embedding + block_flops(sequence, c["embed_dim"], c["depth"], c["mlp_ratio"])
 
     def compile_parts(self) -> None:
-        """Compile the blocks in place: one graph per width. State dict names do not change."""
+        """Compile the embedding and the blocks, one graph per width. State dict names stay."""
+        self.compile_method("embed")
         for module in self.modules():
             if isinstance(module, Block):
                 module.compile(fullgraph=True, dynamic=False)
+
+    def compile_method(self, name: str) -> None:
+        """Replace a method of this object by its compiled form."""
+        setattr(self, name, torch.compile(getattr(self, name), fullgraph=True, dynamic=False))
 
     @torch.no_grad()
     def init_weights(self, trunc_init: bool = False) -> None:
@@ -541,12 +661,21 @@ class VisionTransformer(VideoEncoder):
 
     def forward_features(self, clips: Tensor) -> Tensor:
         """Return the pooled features (B, D) before dropout and head of clips (B, C, T, H, W)."""
-        x = self.encode(clips)
+        return self.pool(*self.run_blocks(self.blocks, *self.embed(clips)))
+
+    def pool(self, x: Tensor, delta: Tensor) -> Tensor:
+        """Return the pooled features (B, D) of tokens x + delta (B, [1 +] L, D)."""
+        x = x + delta
         if self.global_pool:
             pooled = x[:, int(self.cls_embed) :].mean(dim=1)
         else:
             pooled = x[:, 0]
         return self.norm(pooled)
+
+    def compile_parts(self) -> None:
+        """Compile the embedding, the blocks and the pooling in place."""
+        super().compile_parts()
+        self.compile_method("pool")
 
     def forward(self, clips: Tensor) -> Tensor:
         """Return logits (B, classes) of clips (B, C, T, H, W) float."""

@@ -41,6 +41,7 @@ from util.evaluation import EVAL_CLIPS_PER_FORWARD, mean_features, probe, valida
 from util.files import RunFiles
 from util.logger import print_versions
 from util.optim import amp_dtype
+from util.pixels import VIDEO_MEAN, VIDEO_STD
 from util.seeds import derive_seed
 
 
@@ -210,6 +211,7 @@ def build_model(args: argparse.Namespace, env: DistEnv) -> MaskedAutoencoderViT:
     for line in attention:
         print0(line)
     model.activation_checkpointing = args.activation_checkpointing
+    model.pixel_stats = (VIDEO_MEAN, VIDEO_STD)
     parameters = sum(p.numel() for p in model.parameters())
     print0(
         f"model {args.model}: {parameters / 1e6:.1f} M parameters, "

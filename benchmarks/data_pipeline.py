@@ -45,10 +45,10 @@ from data.samplers import EpochSampler
 from data.transforms import train_transform
 from data.video import VideoInfo
 from models_mae import MaskedAutoencoderViT
-from models_vit import named_size
+from models_vit import named_size, normalize
 from util.dist import DistEnv, available_cpus, print0
 from util.optim import make_optimizer, pretrain_param_groups, update
-from util.pixels import VIDEO_MEAN, VIDEO_STD, normalize
+from util.pixels import VIDEO_MEAN, VIDEO_STD
 from util.seeds import fork_rng
 
 RESULTS = ROOT / "benchmarks" / "results"

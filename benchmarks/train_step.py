@@ -31,10 +31,16 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from plain_model import PlainMAE, PlainViT
 
 from models_mae import MaskedAutoencoderViT
-from models_vit import SDPA_BACKENDS, VisionTransformer, flash_attn_qkvpacked_func, named_size
+from models_vit import (
+    SDPA_BACKENDS,
+    VisionTransformer,
+    flash_attn_qkvpacked_func,
+    named_size,
+    normalize,
+)
 from util.dist import available_cpus, peak_flops, print0
 from util.optim import autocast, make_optimizer, pretrain_param_groups, update
-from util.pixels import VIDEO_MEAN, VIDEO_STD, normalize
+from util.pixels import VIDEO_MEAN, VIDEO_STD
 
 RESULTS = ROOT / "benchmarks" / "results"
 MASK_RATIO = 0.9
@@ -162,7 +168,10 @@ class Variant:
 
     def loss(self, clips: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
         """Return the loss of uint8 clips (B, 3, T, H, W) with noise (B, L)."""
-        clips = normalize(clips, VIDEO_MEAN, VIDEO_STD)
+        if self.kind == "ours" and not isinstance(self.model, VisionTransformer):
+            self.model.pixel_stats = (VIDEO_MEAN, VIDEO_STD)  # it normalizes what it gathers
+        else:
+            clips = normalize(clips, VIDEO_MEAN, VIDEO_STD)
         with autocast(self.device, self.dtype):
             if isinstance(self.model, (VisionTransformer, PlainViT)):
                 return self.model(clips).float().logsumexp(1).mean()

@@ -36,6 +36,7 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 import torch
 
 import engine_pretrain
+import models_vit
 import pretrain
 from data.samplers import EpochSampler
 from util import checkpoint, dist
@@ -66,13 +67,13 @@ def make_gradient_infinite(model: torch.nn.Module) -> None:
 
 def make_clips_nan() -> None:
     """Make the next normalized clips NaN."""
-    normalize = engine_pretrain.normalize
+    normalize = models_vit.normalize
 
     def normalize_to_nan(clips, *pixel_stats):
-        engine_pretrain.normalize = normalize
+        models_vit.normalize = normalize
         return normalize(clips, *pixel_stats) * torch.nan
 
-    engine_pretrain.normalize = normalize_to_nan
+    models_vit.normalize = normalize_to_nan
 
 
 def inject_now(fault: dict, model: torch.nn.Module) -> None:

@@ -13,8 +13,9 @@ from data.clips import clip_slack, frame_indices, view_start
 from data.decode import open_video
 from data.transforms import view_transform
 from models_mae import MaskedAutoencoderViT
+from models_vit import normalize
 from util.checkpoint import load
-from util.pixels import VIDEO_MEAN, VIDEO_STD, normalize
+from util.pixels import VIDEO_MEAN, VIDEO_STD
 
 SCRIPTS = ("pretrain", "finetune", "finetune_on_image")
 

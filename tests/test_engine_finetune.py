@@ -24,11 +24,11 @@ import finetune_on_image
 from data.clips import clip_slack, frame_indices, view_start
 from data.decode import open_video
 from data.transforms import view_transform
-from models_vit import VisionTransformer
+from models_vit import VisionTransformer, normalize
 from util import checkpoint, evaluation, train_loop
 from util.checkpoint import load
 from util.dist import UserError
-from util.pixels import VIDEO_MEAN, VIDEO_STD, normalize
+from util.pixels import VIDEO_MEAN, VIDEO_STD
 
 BATCH = ["--batch_size_per_gpu", "4"]
 SPACING = {"num_frames": 4, "sampling_rate": 2}

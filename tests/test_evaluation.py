@@ -11,8 +11,9 @@ from tiny import tiny_mae
 
 import pretrain
 from data.manifest import find_videos
+from models_vit import normalize
 from util.evaluation import knn_classes, linear_classes, mean_features
-from util.pixels import VIDEO_MEAN, VIDEO_STD, normalize
+from util.pixels import VIDEO_MEAN, VIDEO_STD
 from util.seeds import derive_seed
 
 NOISE_STREAM = 5

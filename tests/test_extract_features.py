@@ -18,10 +18,10 @@ import finetune_on_image
 import pretrain
 from data.transforms import image_transform
 from models_mae import MaskedAutoencoderViT
-from models_vit import VisionTransformer
+from models_vit import VisionTransformer, normalize
 from tools import extract_features
 from util.dist import UserError
-from util.pixels import IMAGE_MEAN, IMAGE_STD, normalize
+from util.pixels import IMAGE_MEAN, IMAGE_STD
 
 SHARED = (
     "--patch_size 8 --num_workers 0 --device cpu --lr 0.001 --max_steps 1 --batch_size_per_gpu 4 "

@@ -7,7 +7,15 @@ from tiny import clips_and_noise, tiny_mae, tiny_vit
 
 import models_vit
 from models_mae import MaskedAutoencoderViT, make_mask, unpatchify
-from models_vit import SIZES, choose_attention, named_size, patchify
+from models_vit import (
+    SIZES,
+    LinearFunction,
+    choose_attention,
+    drop_path_scales,
+    named_size,
+    normalize,
+    patchify,
+)
 
 GRID = (4, 3, 3)
 
@@ -204,15 +212,72 @@ def test_compiled_model_is_the_same_model():
 
 
 def test_drop_path_keeps_the_mean_and_drops_whole_clips():
-    block = tiny_vit(drop_path_rate=0.5).blocks[1]  # the last of two: rate 0.5
-    branch = torch.ones(4000, 2, 3)
     torch.manual_seed(0)
-    dropped = block.train().drop_path(branch)
-    assert set(dropped.unique().tolist()) == {0.0, 2.0}
-    assert (dropped == dropped[:, :1, :1]).all()
-    assert dropped.mean().item() == pytest.approx(1, abs=0.06)
-    assert block.eval().drop_path(branch) is branch
-    assert "keep_prob" not in "".join(block.state_dict())
+    scales = drop_path_scales(torch.tensor([1.0, 0.75, 0.5]), 4000)
+    assert scales.shape == (3, 2, 4000, 1, 1)
+    assert (scales[0] == 1).all()
+    assert set(scales[2].unique().tolist()) == {0.0, 2.0}
+    for branch in scales.flatten(0, 1):
+        assert branch.mean().item() == pytest.approx(1, abs=0.06)
+    assert not torch.equal(scales[2, 0], scales[2, 1])
+
+
+def test_drop_path_rates_grow_linearly_and_only_in_training():
+    model = tiny_vit(drop_path_rate=0.5, depth=3)
+    torch.testing.assert_close(model.keep_probs, torch.tensor([1.0, 0.75, 0.5]))
+    assert "keep_probs" not in model.state_dict()
+    clips, _ = clips_and_noise()
+    plain = tiny_vit(drop_path_rate=0.0, depth=3)
+    assert torch.equal(model.eval()(clips), plain.eval()(clips))
+    assert not torch.equal(model.train().encode(clips), plain.train().encode(clips))
+
+
+def test_a_dropped_block_passes_the_tokens_on():
+    block = tiny_vit().blocks[0]
+    x, delta = torch.randn(2, 3, 5, 64)
+    kept_x, kept_delta = block(x, delta)
+    scales = torch.tensor([[1.0, 0.0, 2.0], [1.0, 0.0, 0.5]])[:, :, None, None]
+    new_x, new_delta = block(x, delta, scales)
+    torch.testing.assert_close(new_x[1], x[1] + delta[1])  # both branches of this clip are dropped
+    torch.testing.assert_close(new_delta[1], torch.zeros_like(delta[1]))
+    torch.testing.assert_close((new_x[0], new_delta[0]), (kept_x[0], kept_delta[0]))
+    stream = x + delta
+    torch.testing.assert_close(new_x[2] - stream[2], 2 * (kept_x[2] - stream[2]))
+
+
+def test_uint8_clips_are_normalized_after_the_gathering():
+    model = tiny_mae(norm_pix_loss=True)
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (2, 3, 8, 32, 32), dtype=torch.uint8, generator=generator)
+    _, noise = clips_and_noise()
+    expected = model(normalize(pixels, *model.pixel_stats), 0.75, noise=noise)
+    for a, b in zip(model(pixels, 0.75, noise=noise), expected, strict=True):
+        assert torch.equal(a, b)
+    model.pixel_stats = None
+    with pytest.raises(ValueError, match="pixel_stats"):
+        model(pixels, 0.75, noise=noise)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_linear_function_equals_torch(dtype):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(3, 5, 8, generator=generator, dtype=torch.float64)
+    weight = torch.randn(6, 8, generator=generator, dtype=torch.float64)
+    bias = torch.randn(6, generator=generator, dtype=torch.float64)
+    output_gradient = torch.randn(3, 5, 6, generator=generator, dtype=dtype)
+    results = []
+    for function in (LinearFunction.apply, F.linear):
+        inputs = [tensor.clone().requires_grad_() for tensor in (x, weight, bias)]
+        if function is F.linear:
+            output = F.linear(*(tensor.to(dtype) for tensor in inputs))
+        else:
+            output = function(*inputs, dtype)
+        gradients = torch.autograd.grad(output, inputs, output_gradient)
+        results.append((output, *gradients))
+    tolerance = {}
+    if dtype == torch.bfloat16:  # torch's bias gradient is rounded to bfloat16
+        tolerance = {"rtol": 1e-2, "atol": 1e-2}
+    torch.testing.assert_close(*results, **tolerance)
 
 
 def test_attention_kernels_agree():

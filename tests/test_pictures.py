@@ -6,8 +6,9 @@ import torch
 from tiny import tiny_mae
 
 from models_mae import make_mask, unpatchify
+from models_vit import normalize
 from util import pictures
-from util.pixels import VIDEO_MEAN, VIDEO_STD, denormalize, normalize
+from util.pixels import VIDEO_MEAN, VIDEO_STD, denormalize
 
 
 def random_pixels(*shape: int) -> torch.Tensor:

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from util.pixels import IMAGE_MEAN, IMAGE_STD, VIDEO_MEAN, VIDEO_STD, denormalize, normalize
+from models_vit import normalize
+from util.pixels import IMAGE_MEAN, IMAGE_STD, VIDEO_MEAN, VIDEO_STD, denormalize
 from util.seeds import derive_seed, fork_rng
 
 SEED = 2**62 + 11

@@ -4,6 +4,7 @@ import torch
 
 from models_mae import MaskedAutoencoderViT
 from models_vit import VisionTransformer, named_size
+from util.pixels import VIDEO_MEAN, VIDEO_STD
 
 
 def tiny_mae(**changes) -> MaskedAutoencoderViT:
@@ -18,7 +19,9 @@ def tiny_mae(**changes) -> MaskedAutoencoderViT:
         "pred_t_dim": 8,
     }
     torch.manual_seed(0)
-    return MaskedAutoencoderViT(**arguments | changes)
+    model = MaskedAutoencoderViT(**arguments | changes)
+    model.pixel_stats = (VIDEO_MEAN, VIDEO_STD)
+    return model
 
 
 def tiny_vit(**changes) -> VisionTransformer:

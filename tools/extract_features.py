@@ -32,7 +32,7 @@ from data.manifest import (
 )
 from data.transforms import image_transform
 from data.video_index import load_index
-from models_vit import VideoEncoder
+from models_vit import VideoEncoder, normalize
 from tools.visualize import (
     CLIP_FLAGS,
     add_clip_flags,
@@ -48,7 +48,6 @@ from util.dist import UserError, print0
 from util.evaluation import features
 from util.files import atomic_write
 from util.optim import amp_dtype
-from util.pixels import normalize
 from util.pretrained import load_encoder
 
 

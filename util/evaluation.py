@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models_mae import MaskedAutoencoderViT
-from models_vit import VideoEncoder
+from models_vit import VideoEncoder, normalize
 from util.dist import UserError, all_gather_object
 from util.optim import autocast
-from util.pixels import VIDEO_MEAN, VIDEO_STD, normalize
+from util.pixels import VIDEO_MEAN, VIDEO_STD
 from util.seeds import VALIDATION_NOISE_STREAM, derive_seed
 
 EVAL_CLIPS_PER_FORWARD = 8  # in pretraining's validation, for any training batch size

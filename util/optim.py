@@ -187,16 +187,19 @@ def update(
     if scaler.is_enabled():
         scaler.unscale_(optimizer)
     norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters], foreach=True)
-    if clip_grad is not None:
-        torch.nn.utils.clip_grads_with_norm_(parameters, clip_grad, norm, foreach=True)
     skipped = (~torch.isfinite(norm)).float()
     if scaler.is_enabled():
+        if clip_grad is not None:
+            torch.nn.utils.clip_grads_with_norm_(parameters, clip_grad, norm, foreach=True)
         scaler.step(optimizer)
         scaler.update()
     else:
-        # the fused kernel reads this attribute, which a GradScaler would set
+        # the fused kernel reads these attributes, which a GradScaler would set
         optimizer.found_inf = skipped  # type: ignore[attr-defined]
+        if clip_grad is not None:  # it divides the gradients while it reads them
+            optimizer.grad_scale = ((norm + 1e-6) / clip_grad).clamp(min=1)  # type: ignore[attr-defined]
         optimizer.step()
         optimizer.found_inf = None  # type: ignore[attr-defined]
+        optimizer.grad_scale = None  # type: ignore[attr-defined]
     optimizer.zero_grad(set_to_none=True)
     return norm, skipped

@@ -15,8 +15,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from models_mae import MaskedAutoencoderViT
+from models_vit import normalize
 from util.optim import autocast
-from util.pixels import VIDEO_MEAN, VIDEO_STD, denormalize, normalize
+from util.pixels import VIDEO_MEAN, VIDEO_STD, denormalize
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
