@@ -278,7 +278,7 @@ def drop_path_scales(keep_probs: Tensor, batch_size: int) -> Tensor:
     keep = keep_probs[1:, None, None, None, None]
     draws = torch.rand(len(keep), 2, batch_size, 1, 1, device=keep.device)
     scales = (draws < keep) / keep
-    return torch.cat([torch.ones_like(draws[:1]), scales])
+    return torch.cat([draws.new_ones(1, 2, batch_size, 1, 1), scales])
 
 
 def normalize(clips: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
@@ -309,7 +309,7 @@ class TubeletEmbed(nn.Module):
 
     def forward(self, tubelets: Tensor) -> Tensor:
         """Return tokens (B, N, D) of tubelets (B, N, C, t, p, p)."""
-        return F.linear(tubelets.flatten(2), self.proj.weight.flatten(1), self.proj.bias)
+        return linear(tubelets.flatten(2), self.proj.weight.flatten(1), self.proj.bias)
 
     def embed_static(self, patches: Tensor) -> Tensor:
         """Return tokens (B, N, D) of patches (B, N, C, 1, p, p) that are repeated for t frames.
@@ -317,7 +317,7 @@ class TubeletEmbed(nn.Module):
         Summing the weights over time gives the same tokens as repeating the pixels.
         """
         weight = self.proj.weight.sum(dim=2)  # (D, C, p, p)
-        return F.linear(patches.flatten(2), weight.flatten(1), self.proj.bias)
+        return linear(patches.flatten(2), weight.flatten(1), self.proj.bias)
 
 
 def patchify(frames: Tensor, t: int, p: int, ids: Tensor | None = None) -> Tensor:

@@ -230,6 +230,8 @@ def test_drop_path_rates_grow_linearly_and_only_in_training():
     plain = tiny_vit(drop_path_rate=0.0, depth=3)
     assert torch.equal(model.eval()(clips), plain.eval()(clips))
     assert not torch.equal(model.train().encode(clips), plain.train().encode(clips))
+    one_block = tiny_vit(drop_path_rate=0.5, depth=1).train()  # nothing to drop
+    assert torch.equal(one_block.encode(clips), tiny_vit(depth=1).train().encode(clips))
 
 
 def test_a_dropped_block_passes_the_tokens_on():

@@ -7,6 +7,7 @@ from golden_files import golden, golden_path
 from tiny import tiny_mae, tiny_vit
 
 from models_mae import MaskedAutoencoderViT
+from models_vit import normalize
 from util.checkpoint import load
 from util.dist import UserError
 from util.pixels import VIDEO_MEAN
@@ -144,6 +145,9 @@ def test_t10_the_ancestors_checkpoints_give_their_losses(name):
     encoder = load_encoder(path, num_heads=4)
     assert torch.equal(encoder(clips), mae.norm(mae.encode(clips)))
     assert encoder.config["img_size"] == 16
+    pixels = torch.randint(0, 256, clips.shape, dtype=torch.uint8)
+    normalized = normalize(pixels, encoder.config["mean"], encoder.config["std"])
+    assert torch.equal(encoder(pixels), encoder(normalized))
 
 
 def test_t10_a_checkpoint_of_our_first_version_still_loads():

@@ -37,9 +37,10 @@ def load_encoder(
     """Return the encoder of a checkpoint of any family, in evaluation mode.
 
         encoder = load_encoder("run.pth")
-        tokens = encoder(clips)  # (B, 3, T, H, W) float -> (B, [1 +] L, D)
+        tokens = encoder(clips)  # (B, 3, T, H, W) -> (B, [1 +] L, D)
 
-    The pixels must be normalized by encoder.config["mean"] and encoder.config["std"].
+    The clips are uint8, or float and normalized by encoder.config["mean"] and
+    encoder.config["std"].
 
     The sizes are for files that do not record them: num_heads for unusual widths, num_frames and
     t_patch_size (frames) for image models, img_size (pixels) and num_frames for VideoMAE's. Where
@@ -55,6 +56,7 @@ def load_encoder(
     except (TypeError, ValueError) as error:
         raise UserError(f"{path}: {error}") from error
     load_into(encoder, found, path)
+    encoder.pixel_stats = (tuple(encoder.config["mean"]), tuple(encoder.config["std"]))
     return encoder.eval()
 
 
