@@ -61,6 +61,7 @@ class Preset(NamedTuple):
 
 PRESETS = {
     "vit-h14": Preset("huge_patch14", 224, 512, 4, 16, batch_size=64),
+    "B16": Preset("base_patch16", 224, 512, 4, 16, batch_size=64),
     "L16": Preset("large_patch16", 224, 512, 4, 16, batch_size=64),
     "tiny": Preset("tiny_patch16", 160, 192, 4, 6, batch_size=2),
 }
