@@ -24,6 +24,7 @@ import argparse
 import contextlib
 import gc
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -320,6 +321,15 @@ def read_result(path: Path) -> dict:
     return result
 
 
+def put_row(rows: list[dict], row: dict) -> None:
+    """Replace the row of the same label and variant, or append the row."""
+    for index, other in enumerate(rows):
+        if (other["label"], other["variant"]) == (row["label"], row["variant"]):
+            rows[index] = row
+            return
+    rows.append(row)
+
+
 def count_preset(name: str, args: argparse.Namespace) -> None:
     """Count the variants of a preset and write its results."""
     stem = args.out / f"ledger_{name}"
@@ -327,11 +337,8 @@ def count_preset(name: str, args: argparse.Namespace) -> None:
     for variant in args.variants:
         counted, flops = count_variant(PRESETS[name], VARIANTS[variant], args.verbose)
         gc.collect()
-        row = {"label": args.label, "variant": variant, **counted}
-        key = (args.label, variant)
-        others = [each for each in result["rows"] if (each["label"], each["variant"]) != key]
-        result |= {"preset": name, "batch": PRESETS[name].batch_size}
-        result |= {"gflop_per_step": flops / 1e9, "rows": [*others, row]}
+        put_row(result["rows"], {"label": args.label, "variant": variant, **counted})
+        result |= {"preset": name, "batch": PRESETS[name].batch_size, "gflop_per_step": flops / 1e9}
         stem.with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n")
         stem.with_suffix(".md").write_text(counted_table(result))
         print0(f"{name}, {args.label}, {variant}: {json.dumps(counted)}")
@@ -346,6 +353,8 @@ def results_of_presets(folder: Path) -> list[dict]:
 def run_on_null_gpu(words: list[str]) -> int:
     """Run this command line on the null GPU and return its exit code. Raises UserError."""
     obstacle = build.obstacle()
+    if build.LIBRARY in os.environ.get("LD_PRELOAD", ""):
+        obstacle = "CUDA does not start on the null GPU"
     if obstacle is not None:
         raise UserError(f"nothing can be counted here: {obstacle}.")
     with tempfile.TemporaryDirectory() as folder:

@@ -113,6 +113,16 @@ def test_tables_are_made_from_the_json():
         assert written == roofline.counted_table(result)
     written = (ledger.RESULTS / "computed_steps.md").read_text()
     assert written == roofline.computed_table(results)
+    page = ledger.PAGE.read_text()
+    assert page == roofline.with_new_tables(page, results)
+
+
+def test_a_row_replaces_that_of_its_label_and_variant():
+    rows = [{"label": "a", "variant": "ours"}, {"label": "b", "variant": "ours"}]
+    ledger.put_row(rows, {"label": "a", "variant": "ours", "kernels": 1})
+    ledger.put_row(rows, {"label": "c", "variant": "ours"})
+    assert [row["label"] for row in rows] == ["a", "b", "c"]
+    assert rows[0]["kernels"] == 1
 
 
 def excesses(row: dict, committed: dict) -> list[str]:
