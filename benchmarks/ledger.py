@@ -218,6 +218,14 @@ class Recorder(TorchDispatchMode):
             sums[kind] += getattr(entry, attribute)
         return sums
 
+    def summary(self) -> dict:
+        """Return TFLOP and GB by kind, and the calls of attention after its sizes."""
+        return {
+            "tflop": {kind: flops / 1e12 for kind, flops in self.totals("flops").items()},
+            "gb": {kind: size / 1e9 for kind, size in self.totals("bytes").items()},
+            "attention": [[*sizes, calls] for sizes, calls in self.attention.items()],
+        }
+
     def listing(self) -> str:
         """Return one line per operator and shape, the largest first."""
         entries = sorted(self.entries.items(), key=lambda item: -item[1].bytes)
@@ -289,12 +297,7 @@ def count_variant(preset: Preset, spec: VariantSpec, verbose: bool) -> tuple[dic
         print0(recorder.listing())
     calls = recorder.entries.items()
     row["matrix_products"] += sum(entry.calls for key, entry in calls if key[1] in CONVOLUTIONS)
-    row |= {
-        "graphs": counters["stats"]["unique_graphs"],
-        "tflop": {kind: flops / 1e12 for kind, flops in recorder.totals("flops").items()},
-        "gb": {kind: size / 1e9 for kind, size in recorder.totals("bytes").items()},
-        "attention": [[*shape, calls] for shape, calls in recorder.attention.items()],
-    }
+    row |= {"graphs": counters["stats"]["unique_graphs"], **recorder.summary()}
     return row, batch * flops_per_clip(model, "pretrain")
 
 
