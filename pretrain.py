@@ -287,7 +287,7 @@ def build_validations(
             return {"val_loss": loss}
 
         unlabeled = [-1] * len(paths)
-        batches = center_clips(args, env, paths, unlabeled)
+        batches = center_clips(args, env, paths, unlabeled, model.num_tokens)
         validations.append(Validation(batches, measure_loss))
     if args.probe_dir:
         train, train_labels = find_labeled(
@@ -307,8 +307,17 @@ def build_validations(
     return validations
 
 
-def center_clips(args: argparse.Namespace, env: DistEnv, paths: list[str], labels: list[int]):
-    """Return a function that starts a pass over the center clip and crop of each video."""
+def center_clips(
+    args: argparse.Namespace,
+    env: DistEnv,
+    paths: list[str],
+    labels: list[int],
+    noise_tokens: int = 0,
+):
+    """Return a function that starts a pass over the center clip and crop of each video.
+
+    noise_tokens: see `ViewDataset`.
+    """
     dataset = ViewDataset(
         paths=paths,
         labels=labels,
@@ -319,6 +328,7 @@ def center_clips(args: argparse.Namespace, env: DistEnv, paths: list[str], label
         target_fps=args.target_fps,
         decoder=args.decoder,
         short_side=args.short_side or decode_short_side(args.img_size),
+        noise_tokens=noise_tokens,
     )
     return eval_loader(dataset, EVAL_CLIPS_PER_FORWARD, worker_settings(args), env)
 

@@ -22,7 +22,14 @@ from data.video import VideoInfo
 from data.video_index import VideoIndex
 from data.watchdog import WorkerWatchdog
 from util.dist import UserError
-from util.seeds import MASK_NOISE_STREAM, SUBSTITUTE_STREAM, derive_seed, fork_rng
+from util.seeds import (
+    MASK_NOISE_STREAM,
+    SUBSTITUTE_STREAM,
+    derive_seed,
+    fixed_noise,
+    fork_rng,
+    mask_noise,
+)
 
 SUBSTITUTES = 32  # number of other videos to try in place of an unreadable one
 MAX_REPLACED_SHARE = 0.1  # a file with a larger share of undecodable frames is listed as damaged
@@ -271,12 +278,11 @@ class ClipDataset(SampleDataset):
 
     def noise(self, epoch: int, index: int) -> Tensor:
         """Return the mask noise (R, L) float32 of a sample."""
-        rows = []
-        for repeat in range(self.repeat_aug):
-            seed = derive_seed(self.seed, epoch, index, repeat, MASK_NOISE_STREAM)
-            generator = torch.Generator().manual_seed(seed)
-            rows.append(torch.rand(self.noise_tokens, generator=generator))
-        return torch.stack(rows)
+        seeds = [
+            derive_seed(self.seed, epoch, index, repeat, MASK_NOISE_STREAM)
+            for repeat in range(self.repeat_aug)
+        ]
+        return mask_noise(seeds, self.noise_tokens)
 
     def __getitem__(self, key: tuple[int, int]) -> dict:
         """Read sample (epoch, index), see `SampleDataset`; in pretraining with its noise (R, L)."""
@@ -298,6 +304,7 @@ class ViewDataset(SampleDataset):
         transform: Crops uint8 (T, C, H, W) to (crops, T, C, S, S).
         decoder: See `open_video`.
         short_side: Short side of the decoded frames in pixels.
+        noise_tokens: L of the mask noise, 0 for none. Samples with noise have one view.
     """
 
     def __init__(
@@ -312,6 +319,7 @@ class ViewDataset(SampleDataset):
         transform: Callable[[Tensor], Tensor],
         decoder: str,
         short_side: int,
+        noise_tokens: int = 0,
         known: VideoIndex | None = None,
     ):
         super().__init__(paths, labels, seed=0, substitutes=0, known=known)
@@ -325,6 +333,7 @@ class ViewDataset(SampleDataset):
         self.transform = transform
         self.decoder = decoder
         self.short_side = short_side
+        self.noise_tokens = noise_tokens
 
     def read_clips(self, epoch: int, index: int, path: str, info: VideoInfo | None) -> ReadClips:
         """Read the views (R, C, T, S, S) uint8 of a video, clips in order of time.
@@ -342,6 +351,17 @@ class ViewDataset(SampleDataset):
         positions = torch.from_numpy(inverse.reshape(indices.shape))  # in `frames`
         views = [self.transform(frames[clip]) for clip in positions]
         return ReadClips(torch.cat(views).transpose(1, 2), len(distinct), replaced)
+
+    def __getitem__(self, key: tuple[int, int]) -> dict:
+        """Read sample (0, index), see `SampleDataset`; if asked for with its `fixed_noise` (1, L).
+
+        The noise is made here, on the host: making it from an index on the device would wait.
+        """
+        sample = super().__getitem__(key)
+        if self.noise_tokens > 0:
+            _, index = key
+            sample["noise"] = fixed_noise([index], self.noise_tokens)
+        return sample
 
 
 class ImageDataset(SampleDataset):

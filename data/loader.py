@@ -55,8 +55,8 @@ def collate(samples: list[dict]) -> dict:
     """Return a batch of the samples of a `SampleDataset`.
 
     Its keys: clips (B, R, C, T, H, W) or None if a sample has none, labels (B,), index (B,),
-    replaced (B,), paths (one per sample), bad and damaged (of all samples together), and in
-    pretraining noise (B, R, L).
+    replaced (B,), paths (one per sample), bad and damaged (of all samples together), and noise
+    (B, R, L) in pretraining and its validation loss.
     """
     clips = [sample["clips"] for sample in samples]
     incomplete = any(clip is None for clip in clips)

@@ -26,7 +26,7 @@ from tools import visualize
 from util import pictures as recon_pictures
 from util.cli import nonnegative_int, positive_int
 from util.dist import print0, run_script
-from util.evaluation import fixed_noise
+from util.seeds import fixed_noise
 
 SPRITES = Sprites(count=5, radii=(5.0, 9.0), tint=0.25)
 PATTERNS = ("across", "checks", "dots", "down", "falling", "grid", "rings", "rising")
@@ -121,7 +121,7 @@ def draw_picture(checkpoint: str, path: Path, videos: list[str]) -> None:
         short_side=of_run["short_side"],
     )
     clips = torch.cat([dataset[(0, index)]["clips"] for index in range(len(videos))])
-    noise = fixed_noise(torch.arange(len(videos)), model.num_tokens)
+    noise = fixed_noise(range(len(videos)), model.num_tokens)
     rows = recon_pictures.reconstructions(
         model, clips, noise, of_run["mask_ratio"], of_run["mask_type"], torch.float32
     )

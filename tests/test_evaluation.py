@@ -12,9 +12,10 @@ from tiny import tiny_mae
 import pretrain
 from data.manifest import find_videos
 from models_vit import normalize
-from util.evaluation import knn_classes, linear_classes, mean_features
+from util import evaluation
+from util.evaluation import knn_classes, linear_classes, mean_features, validation_loss
 from util.pixels import VIDEO_MEAN, VIDEO_STD
-from util.seeds import derive_seed
+from util.seeds import derive_seed, fixed_noise
 
 NOISE_STREAM = 5
 
@@ -91,6 +92,28 @@ def test_features_are_means_of_patch_tokens_in_sample_order():
         expected.append(model.norm(tokens[0, 1:].mean(0)))
     features = mean_features(model, batches, torch.float32)
     torch.testing.assert_close(features, torch.stack(expected), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("mask_type", ["random", "tube", "temporal", "boundary"])
+@torch.no_grad()
+def test_validation_loss_is_the_mean_over_the_hidden_tokens(mask_type, monkeypatch):
+    monkeypatch.setattr(evaluation, "ROWS_ON_DEVICE", 2)
+    model = tiny_mae()
+    clips = torch.randint(0, 256, (40, 1, 3, 8, 32, 32), dtype=torch.uint8)
+    noise = fixed_noise(range(40), model.num_tokens)
+    batches = []
+    losses = []
+    for index in torch.randperm(40).split(8):
+        batch = {"clips": clips[index], "noise": noise[index, None], "index": index, "bad": []}
+        batches.append(batch)
+        pixels = normalize(clips[index, 0], VIDEO_MEAN, VIDEO_STD)
+        _, pred, mask = model(pixels, 0.75, mask_type, noise[index])
+        target, _, _ = model.patch_targets(pixels)
+        errors = (pred.flatten(0, 1) - target[mask]).square()
+        losses.append(errors.view(pred.shape).mean(dim=(1, 2)))
+    expected = torch.cat(losses).double().mean().item()
+    loss = validation_loss(model, batches, 0.75, mask_type, torch.float32)
+    assert loss == pytest.approx(expected, rel=1e-9)
 
 
 @torch.no_grad()

@@ -1,14 +1,17 @@
-"""The training steps read no tensor value on the host, so they never wait for the GPU."""
+"""Training steps and evaluations read no tensor value on the host, so never wait for the GPU."""
 
 import argparse
+from collections.abc import Iterator
 
 import pytest
 import torch
 from tiny import tiny_mae, tiny_vit
+from torch import Tensor
 
 import engine_finetune
 from engine_finetune import BatchTransform
 from engine_pretrain import micro_step
+from util.evaluation import evaluate, mean_features, validation_loss
 from util.metrics import MetricSums
 from util.optim import (
     finetune_param_groups,
@@ -17,8 +20,9 @@ from util.optim import (
     set_learning_rate,
     update,
 )
+from util.pixels import VIDEO_MEAN, VIDEO_STD, normalize
 
-READS = ("item", "tolist", "numpy", "cpu", "__float__", "__int__", "__index__")
+READS = ("item", "tolist", "numpy", "cpu", "nonzero", "__float__", "__int__", "__index__")
 
 
 def forbid_reads(monkeypatch) -> None:
@@ -84,3 +88,37 @@ def test_finetuning_step(monkeypatch):
     sums_of_updates.add(torch.cat([sums, norm[None]]), skipped, torch.zeros(()), ["a.mp4"])
     monkeypatch.undo()
     assert norm.item() > 0 and skipped.item() == 0
+
+
+def batches_without_reads(monkeypatch) -> Iterator[dict]:
+    """Yield three batches of four samples; no value may be read until the last one is evaluated."""
+    forbid_reads(monkeypatch)
+    for first in (0, 4, 8):
+        yield {
+            "clips": torch.randint(0, 256, (4, 1, 3, 8, 32, 32), dtype=torch.uint8),
+            "noise": torch.rand(4, 1, 64),
+            "labels": torch.tensor([0, 1, 2, 3]),
+            "index": torch.arange(first, first + 4),
+            "bad": [],
+        }
+    monkeypatch.undo()
+
+
+@pytest.mark.parametrize("mask_type", ["random", "tube", "temporal", "boundary"])
+def test_validation_between_batches(mask_type, monkeypatch):
+    batches = batches_without_reads(monkeypatch)
+    assert validation_loss(tiny_mae(), batches, 0.75, mask_type, torch.float32) > 0
+
+
+def test_evaluation_between_batches(monkeypatch):
+    def prepare(clips: Tensor) -> Tensor:
+        return normalize(clips, VIDEO_MEAN, VIDEO_STD)
+
+    batches = batches_without_reads(monkeypatch)
+    scores = evaluate(tiny_vit(), batches, 8, prepare, torch.float32)
+    assert scores.labels.tolist() == 3 * [0, 1, 2, 3]
+
+
+def test_features_between_batches(monkeypatch):
+    features = mean_features(tiny_mae(), batches_without_reads(monkeypatch), torch.float32)
+    assert len(features) == 12

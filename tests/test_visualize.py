@@ -11,8 +11,8 @@ import pretrain
 from data.manifest import find_videos
 from tools import visualize
 from util.dist import UserError
-from util.evaluation import fixed_noise
 from util.pixels import VIDEO_MEAN, VIDEO_STD, denormalize
+from util.seeds import fixed_noise
 
 RUN = (
     "--model mae_vit_micro_patch16 --patch_size 8 --img_size 32 --num_frames 4 --pred_t_dim 4 "
@@ -71,7 +71,7 @@ def test_a_gallery_equals_a_plain_loop_over_the_videos(checkpoint, videos, tmp_p
     paths = find_videos([videos], "--data_dirs")
     rows = sheet_rows(tmp_path / "run_gallery_tube_0.5.png", clips=3)
     for clip, index in enumerate((0, 2, 4)):
-        noise = fixed_noise(torch.tensor([index]), 32)
+        noise = fixed_noise([index], 32)
         original, predicted, hidden = model.eval().reconstruct(
             center_clip(paths[index], num_frames=4, img_size=32), 0.5, "tube", noise
         )

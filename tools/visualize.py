@@ -21,10 +21,10 @@ from models_mae import MASK_TYPES, MaskedAutoencoderViT
 from util import checkpoint, dist
 from util.cli import Parser, positive_int
 from util.dist import UserError, print0
-from util.evaluation import fixed_noise
 from util.files import atomic_write
 from util.optim import amp_dtype
 from util.pictures import animation, contact_sheet, reconstructions
+from util.seeds import fixed_noise
 
 CLIP_FLAGS = ("sampling_rate", "target_fps", "short_side", "decoder")
 MASK_FLAGS = ("mask_ratio", "mask_type")
@@ -287,10 +287,10 @@ def main(argv: list[str] | None = None) -> None:
 
     env = dist.setup(args.device)
     paths = find_paths(args.data_dirs, args.data_csv)
-    indices = evenly_spread(len(paths), args.clips)
+    indices = evenly_spread(len(paths), args.clips).tolist()
     dataset = center_clips(paths, model.config, clip_reading(args))
-    clips = read_clips(dataset, indices.tolist()).to(env.device)
-    noise = fixed_noise(indices.to(env.device), model.num_tokens)
+    clips = read_clips(dataset, indices).to(env.device)
+    noise = fixed_noise(indices, model.num_tokens).to(env.device)
     model.to(env.device)
     if env.rank == 0:
         amp = amp_dtype(args.amp, env.device)

@@ -5,7 +5,8 @@ neither on the number of processes nor on the other samples of a batch. Shapes a
 and: R clips (views) per sample, n samples, K classes.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
 from typing import NamedTuple
 
 import torch
@@ -17,9 +18,9 @@ from models_vit import VideoEncoder, normalize
 from util.dist import UserError, all_gather_object
 from util.optim import autocast
 from util.pixels import VIDEO_MEAN, VIDEO_STD
-from util.seeds import VALIDATION_NOISE_STREAM, derive_seed
 
 EVAL_CLIPS_PER_FORWARD = 8  # in pretraining's validation, for any training batch size
+ROWS_ON_DEVICE = 1000  # batches whose results stay on the device before they are copied
 NEIGHBORS = 20
 TEMPERATURE = 0.07
 RIDGE = 0.1
@@ -39,33 +40,44 @@ class Scores(NamedTuple):
 def pad_to(tensor: Tensor, length: int) -> Tensor:
     """Return a tensor (N, ...) padded to (length, ...) with copies of its last element."""
     missing = length - len(tensor)
+    if missing == 0:
+        return tensor
     padding = tensor[-1:].expand(missing, *tensor.shape[1:])
     return torch.cat([tensor, padding])
 
 
-def padded_batches(
-    batches, clips_per_forward: int, compute: Callable[[Tensor, Tensor], Tensor]
-) -> Iterator[tuple[dict, Tensor]]:
-    """Yield each batch of clips (B, R, C, T, H, W) with the outputs of `compute`, (B, R, ...).
+def check_readable(batch: dict) -> None:
+    """Raise UserError if a file of an evaluation cannot be read."""
+    if batch["clips"] is None:
+        path, reason = batch["bad"][0]
+        raise UserError(
+            f"validation file {path} cannot be read ({reason}). "
+            "Repair it or remove it from the set.",
+            print_on_any_rank=True,
+        )
 
-    compute: clips (clips_per_forward, C, T, H, W) uint8 and their sample indices
-    (clips_per_forward,) -> (clips_per_forward, ...). Raises UserError for an unreadable file.
+
+def padded_batches(
+    batches,
+    clips_per_forward: int,
+    compute: Callable[..., Tensor],
+    inputs: tuple[str, ...] = ("clips",),
+) -> Iterator[tuple[dict, Tensor]]:
+    """Yield each batch with the outputs of `compute` (B, R, ...).
+
+    inputs: names of tensors (B, R, ...) of the batch, the arguments of compute:
+    (clips_per_forward, ...) each -> (clips_per_forward, ...). Raises UserError for an unreadable
+    file.
     """
     for batch in batches:
-        if batch["clips"] is None:
-            path, reason = batch["bad"][0]
-            raise UserError(
-                f"validation file {path} cannot be read ({reason}). "
-                "Repair it or remove it from the set.",
-                print_on_any_rank=True,
-            )
+        check_readable(batch)
         views = batch["clips"].shape[1]
-        clip_parts = batch["clips"].flatten(0, 1).split(clips_per_forward)
-        index_parts = batch["index"].repeat_interleave(views).split(clips_per_forward)
+        parts = [batch[name].flatten(0, 1).split(clips_per_forward) for name in inputs]
         outputs = []
-        for clips, index in zip(clip_parts, index_parts, strict=True):
-            output = compute(pad_to(clips, clips_per_forward), pad_to(index, clips_per_forward))
-            outputs.append(output[: len(clips)])
+        for arguments in zip(*parts, strict=True):
+            count = len(arguments[0])
+            output = compute(*(pad_to(tensor, clips_per_forward) for tensor in arguments))
+            outputs.append(output[:count])
         yield batch, torch.cat(outputs).unflatten(0, (-1, views))
 
 
@@ -76,29 +88,41 @@ def concatenate(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
 
 
-def gather_sorted(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Return {name: (n, ...)} of all ranks on every rank, sorted by sample index.
+def to_host(rows: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Concatenate the tensors of the same name of all rows, on the CPU.
 
-    rows: {"index": (B,), name: (B, ...)} of each batch of this rank, on the CPU. Call it on every
-    rank.
+    A copy to the CPU waits for the device, so ROWS_ON_DEVICE rows are copied at once.
     """
-    shares = all_gather_object(concatenate(rows))
+    remaining = iter(rows)
+    parts = []
+    while part := concatenate(list(islice(remaining, ROWS_ON_DEVICE))):
+        parts.append({name: values.cpu() for name, values in part.items()})
+    return concatenate(parts)
+
+
+def gather_sorted(rows: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Return {name: (n, ...)} of all ranks on every rank, on the CPU, sorted by sample index.
+
+    rows: {"index": (B,), name: (B, ...)} of each batch of this rank, on the device. Call it on
+    every rank.
+    """
+    shares = all_gather_object(to_host(rows))
     table = concatenate([share for share in shares if share])
     order = table["index"].argsort()
     return {name: values[order] for name, values in table.items()}
 
 
 def score_samples(batch: dict, logits: Tensor) -> dict[str, Tensor]:
-    """Return loss and best classes of a batch's samples, on the CPU. logits: (B, R, K) of views."""
+    """Return loss and best classes of a batch's samples. logits: (B, R, K) of their views."""
     probabilities = logits.softmax(2).mean(1)  # (B, K)
     label_probabilities = probabilities.gather(1, batch["labels"][:, None])  # (B, 1)
     top_scores, top = probabilities.topk(min(5, probabilities.shape[1]))
     return {
-        "index": batch["index"].cpu(),
-        "label": batch["labels"].cpu(),
-        "loss": -label_probabilities.clamp(min=1e-30).log().cpu(),
-        "top": top.cpu(),
-        "top_scores": top_scores.cpu(),
+        "index": batch["index"],
+        "label": batch["labels"],
+        "loss": -label_probabilities.clamp(min=1e-30).log(),
+        "top": top,
+        "top_scores": top_scores,
     }
 
 
@@ -117,14 +141,12 @@ def evaluate(
     """
     model.eval()
 
-    def compute_logits(clips: Tensor, _index: Tensor) -> Tensor:
+    def compute_logits(clips: Tensor) -> Tensor:
         with autocast(clips.device, amp):
             return model(prepare(clips)).float()
 
-    rows = []
-    for batch, logits in padded_batches(batches, clips_per_forward, compute_logits):
-        rows.append(score_samples(batch, logits))
-    table = gather_sorted(rows)
+    outputs = padded_batches(batches, clips_per_forward, compute_logits)
+    table = gather_sorted(score_samples(batch, logits) for batch, logits in outputs)
     hits = table["top"] == table["label"][:, None]  # (n, min(5, K))
     return Scores(
         loss=table["loss"].double().mean().item(),
@@ -141,38 +163,29 @@ def percent(correct: Tensor) -> float:
     return 100 * correct.double().mean().item()
 
 
-def fixed_noise(index: Tensor, tokens: int) -> Tensor:
-    """Return mask noise (B, L) for sample indices (B,), the same in every run."""
-    noise = []
-    for sample in index.tolist():
-        generator = torch.Generator().manual_seed(derive_seed(sample, VALIDATION_NOISE_STREAM))
-        noise.append(torch.rand(tokens, generator=generator))
-    return torch.stack(noise).to(index.device)
-
-
 @torch.no_grad()
 def validation_loss(
     model: MaskedAutoencoderViT, batches, mask_ratio: float, mask_type: str, amp: torch.dtype
 ) -> float:
-    """Return the mean reconstruction loss of the samples, each with its `fixed_noise`.
+    """Return the mean reconstruction loss of the samples, each with its noise of the batch.
 
     model: unwrapped. Raises UserError for an unreadable file. Call it on every rank.
     """
     model.eval()
 
-    def compute_losses(clips: Tensor, index: Tensor) -> Tensor:
+    def compute_losses(clips: Tensor, noise: Tensor) -> Tensor:
         clips = normalize(clips, VIDEO_MEAN, VIDEO_STD)
-        noise = fixed_noise(index, model.num_tokens)
         with autocast(clips.device, amp):
             _, pred, mask = model(clips, mask_ratio, mask_type, noise)
-        hidden = mask.nonzero()[:, 1].view(len(clips), -1)  # (B, K) hidden tokens
+        # the hidden tokens first, in token order; nonzero() would wait for the device
+        order = mask.byte().argsort(dim=1, descending=True, stable=True)  # (B, L)
+        hidden = order[:, : pred.shape[1]]  # (B, K)
         return model.squared_errors(pred, clips, hidden).mean(dim=(1, 2))
 
-    rows = []
+    outputs = padded_batches(batches, EVAL_CLIPS_PER_FORWARD, compute_losses, ("clips", "noise"))
     with torch.compiler.set_stance("force_eager"):
-        for batch, losses in padded_batches(batches, EVAL_CLIPS_PER_FORWARD, compute_losses):
-            rows.append({"index": batch["index"].cpu(), "loss": losses.cpu()})
-    return gather_sorted(rows)["loss"].double().mean().item()
+        table = gather_sorted({"index": batch["index"], "loss": loss} for batch, loss in outputs)
+    return table["loss"].double().mean().item()
 
 
 @torch.no_grad()
@@ -185,15 +198,16 @@ def features(
     on every rank.
     """
 
-    def compute_features(clips: Tensor, _index: Tensor) -> Tensor:
+    def compute_features(clips: Tensor) -> Tensor:
         with autocast(clips.device, amp):
             return pool(clips).float()
 
-    rows = []
+    outputs = padded_batches(batches, clips_per_forward, compute_features)
     with torch.compiler.set_stance("force_eager"):
-        for batch, values in padded_batches(batches, clips_per_forward, compute_features):
-            rows.append({"index": batch["index"].cpu(), "features": values.mean(1).cpu()})
-    return gather_sorted(rows)["features"]
+        table = gather_sorted(
+            {"index": batch["index"], "features": values.mean(1)} for batch, values in outputs
+        )
+    return table["features"]
 
 
 def mean_features(model: VideoEncoder, batches, amp: torch.dtype) -> Tensor:

@@ -6,10 +6,11 @@ keeps draws at the same position apart.
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import torch
+from torch import Tensor
 
 MASK_NOISE_STREAM = 1  # training masks
 SUBSTITUTE_STREAM = 2  # videos that replace unreadable ones
@@ -31,3 +32,18 @@ def fork_rng(seed: int) -> Iterator[None]:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         yield
+
+
+def mask_noise(seeds: Iterable[int], tokens: int) -> Tensor:
+    """Return mask noise (n, L) float32, a row for each of n seeds."""
+    rows = []
+    for seed in seeds:
+        generator = torch.Generator().manual_seed(seed)
+        rows.append(torch.rand(tokens, generator=generator))
+    return torch.stack(rows)
+
+
+def fixed_noise(indices: Iterable[int], tokens: int) -> Tensor:
+    """Return mask noise (n, L) for the validation of n samples, the same in every run."""
+    seeds = [derive_seed(index, VALIDATION_NOISE_STREAM) for index in indices]
+    return mask_noise(seeds, tokens)
