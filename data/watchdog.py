@@ -7,7 +7,6 @@ lists them in bad_videos.csv: see util/bad_files.py.
 
 import contextlib
 import csv
-import faulthandler
 import gc
 import multiprocessing
 import os
@@ -34,20 +33,20 @@ class WorkerWatchdog:
     def watch(self, index: int) -> Iterator[None]:
         """Watch a worker while it reads file `index`.
 
-        Does nothing in the main process, which must not be killed.
+        Does nothing in the main process, which must not be killed. The alarm ends a worker in any
+        code. faulthandler's timer could not: its lock hangs in a fork of a process that armed it.
         """
         worker = get_worker_info()
         if worker is None:
             yield
             return
         self.slots[worker.id] = torch.tensor([os.getpid(), index + 1])
-        with open(os.devnull, "w") as devnull:  # the main process prints one line instead
-            faulthandler.dump_traceback_later(self.seconds, exit=True, file=devnull)
-            try:
-                yield
-            finally:
-                faulthandler.cancel_dump_traceback_later()
-                self.slots[worker.id, 1] = 0
+        signal.setitimer(signal.ITIMER_REAL, self.seconds)
+        try:
+            yield
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            self.slots[worker.id, 1] = 0
 
     def files_of_dead_workers(self) -> list[int]:
         """Return the indices of the files that dead workers were reading."""
@@ -59,11 +58,13 @@ def init_worker(_worker_id: int) -> None:
     """Prepare a worker process.
 
     Ignore stop signals, which schedulers and terminals send to all processes: the main process
-    handles them and ends its workers. Use one torch thread, since workers share the cores. Freeze
-    the garbage collector, which keeps copy-on-write pages shared with the main process.
+    handles them and ends its workers. Let the watchdog's alarm end the process, even if the main
+    process has a handler for it. Use one torch thread, since workers share the cores. Freeze the
+    garbage collector, which keeps copy-on-write pages shared with the main process.
     """
     for stop_signal in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         signal.signal(stop_signal, signal.SIG_IGN)
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
     torch.set_num_threads(1)
     gc.freeze()
 

@@ -1,12 +1,14 @@
 """Faults in the data (T15, T16): unreadable files, and files that hang or kill their reader."""
 
+import contextlib
 import csv
+import faulthandler
 import multiprocessing
 import os
 import re
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import av
@@ -80,6 +82,26 @@ def run_pretraining(folder: Path | str, out: Path, *flags: str) -> None:
     pretrain.main(pretrain_command(str(folder), out, *shared, *flags))
 
 
+@contextlib.contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """Raise TimeoutError after some seconds, and kill the workers then."""
+
+    def interrupt(_signum: int, _frame) -> None:
+        raise TimeoutError(f"not finished after {seconds} s")
+
+    previous = signal.signal(signal.SIGALRM, interrupt)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    except TimeoutError:
+        for worker in multiprocessing.active_children():
+            worker.kill()
+        raise
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)
+
+
 def indices_of(batches) -> list[int]:
     """Return the sample indices of some batches, in order."""
     return [index for batch in batches for index in batch["index"].tolist()]
@@ -106,9 +128,8 @@ def test_t16_a_file_that_hangs_or_kills_is_quarantined(videos, tmp_path, faulty,
     faulty[bad] = fault
     quarantine = tmp_path / "out" / "quarantine.csv"
     data = clip_dataset(videos)
-    start = time.time()
-    batches = list(make_loader(data, quarantine))
-    assert time.time() - start < READ_TIMEOUT + CHECK_INTERVAL + GUARD
+    with time_limit(READ_TIMEOUT + CHECK_INTERVAL + GUARD):
+        batches = list(make_loader(data, quarantine))
     assert_only_one_file_differs(undisturbed, batches, bad, data)
     assert bad_files(batches) == {bad: "hung for 2 s or killed its reader"}
     assert list(read_quarantine(quarantine)) == [bad]
@@ -119,6 +140,17 @@ def test_t16_a_file_that_hangs_or_kills_is_quarantined(videos, tmp_path, faulty,
     for one, other in zip(batches, later_run, strict=True):
         assert torch.equal(one["clips"], other["clips"])
         assert torch.equal(one["noise"], other["noise"])
+
+
+def test_t16_workers_read_while_a_traceback_timer_is_armed(videos, tmp_path):
+    faulthandler.dump_traceback_later(1000)  # workers inherit its lock, but not its thread
+    try:
+        with time_limit(2 * GUARD):
+            batches = list(make_loader(clip_dataset(videos), tmp_path / "none"))
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+    assert len(batches) == 4
+    assert not bad_files(batches)
 
 
 def test_t16_a_hang_changes_nothing_but_the_file(videos, tmp_path, faulty):
