@@ -42,6 +42,16 @@ def test_without_a_launcher_there_is_one_process(environment):
     assert dist.setup("cpu")[1:] == (0, 1, 0, 1)
 
 
+def test_deterministic_kernels_without_filling_new_tensors(environment):
+    try:
+        dist.setup("cpu", deterministic=True)
+        assert torch.are_deterministic_algorithms_enabled()
+        assert not torch.utils.deterministic.fill_uninitialized_memory
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.utils.deterministic.fill_uninitialized_memory = True
+
+
 def test_torchrun_wins_over_slurm(environment):
     environment(
         RANK="3", LOCAL_WORLD_SIZE="4", SLURM_PROCID="1", SLURM_NTASKS="2", SLURM_LOCALID="1"

@@ -189,6 +189,9 @@ def setup(device: str | None, deterministic: bool = False) -> DistEnv:
     chosen = _choose_device(device)
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
+        # PyTorch would fill each new tensor with NaN, by a kernel each. That only makes reads of
+        # uninitialized memory reproducible, and none of our code reads any.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.use_deterministic_algorithms(deterministic)
     preemption.start_launcher_watchdog()
     started_by_srun = _is_srun_task()
