@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from data.transforms import make_mixup, random_erasing_
 from models_vit import VisionTransformer, named_size, normalize
 from util import checkpoint, dist, pictures, preemption, resume
-from util.args import make_schedule, resolve_compile
+from util.args import apply_system_flags, make_schedule, resolve_compile
 from util.bad_files import BadFiles
 from util.checkpointer import Checkpointer
 from util.dist import DistEnv, UserError, print0
@@ -187,14 +187,13 @@ def build_model(args: argparse.Namespace, env: DistEnv, saved: dict | None) -> V
             no_qkv_bias=args.no_qkv_bias,
             attn=args.attn,
         )
-        attention = model.set_attention(env.device.type, amp_dtype(args.amp, env.device))
+        attention = apply_system_flags(args, model, env.device)
     except ValueError as error:
         raise UserError(str(error)) from error
     for line in attention:
         print0(line)
     for name, parameter in model.named_parameters():
         parameter.requires_grad = not args.freeze_backbone or name.startswith("head.")
-    model.activation_checkpointing = args.activation_checkpointing
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     print0(
         f"model {args.model}: {trained / 1e6:.1f} M parameters to train, "

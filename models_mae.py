@@ -205,7 +205,7 @@ class MaskedAutoencoderViT(VideoEncoder):
         if class_position is not None:
             x = prepend_token(self.decoder_cls_token + class_position, x)
         tokens = pad_tokens(self.decoder_embed(latent), first_patch, hidden.shape[1])
-        return x, tokens
+        return self.start_residual(x), tokens
 
     def predict(self, x: Tensor) -> Tensor:
         """Return the pixels (B, N, P) of decoder tokens (B, N, E)."""

@@ -378,6 +378,11 @@ class VideoEncoder(nn.Module):
 
     keep_probs: Tensor | None  # a buffer (depth,)
 
+    # Settings that are not part of the weights' function
+    activation_checkpointing = False  # recompute blocks in the backward pass, to save memory
+    pixel_stats: PixelStats | None = None  # (mean, std) of uint8 clips
+    residual_dtype: torch.dtype | None = None  # of the tokens between blocks; None: the parameters'
+
     def __init__(
         self,
         *,
@@ -413,8 +418,6 @@ class VideoEncoder(nn.Module):
         self.patch_size = patch_size
         self.sep_pos_embed = sep_pos_embed
         self.cls_embed = cls_embed
-        self.activation_checkpointing = False  # set it to save memory
-        self.pixel_stats: PixelStats | None = None  # (mean, std); set it to pass uint8 clips
         self.grid = token_grid(img_size, patch_size, num_frames, t_patch_size)  # (t', h, w)
 
         if cls_embed:
@@ -499,7 +502,11 @@ class VideoEncoder(nn.Module):
         if class_position is not None:
             x = prepend_token(self.cls_token + class_position, x)
             tokens = pad_tokens(tokens, 1)
-        return x, tokens
+        return self.start_residual(x), tokens
+
+    def start_residual(self, x: Tensor) -> Tensor:
+        """Return tokens in the dtype of the residual stream."""
+        return x.to(self.residual_dtype or x.dtype)
 
     def normalize(self, pixels: Tensor) -> Tensor:
         """Return uint8 pixels (..., C, t, p, p) as floats, by `pixel_stats`; floats as they are."""

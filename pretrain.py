@@ -204,13 +204,12 @@ def build_model(args: argparse.Namespace, env: DistEnv) -> MaskedAutoencoderViT:
             trunc_init=args.trunc_init,
             attn=args.attn,
         )
-        attention = model.set_attention(env.device.type, amp_dtype(args.amp, env.device))
+        attention = flags.apply_system_flags(args, model, env.device)
         model.check_mask(args.mask_ratio, args.mask_type)
     except ValueError as error:
         raise UserError(str(error)) from error
     for line in attention:
         print0(line)
-    model.activation_checkpointing = args.activation_checkpointing
     model.pixel_stats = (VIDEO_MEAN, VIDEO_STD)
     parameters = sum(p.numel() for p in model.parameters())
     print0(

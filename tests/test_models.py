@@ -368,3 +368,17 @@ def test_flash_attn_branch_gets_the_packed_product(monkeypatch):
     torch.testing.assert_close(ours.float(), layer(x), rtol=0.05, atol=0.02)
     (expected,) = torch.autograd.grad(layer(x).square().sum(), layer.q.weight)
     assert (gradient - expected).abs().max() <= 0.05 * expected.abs().max()
+
+
+def test_a_bf16_residual_stays_bf16_and_close():
+    clips, noise = clips_and_noise()
+    losses = []
+    for dtype in (None, torch.bfloat16):
+        model = tiny_mae()
+        model.residual_dtype = dtype
+        with torch.autocast("cpu", torch.bfloat16):
+            x, _, _, _ = model.encode_and_decode(clips, 0.75, "random", noise)
+            losses.append(model(clips, 0.75, noise=noise)[0].item())
+        assert x.dtype == dtype or dtype is None and x.dtype == torch.float32
+    assert losses[0] != losses[1]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-2)

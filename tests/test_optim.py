@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from util.optim import backward, make_optimizer, update
+from util.optim import backward, make_optimizer, residual_dtype, update
 
 SCALER = torch.amp.GradScaler("cpu", enabled=False)
 
@@ -38,3 +38,34 @@ def test_t14_a_nonfinite_gradient_skips_the_update(bad):
     assert skipped == 0
     assert (weight < 1).all()
     assert optimizer.state[weight]["step"] == 1
+
+
+def test_a_bf16_residual_needs_bf16():
+    assert residual_dtype(False, torch.float32) is None
+    assert residual_dtype(True, torch.bfloat16) == torch.bfloat16
+    with pytest.raises(ValueError, match="--amp bf16"):
+        residual_dtype(True, torch.float32)
+
+
+@pytest.mark.parametrize("scale", [0.01, 100.0])
+def test_clipping_inside_the_kernel_equals_torchs_clipping(scale):
+    generator = torch.Generator().manual_seed(0)
+    start = [torch.randn(4, 3, generator=generator), torch.randn(5, generator=generator)]
+    gradients = [scale * torch.randn(tensor.shape, generator=generator) for tensor in start]
+    results = []
+    for inside in (True, False):
+        parameters = [torch.nn.Parameter(tensor.clone()) for tensor in start]
+        group = {"params": parameters, "weight_decay": 0.1, "lr_scale": 1.0, "lr": 0.01}
+        optimizer = make_optimizer([group], parameters, betas=(0.9, 0.95))
+        for _ in range(3):
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                parameter.grad = gradient.clone()
+            if inside:
+                norm, _ = update(optimizer, SCALER, clip_grad=1.0)
+            else:
+                expected_norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+                optimizer.step()
+        moments = [optimizer.state[parameter]["exp_avg_sq"] for parameter in parameters]
+        results.append([*parameters, *moments])
+    assert torch.equal(norm, expected_norm)
+    torch.testing.assert_close(*results, rtol=1e-6, atol=1e-9)

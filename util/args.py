@@ -11,9 +11,10 @@ from pathlib import Path
 
 import torch
 
+from models_vit import VideoEncoder
 from util.cli import Parser, min_two, nonnegative_int, positive_int
 from util.dist import UserError, available_cpus, local_world_size, print0
-from util.optim import Schedule
+from util.optim import Schedule, amp_dtype, residual_dtype
 
 RETIRED = (
     "--local_rank",
@@ -434,6 +435,12 @@ def add_system(parser: ScriptParser) -> argparse._ArgumentGroup:
         help="auto: bf16 if the GPU has it, else fp16; CPU: fp32",
     )
     group.add_argument(
+        "--bf16_residual",
+        action=BoolFlag,
+        default=False,
+        help="keep the tokens between layers in bfloat16: faster on a GPU (default: off, float32)",
+    )
+    group.add_argument(
         "--attn",
         choices=("auto", "flash_attn", "sdpa", "cudnn", "math"),
         default="auto",
@@ -499,6 +506,19 @@ def resolve_compile(args: argparse.Namespace, device: torch.device) -> None:
     """Set the default of --compile, which depends on the device: on with CUDA."""
     if args.compile is None:
         args.compile = device.type == "cuda"
+
+
+def apply_system_flags(
+    args: argparse.Namespace, model: VideoEncoder, device: torch.device
+) -> list[str]:
+    """Set up a new model by --attn, --amp, --bf16_residual and --activation_checkpointing.
+
+    Returns lines that describe the attention kernels. Raises ValueError for what cannot run.
+    """
+    amp = amp_dtype(args.amp, device)
+    model.residual_dtype = residual_dtype(args.bf16_residual, amp)
+    model.activation_checkpointing = args.activation_checkpointing
+    return model.set_attention(device.type, amp)
 
 
 def manifest_path(args: argparse.Namespace, kind: str) -> Path:

@@ -68,6 +68,18 @@ def amp_dtype(choice: str, device: torch.device) -> torch.dtype:
     return torch.float16
 
 
+def residual_dtype(bf16_residual: bool, amp: torch.dtype) -> torch.dtype | None:
+    """Return the dtype of the residual stream for --bf16_residual, None: that of the parameters.
+
+    Raises ValueError without bf16 autocast.
+    """
+    if not bf16_residual:
+        return None
+    if amp != torch.bfloat16:
+        raise ValueError(f"--bf16_residual needs bfloat16, not {amp}. Add --amp bf16.")
+    return amp
+
+
 def autocast(device: torch.device, amp: torch.dtype) -> torch.autocast:
     """Return the autocast context of a device for `amp`; float32 means no autocast."""
     return torch.autocast(device.type, amp, enabled=amp != torch.float32)
