@@ -37,8 +37,23 @@ SIZES = {  # name: (width, depth, heads); weights are only valid with their numb
 
 SDPA_BACKENDS = {  # --attn: the kernels that PyTorch may use, in order of priority
     "sdpa": [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH],
-    "cudnn": [SDPBackend.CUDNN_ATTENTION],
+    "cudnn": [
+        SDPBackend.CUDNN_ATTENTION,
+        SDPBackend.FLASH_ATTENTION,
+        SDPBackend.EFFICIENT_ATTENTION,
+        SDPBackend.MATH,
+    ],
     "math": [SDPBackend.MATH],
+}
+
+# --attn auto: (compute capability, dtype): the fastest key of SDPA_BACKENDS. Others take "sdpa".
+# 9.0: benchmarks/results/attention_cuda.json, where all head widths and lengths agree.
+# 10.0: only the forward pass is published, https://github.com/sgl-project/sglang/pull/33655.
+# cuDNN is not faster on 8.0, 8.6, 8.9 and 12.0,
+# https://github.com/huggingface/transformers/pull/48163.
+FASTEST_ATTENTION = {
+    ((9, 0), torch.bfloat16): "cudnn",
+    ((10, 0), torch.bfloat16): "cudnn",
 }
 
 
@@ -80,29 +95,89 @@ def flash_attn_obstacle(device_type: str, dtype: torch.dtype, head_dim: int) -> 
     return None
 
 
+def cudnn_obstacle(device_type: str, dtype: torch.dtype, head_dim: int) -> str | None:
+    """Return why cuDNN's attention cannot train on such tensors, or None if it can.
+
+    Tries it once, because cuDNN itself decides what it supports.
+    """
+    if device_type != "cuda":
+        return f"cuDNN's attention needs CUDA, not {device_type}"
+    if torch.are_deterministic_algorithms_enabled():
+        return "cuDNN's attention is not deterministic"
+    if not (torch.backends.cudnn.enabled and torch.backends.cuda.cudnn_sdp_enabled()):
+        return "cuDNN is switched off"
+    try:
+        size = (1, 1, 65, head_dim)
+        x = torch.ones(size, device=device_type, dtype=dtype, requires_grad=True)
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+            F.scaled_dot_product_attention(x, x, x).sum().backward()
+    except RuntimeError as error:
+        return f"cuDNN's attention does not run here: {str(error).partition(chr(10))[0]}"
+    return None
+
+
+def attention_obstacle(
+    kernel: str, device_type: str, dtype: torch.dtype, head_dim: int
+) -> str | None:
+    """Return why a kernel cannot run for such tensors, or None if it can."""
+    if kernel == "flash_attn":
+        return flash_attn_obstacle(device_type, dtype, head_dim)
+    if kernel == "cudnn":
+        return cudnn_obstacle(device_type, dtype, head_dim)
+    return None
+
+
+def fastest_attention(device_type: str, dtype: torch.dtype) -> str:
+    """Return the entry of FASTEST_ATTENTION for this GPU, or "sdpa" if there is none."""
+    if device_type != "cuda" or not torch.cuda.is_available():
+        return "sdpa"
+    return FASTEST_ATTENTION.get((torch.cuda.get_device_capability(), dtype), "sdpa")
+
+
 def choose_attention(
     attn: str, device_type: str, dtype: torch.dtype, head_dim: int
 ) -> tuple[str, str]:
     """Return the attention kernel for such tensors, and the reason for the choice.
 
     The kernel is "flash_attn" (the flash-attn package) or a key of SDPA_BACKENDS. Raises
-    ValueError for an unknown name, and for "flash_attn" where it cannot run.
+    ValueError for an unknown name, and for a requested kernel that cannot run.
     """
     if attn not in ("auto", "flash_attn", *SDPA_BACKENDS):
         known = ", ".join(SDPA_BACKENDS)
         raise ValueError(f"unknown attention {attn!r}. Choose one of auto, flash_attn, {known}.")
-    if attn in SDPA_BACKENDS:
-        return attn, "as requested"
-    obstacle = flash_attn_obstacle(device_type, dtype, head_dim)
-    if obstacle is None:
-        return "flash_attn", "the flash-attn package is installed and supports these tensors"
+    kernels = [attn]
+    reason = "as requested"
     if attn == "auto":
-        return "sdpa", f"PyTorch's own FlashAttention-2: {obstacle}"
+        kernels = ["flash_attn", "sdpa"]
+        reason = "the first choice for such tensors"
+        fastest = fastest_attention(device_type, dtype)
+        if fastest != "sdpa":
+            kernels.insert(0, fastest)
+    obstacles: list[str] = []
+    for kernel in kernels:
+        obstacle = attention_obstacle(kernel, device_type, dtype, head_dim)
+        if obstacle is None:
+            return kernel, "; ".join(obstacles) or reason
+        obstacles.append(obstacle)
     cure = "Use --attn auto or sdpa."
-    if flash_attn_qkvpacked_func is None:
+    if attn == "flash_attn" and flash_attn_qkvpacked_func is None:
         install = "pip install --no-build-isolation -r requirements-flash.txt"
         cure = f"Install it ({install}), or use --attn auto or sdpa."
-    raise ValueError(f"attention 'flash_attn' cannot run: {obstacle}. {cure}")
+    raise ValueError(f"attention {attn!r} cannot run: {obstacles[0]}. {cure}")
+
+
+def describe_kernel(kernel: str, device_type: str, dtype: torch.dtype, head_dim: int) -> str:
+    """Return what runs for such tensors: PyTorch takes the first of SDPA_BACKENDS that can.
+
+    Asks PyTorch's own dispatcher, since the public checks do not know a CPU.
+    """
+    if kernel == "flash_attn":
+        return "the flash-attn package"
+    size = (1, 1, 65, head_dim)
+    x = torch.empty(size, device=device_type, dtype=dtype, requires_grad=True)
+    with sdpa_kernel(SDPA_BACKENDS[kernel], set_priority=True):
+        backend = SDPBackend(torch._fused_sdp_choice(x, x, x))
+    return f"PyTorch's {backend.name.lower().replace('_', ' ')}"
 
 
 def attend(qkv: Tensor, kernel: str) -> Tensor:
@@ -191,21 +266,17 @@ class Attention(nn.Module):
             raise ValueError(f"width {width} is not divisible by {num_heads} attention heads")
         self.num_heads = num_heads
         self.head_dim = width // num_heads
-        # Device and dtype are unknown here. Raise early what would be an error with any of them.
-        choose_attention(attn, "cuda", torch.bfloat16, self.head_dim)
         self.attn = attn
         self.kernel = attn
         if attn == "auto":
-            self.kernel = "sdpa"  # suits all tensors; set_kernel may find a better one
+            self.kernel = "sdpa"  # suits all tensors; set_attention may find a better one
+        elif attn != "cudnn":  # only a GPU knows
+            # Device and dtype are unknown here. Raise early what would be an error with any.
+            choose_attention(attn, "cuda", torch.bfloat16, self.head_dim)
         self.q = nn.Linear(width, width, bias=qkv_bias)
         self.k = nn.Linear(width, width, bias=qkv_bias)
         self.v = nn.Linear(width, width, bias=qkv_bias)
         self.proj = Linear(width, width)
-
-    def set_kernel(self, device_type: str, dtype: torch.dtype) -> str:
-        """Choose the kernel for such inputs and return the reason. Raises ValueError."""
-        self.kernel, reason = choose_attention(self.attn, device_type, dtype, self.head_dim)
-        return reason
 
     def forward(self, x: Tensor) -> Tensor:
         """Return (B, N, D) for tokens (B, N, D)."""
@@ -545,16 +616,22 @@ class VideoEncoder(nn.Module):
     def set_attention(self, device_type: str, dtype: torch.dtype) -> list[str]:
         """Choose the attention kernels for this device and (autocast) dtype, and describe them.
 
-        Call it once after building the model; without it "auto" is PyTorch's SDPA. Returns one line
-        per head width, with the reason. Raises ValueError where the requested kernel cannot run.
+        Call it once after building the model; without it "auto" is "sdpa". Returns one line per
+        head width, with the reason. Raises ValueError where the requested kernel cannot run.
         """
-        lines = {}
+        kernels = {}  # by head width
+        lines = []
         for module in self.modules():
-            if isinstance(module, Attention):
-                reason = module.set_kernel(device_type, dtype)
-                width = module.head_dim
-                lines[width] = f"attention with head width {width}: {module.kernel} ({reason})"
-        return list(lines.values())
+            if not isinstance(module, Attention):
+                continue
+            width = module.head_dim
+            if width not in kernels:
+                tensors = (device_type, dtype, width)
+                kernels[width], reason = choose_attention(module.attn, *tensors)
+                name = describe_kernel(kernels[width], *tensors)
+                lines.append(f"attention with head width {width}: {name} ({reason})")
+            module.kernel = kernels[width]
+        return lines
 
     def training_flops(self, tokens: int) -> float:
         """Return the FLOPs of forward and backward per clip, of embedding and blocks.

@@ -11,7 +11,7 @@ import models_vit
 from data.loader import on_device
 from engine_pretrain import micro_step
 from models_vit import SDPA_BACKENDS
-from util.optim import make_optimizer, pretrain_param_groups, set_learning_rate, update
+from util.optim import autocast, make_optimizer, pretrain_param_groups, set_learning_rate, update
 
 pytestmark = [
     pytest.mark.gpu,
@@ -33,9 +33,28 @@ def test_every_backend_agrees_with_the_cpu(attn):
     clips, noise = clips_and_noise()
     expected = gradients(tiny_mae(), clips, noise)
     largest = max(gradient.abs().max() for gradient in expected)
+    model = tiny_mae(attn=attn)
+    model.set_attention("cuda", torch.bfloat16)  # raises where it cannot run
     with torch.autocast("cuda", torch.bfloat16):
-        ours = gradients(tiny_mae(attn=attn).to(CUDA), clips.to(CUDA), noise.to(CUDA))
+        ours = gradients(model.to(CUDA), clips.to(CUDA), noise.to(CUDA))
     assert max((a - b).abs().max() for a, b in zip(ours, expected, strict=True)) < 0.05 * largest
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("attn", ["auto", "sdpa", "math"])
+def test_set_attention_names_the_kernel_that_runs(attn, dtype):
+    model = tiny_vit(attn=attn).to(CUDA)
+    (line,) = model.set_attention("cuda", dtype)
+    with torch.profiler.profile() as profile, autocast(CUDA, dtype):
+        model(torch.randn(1, 3, 8, 32, 32, device=CUDA))
+    name = line.partition("PyTorch's ")[2].partition(" (")[0]
+    operators = {
+        kernel: f"aten::_scaled_dot_product_{kernel.replace(' ', '_')}"
+        for kernel in ("cudnn attention", "flash attention", "efficient attention")
+    } | {"math": "aten::_scaled_dot_product_attention_math"}
+    expected = {operators[name]} if name else set()  # the flash-attn package
+    ran = {event.name for event in profile.events()}
+    assert ran & set(operators.values()) == expected
 
 
 @pytest.mark.skipif(

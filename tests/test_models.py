@@ -1,5 +1,8 @@
 """Models against rules: masks, initialization, token order, precision, compilation, errors."""
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,6 +11,7 @@ from tiny import clips_and_noise, tiny_mae, tiny_vit
 import models_vit
 from models_mae import MaskedAutoencoderViT, make_mask, unpatchify
 from models_vit import (
+    SDPA_BACKENDS,
     SIZES,
     LinearFunction,
     choose_attention,
@@ -18,6 +22,7 @@ from models_vit import (
 )
 
 GRID = (4, 3, 3)
+RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
 
 
 def test_named_models_have_the_sizes_of_the_table():
@@ -305,8 +310,27 @@ def packed_attention(qkv, deterministic=False):
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
 
-def test_attention_choice_without_the_package(monkeypatch):
+@pytest.fixture
+def package(monkeypatch):
+    """Stand in for an installed flash-attn package."""
+    monkeypatch.setattr(models_vit, "flash_attn_qkvpacked_func", packed_attention)
+
+
+@pytest.fixture
+def no_package(monkeypatch):
+    """Hide the flash-attn package."""
     monkeypatch.setattr(models_vit, "flash_attn_qkvpacked_func", None)
+
+
+@pytest.fixture
+def hopper(monkeypatch):
+    """Stand in for a GPU of compute capability 9.0 with cuDNN."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(models_vit, "cudnn_obstacle", lambda *tensors: None)
+
+
+def test_attention_choice_without_the_package(no_package):
     assert choose_attention("auto", *HALF)[0] == "sdpa"
     assert choose_attention("math", *HALF)[0] == "math"
     with pytest.raises(ValueError, match="not installed"):
@@ -315,8 +339,7 @@ def test_attention_choice_without_the_package(monkeypatch):
         choose_attention("xformers", *HALF)
 
 
-def test_attention_choice_with_the_package(monkeypatch):
-    monkeypatch.setattr(models_vit, "flash_attn_qkvpacked_func", packed_attention)
+def test_attention_choice_with_the_package(package):
     assert choose_attention("auto", *HALF)[0] == "flash_attn"
     assert choose_attention("sdpa", *HALF)[0] == "sdpa"
     for other in UNSUITABLE:
@@ -325,28 +348,77 @@ def test_attention_choice_with_the_package(monkeypatch):
             choose_attention("flash_attn", *other)
 
 
-def test_attention_that_cannot_run_is_refused_at_build(monkeypatch):
-    monkeypatch.setattr(models_vit, "flash_attn_qkvpacked_func", None)
+def test_attention_that_cannot_run_is_refused_at_build(no_package):
     with pytest.raises(ValueError, match="not installed"):
         tiny_vit(attn="flash_attn")
     with pytest.raises(ValueError, match="auto, flash_attn, sdpa"):
         tiny_vit(attn="xformers")
 
 
-def test_set_attention_chooses_for_every_block(monkeypatch):
-    monkeypatch.setattr(models_vit, "flash_attn_qkvpacked_func", packed_attention)
+def test_auto_takes_the_fastest_measured_attention():
+    measured = json.loads((RESULTS / "attention_cuda.json").read_text())
+    dtype = getattr(torch, measured["dtype"].removeprefix("torch."))
+    capability = tuple(measured["capability"])
+    assert (capability, dtype) in models_vit.FASTEST_ATTENTION
+    for row in measured["shapes"].values():
+        fastest = min(row, key=lambda name: row[name].get("ms", float("inf")))
+        chosen = models_vit.FASTEST_ATTENTION[capability, dtype]
+        assert SDPA_BACKENDS[chosen][0].name.lower().startswith(fastest)
+
+
+def test_auto_follows_the_table_of_attention(hopper, package):
+    assert choose_attention("auto", *HALF)[0] == "cudnn"
+    assert choose_attention("auto", "cuda", torch.float16, 80)[0] == "flash_attn"
+    assert choose_attention("auto", "cpu", torch.bfloat16, 80)[0] == "sdpa"
+
+
+def test_auto_names_what_keeps_it_from_cudnn(hopper, no_package, monkeypatch):
+    monkeypatch.setattr(models_vit, "cudnn_obstacle", lambda *tensors: "no cuDNN here")
+    kernel, reason = choose_attention("auto", *HALF)
+    assert kernel == "sdpa" and reason.startswith("no cuDNN here; ")
+    with pytest.raises(ValueError, match=r"'cudnn' cannot run: no cuDNN here\. Use --attn auto"):
+        choose_attention("cudnn", *HALF)
+
+
+def test_cudnn_is_not_used_where_it_must_not_be():
+    with torch.backends.cudnn.flags(enabled=False):
+        assert "switched off" in models_vit.cudnn_obstacle(*HALF)
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert "not deterministic" in models_vit.cudnn_obstacle(*HALF)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert "needs CUDA" in models_vit.cudnn_obstacle("cpu", torch.bfloat16, 80)
+
+
+def test_set_attention_chooses_for_every_block(package):
     model = tiny_mae()  # head widths: encoder 32, decoder 8
     kernels = [block.attn.kernel for block in (*model.blocks, *model.decoder_blocks)]
     assert set(kernels) == {"sdpa"}  # before the choice
     lines = model.set_attention("cuda", torch.bfloat16)
     assert [line.partition(" (")[0] for line in lines] == [
-        "attention with head width 32: flash_attn",
-        "attention with head width 8: flash_attn",
+        "attention with head width 32: the flash-attn package",
+        "attention with head width 8: the flash-attn package",
     ]
     kernels = [block.attn.kernel for block in (*model.blocks, *model.decoder_blocks)]
     assert set(kernels) == {"flash_attn"}
     with pytest.raises(ValueError, match="needs CUDA"):
         tiny_mae(attn="flash_attn").set_attention("cpu", torch.float32)
+
+
+@pytest.mark.parametrize("attn", ["auto", "math"])
+def test_set_attention_names_the_kernel_that_runs(attn):
+    model = tiny_vit(attn=attn)
+    (line,) = model.set_attention("cpu", torch.float32)
+    with torch.profiler.profile() as profile:
+        model(torch.randn(1, 3, 8, 32, 32))
+    name = line.partition("PyTorch's ")[2].partition(" (")[0]
+    operators = {
+        "flash attention": "aten::_scaled_dot_product_flash_attention_for_cpu",
+        "math": "aten::_scaled_dot_product_attention_math",
+    }
+    ran = {event.name for event in profile.events()}
+    assert ran & set(operators.values()) == {operators[name]}
 
 
 def test_flash_attn_branch_gets_the_packed_product(monkeypatch):
@@ -359,12 +431,12 @@ def test_flash_attn_branch_gets_the_packed_product(monkeypatch):
     monkeypatch.setattr(models_vit, "flash_attn_qkvpacked_func", record)
     layer = models_vit.Attention(64, 4, True, "auto")
     x = torch.randn(2, 9, 64)
-    layer.set_kernel("cuda", torch.bfloat16)
+    layer.kernel = "flash_attn"
     with torch.autocast("cpu", torch.bfloat16):
         ours = layer(x)
     (gradient,) = torch.autograd.grad(ours.float().square().sum(), layer.q.weight)
     assert seen == [((2, 9, 3, 4, 16), torch.bfloat16)]
-    layer.set_kernel("cpu", torch.float32)
+    layer.kernel = "sdpa"
     torch.testing.assert_close(ours.float(), layer(x), rtol=0.05, atol=0.02)
     (expected,) = torch.autograd.grad(layer(x).square().sum(), layer.q.weight)
     assert (gradient - expected).abs().max() <= 0.05 * expected.abs().max()

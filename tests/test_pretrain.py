@@ -178,6 +178,7 @@ NEEDS_NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a 
         ("--epochs 0", "--epochs"),
         ("--epoch 3", "--epoch"),
         ("--attn flash_attn", "flash-attn"),
+        ("--attn cudnn --device cpu", "cuDNN"),
         ("--repeat_windows 3", "--repeat_windows 3"),
         ("--save_prefix a/b", "--save_prefix"),
         pytest.param("--device cuda", "--device cuda", marks=NEEDS_NO_GPU),

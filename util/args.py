@@ -444,7 +444,7 @@ def add_system(parser: ScriptParser) -> argparse._ArgumentGroup:
         "--attn",
         choices=("auto", "flash_attn", "sdpa", "cudnn", "math"),
         default="auto",
-        help="attention kernel (default: auto)",
+        help="attention kernel (default: auto, the fastest known for the GPU)",
     )
     group.add_argument(
         "--activation_checkpointing",
