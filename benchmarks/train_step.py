@@ -6,24 +6,31 @@
     python benchmarks/train_step.py --preset tiny --curves --no-compile --max_batch 8 --rounds 5
 
 A step is the same for all variants: uint8 clips on the device, normalization, forward, backward,
-gradient clipping, fused AdamW. Losses and gradients are compared first. Then the variants take
-turns (A B C A B C ...); the results are medians over --rounds, after ten warm-up rounds. MFU is the
-counted FLOPs over the peak of the datasheet, and over a matrix product measured in the same run.
+gradient clipping, fused AdamW. Both models use the same list of attention kernels, which the name
+of a variant ends with if it is not "sdpa". Losses and gradients are compared with "plain sdpa"
+first. Results are medians over --rounds, after ten warm-up rounds. On a CPU the variants take turns
+(A B C A B C ...). On a GPU they run one after the other, each in a process of its own with a time
+limit, and the results are written after each. MFU is the counted FLOPs over the peak of the
+datasheet, and over a matrix product measured in the same process.
 Writes benchmarks/results/train_step_NAME.json and .md, or curves_NAME.json and .png.
 """
 
 import argparse
 import json
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from matplotlib.figure import Figure
+from torch.nn.attention import sdpa_kernel
 
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
@@ -71,9 +78,22 @@ class VariantSpec(NamedTuple):
     """What to measure."""
 
     name: str
-    kind: str  # "ours", "plain" (softmax written out) or "plain-sdpa"
-    attn: str  # of "ours"
+    kind: str  # "ours" or "plain-sdpa"
+    attn: str  # attention kernels, as --attn; of "plain-sdpa" a key of SDPA_BACKENDS
     compiled: bool
+
+
+VARIANTS = (  # most important first
+    VariantSpec("ours compiled", "ours", "sdpa", True),
+    VariantSpec("ours compiled, cudnn", "ours", "cudnn", True),
+    VariantSpec("plain sdpa", "plain-sdpa", "sdpa", False),
+    VariantSpec("plain sdpa, cudnn", "plain-sdpa", "cudnn", False),
+    VariantSpec("ours", "ours", "sdpa", False),
+    VariantSpec("ours, cudnn", "ours", "cudnn", False),
+    VariantSpec("plain sdpa compiled", "plain-sdpa", "sdpa", True),
+    VariantSpec("plain sdpa compiled, cudnn", "plain-sdpa", "cudnn", True),
+    VariantSpec("ours compiled, flash_attn", "ours", "flash_attn", True),
+)
 
 
 # ---- Models ----
@@ -108,39 +128,24 @@ def build_classifier(preset: Preset, attn: str) -> VisionTransformer:
     )
 
 
-def build(preset: Preset, task: str, spec: VariantSpec) -> torch.nn.Module:
-    """Return the model of a variant, on torch's current default device."""
+def build(preset: Preset, task: str, attn: str) -> MaskedAutoencoderViT | VisionTransformer:
+    """Return our model of a task, on torch's current default device."""
     torch.manual_seed(0)
     if task == "pretrain":
-        model = build_mae(preset, NUM_FRAMES, spec.attn)
-        plain_class = PlainMAE
-    else:
-        model = build_classifier(preset, spec.attn)
-        plain_class = PlainViT
-    if spec.kind != "ours":
-        model = plain_class(model.config, sdpa=spec.kind == "plain-sdpa")
-    return model.train()
+        return build_mae(preset, NUM_FRAMES, attn).train()
+    return build_classifier(preset, attn).train()
 
 
 def variants_to_run(with_compiled: bool, device: torch.device) -> list[VariantSpec]:
     """Return the variants that this device may support."""
-    specs = [
-        VariantSpec("plain", "plain", "auto", False),
-        VariantSpec("plain sdpa", "plain-sdpa", "auto", False),
-        VariantSpec("ours", "ours", "auto", False),
+    kernels = ["sdpa"]
+    if device.type == "cuda":
+        kernels.append("cudnn")
+        if flash_attn_qkvpacked_func is not None:
+            kernels.append("flash_attn")
+    return [
+        spec for spec in VARIANTS if spec.attn in kernels and (with_compiled or not spec.compiled)
     ]
-    if not with_compiled:
-        return specs
-    specs.append(VariantSpec("plain sdpa compiled", "plain-sdpa", "auto", True))
-    specs.append(VariantSpec("ours compiled", "ours", "auto", True))
-    kernels = [name for name in SDPA_BACKENDS if name != "sdpa"]
-    if device.type != "cuda":
-        kernels.remove("cudnn")
-    elif flash_attn_qkvpacked_func is not None:
-        kernels.append("flash_attn")
-    for kernel in kernels:
-        specs.append(VariantSpec(f"ours compiled, {kernel}", "ours", kernel, True))
-    return specs
 
 
 class Variant:
@@ -151,32 +156,37 @@ class Variant:
 
     def __init__(self, spec: VariantSpec, model: torch.nn.Module, optimizer, dtype: torch.dtype):
         """Compile the model, if the variant is compiled."""
-        self.kind = spec.kind
+        self.spec = spec
         self.model = model
         self.optimizer = optimizer
         self.dtype = dtype
         self.device = next(model.parameters()).device
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=False)
         self.mask_ratio = MASK_RATIO
+        self.attention: list[str] = []  # one line per head width
         self.times: list[float] = []  # seconds of a step
         self.first_call = 0.0  # seconds of the first forward and backward pass
-        if spec.kind == "ours":
-            model.set_attention(self.device.type, dtype)
         if spec.compiled and spec.kind == "ours":
             model.compile_parts()
         elif spec.compiled:
             model.compile(fullgraph=True, dynamic=False)
 
+    def kernels(self):
+        """Return the context that gives the plain model the kernels which ours sets itself."""
+        if self.spec.kind == "ours":
+            return nullcontext()
+        return sdpa_kernel(SDPA_BACKENDS[self.spec.attn], set_priority=True)
+
     def loss(self, clips: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
         """Return the loss of uint8 clips (B, 3, T, H, W) with noise (B, L)."""
-        if self.kind == "ours" and not isinstance(self.model, VisionTransformer):
+        if self.spec.kind == "ours" and not isinstance(self.model, VisionTransformer):
             self.model.pixel_stats = (VIDEO_MEAN, VIDEO_STD)  # it normalizes what it gathers
         else:
             clips = normalize(clips, VIDEO_MEAN, VIDEO_STD)
-        with autocast(self.device, self.dtype):
+        with self.kernels(), autocast(self.device, self.dtype):
             if isinstance(self.model, (VisionTransformer, PlainViT)):
                 return self.model(clips).float().logsumexp(1).mean()
-            if self.kind == "ours":
+            if self.spec.kind == "ours":
                 return self.model(clips, self.mask_ratio, noise=noise)[0]
             return self.model(clips, noise, self.mask_ratio)
 
@@ -228,15 +238,18 @@ def largest_difference(gradients: dict[str, torch.Tensor], expected: dict) -> fl
     return max(differences)
 
 
-def check_equal(variants: dict[str, Variant], clips, noise, tolerance: float) -> dict[str, float]:
+def check_equal(variants: dict[str, Variant], clips, noise) -> dict[str, float]:
     """Return each variant's largest relative difference of loss and gradients from the first one.
 
-    Asserts that all differences are below the tolerance.
+    Asserts that all differences are small.
     """
     differences = {}
     expected_loss = None
     expected = {}
     for name, variant in variants.items():
+        tolerance = 5e-2
+        if variant.dtype == torch.float32:
+            tolerance = 1e-3
         loss = variant.loss(clips, noise)
         loss.backward()
         parameters = variant.model.named_parameters()
@@ -274,7 +287,8 @@ def time_rounds(variants: dict[str, Variant], clips, noise, rounds: int) -> dict
     peaks = {}
     for turn in range(WARMUP_ROUNDS + rounds):
         for name, variant in variants.items():
-            measures_memory = turn == 0 and variant.device.type == "cuda"
+            # the first step makes the optimizer's state, after its peak
+            measures_memory = turn == 1 and variant.device.type == "cuda"
             if measures_memory:
                 torch.cuda.reset_peak_memory_stats()
             seconds = variant.timed_step(clips, noise)
@@ -347,73 +361,136 @@ def flops_per_clip(model: torch.nn.Module, task: str) -> float:
 def build_variants(
     preset: Preset, task: str, specs: list[VariantSpec], device: torch.device, dtype: torch.dtype
 ) -> tuple[torch.nn.Module, dict[str, Variant]]:
-    """Return a model, and the variants by name, which share its parameters."""
+    """Return a model, and the variants by name, which share its parameters.
+
+    Raises ValueError where an attention kernel cannot run.
+    """
     with device:
-        first = build(preset, task, VariantSpec("first", "ours", "auto", False))
+        first = build(preset, task, "auto")
     optimizer = make_optimizer(pretrain_param_groups(first, 0.05), first.parameters(), (0.9, 0.95))
     shared = first.state_dict(keep_vars=True)
+    plain = {"pretrain": PlainMAE, "finetune": PlainViT}[task]
     variants = {}
     for spec in specs:
         with torch.device("meta"):
-            model = build(preset, task, spec)
+            model = build(preset, task, spec.attn)
+            attention = model.set_attention(device.type, dtype)
+            if spec.kind == "plain-sdpa":
+                model = plain(model.config, sdpa=True).train()
         model.load_state_dict(shared, assign=True)
         variants[spec.name] = Variant(spec, model, optimizer, dtype)
+        variants[spec.name].attention = attention
     return first, variants
 
 
-def measure_variants(
-    variants: dict[str, Variant], clips, noise, flops: float, rounds: int
-) -> tuple[list[dict], float]:
-    """Compare and time the variants. Return the rows of the table, and the measured peak FLOP/s.
+def row_of(variant: Variant, clips, noise, flops: float, ceiling: float) -> dict:
+    """Return the row of the table of a timed variant, without memory and differences.
 
-    flops: of a step.
+    flops: of a step. ceiling: the measured peak FLOP/s.
     """
-    first = next(iter(variants.values()))
-    tolerance = 5e-2
-    if first.dtype == torch.float32:
-        tolerance = 1e-3
-    differences = check_equal(variants, clips, noise, tolerance)
-    peak_gib = time_rounds(variants, clips, noise, rounds)
-    peak = peak_flops(first.device)
-    ceiling = matmul_flops(first.device, first.dtype)
-    rows = []
-    for name, variant in variants.items():
-        rows.append(
-            {
-                "variant": name,
-                **timing_row(variant.times, len(clips), flops, peak, ceiling),
-                "peak_gib": peak_gib.get(name),
-                "syncs": count_syncs(lambda v=variant: v.step(clips, noise), first.device),
-                "first_call_s": variant.first_call,
-                "difference": differences[name],
-            }
-        )
-    return rows, ceiling
+    peak = peak_flops(variant.device)
+    return {
+        "variant": variant.spec.name,
+        "attn": variant.spec.attn,
+        "attention": variant.attention,
+        **timing_row(variant.times, len(clips), flops, peak, ceiling),
+        "syncs": count_syncs(lambda: variant.step(clips, noise), variant.device),
+        "first_call_s": variant.first_call,
+    }
 
 
-def measure(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> dict:
-    """Measure all variants; return the content of the JSON file."""
+def settings(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> dict:
+    """Return what the results depend on."""
+    return {
+        "preset": args.preset,
+        "task": args.task,
+        "batch": args.batch or PRESETS[args.preset].batch_size,
+        "rounds": args.rounds,
+        "compared": args.check,
+        **environment(device, dtype),
+    }
+
+
+def compare(variants: dict[str, Variant], clips, noise) -> dict[str, float]:
+    """Return the differences of `check_equal`, none if there is nothing to compare with."""
+    if next(iter(variants.values())).spec.kind != "plain-sdpa":
+        print0("Losses and gradients are not compared: plain sdpa cannot run here.")
+        return {}
+    return check_equal(variants, clips, noise)
+
+
+def measure(
+    args: argparse.Namespace, specs: list[VariantSpec], device: torch.device, dtype: torch.dtype
+) -> dict:
+    """Measure variants in turns, after comparing them with "plain sdpa" and the same kernels.
+
+    Returns the content of the JSON file. All variants must have the same kernels.
+    """
     preset = PRESETS[args.preset]
-    batch_size = args.batch or preset.batch_size
-    specs = variants_to_run(args.compile, device)
-    model, variants = build_variants(preset, args.task, specs, device, dtype)
+    result = settings(args, device, dtype) | {"order": "in turns"}
+    if len(specs) == 1:
+        result["order"] = "alone"
+    reference = VariantSpec("plain sdpa, reference", "plain-sdpa", specs[0].attn, False)
+    if reference.attn not in SDPA_BACKENDS:
+        reference = reference._replace(attn="sdpa")
+    try:
+        model, variants = build_variants(preset, args.task, [reference, *specs], device, dtype)
+    except ValueError as error:
+        return result | {"rows": [], "impossible": {spec.name: str(error) for spec in specs}}
+    batch_size = result["batch"]
     shape = (batch_size, 3, NUM_FRAMES, preset.img_size, preset.img_size)
     clips = torch.randint(0, 256, shape, dtype=torch.uint8, device=device)
     noise = torch.rand(batch_size, model.num_tokens, device=device)
     flops = batch_size * flops_per_clip(model, args.task)
     failed = run_first_calls(variants, clips, noise)
-    rows, ceiling = measure_variants(variants, clips, noise, flops, args.rounds)
-    return {
-        "preset": args.preset,
-        "task": args.task,
-        "batch": batch_size,
-        "rounds": args.rounds,
+    differences = {}
+    if args.check:
+        differences = compare(variants, clips, noise)
+    variants.pop(reference.name, None)
+    peak_gib = time_rounds(variants, clips, noise, args.rounds)
+    ceiling = matmul_flops(device, dtype)
+    rows = []
+    for name, variant in variants.items():
+        row = row_of(variant, clips, noise, flops, ceiling)
+        row |= {"peak_gib": peak_gib.get(name), "difference": differences.get(name)}
+        rows.append(row)
+    return result | {
         "gflop_per_step": flops / 1e9,
         "rows": rows,
         "impossible": failed,
         "ceiling_tflops": ceiling / 1e12,
-        **environment(device, dtype),
     }
+
+
+def measure_in_process(args: argparse.Namespace, name: str) -> dict:
+    """Measure one variant in a process of its own. Return its result, or why there is none."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, __file__, *sys.argv[1:], "--only", name, "--out", folder]
+        reason = f"longer than {args.limit} s"
+        try:
+            done = subprocess.run(command, timeout=args.limit, check=False)
+            reason = f"exit code {done.returncode}"
+        except subprocess.TimeoutExpired:
+            pass
+        for file in Path(folder).glob("*.json"):
+            return json.loads(file.read_text())
+    return {"rows": [], "impossible": {name: reason}}
+
+
+def measure_in_processes(
+    args: argparse.Namespace, device: torch.device, dtype: torch.dtype
+) -> Iterator[dict]:
+    """Measure one variant after the other. Yield the result after each."""
+    result = settings(args, device, dtype) | {
+        "order": "one after the other, each in a process of its own",
+        "rows": [],
+        "impossible": {},
+    }
+    for spec in variants_to_run(args.compile, device):
+        one = measure_in_process(args, spec.name)
+        result["rows"] += one["rows"]
+        result["impossible"] |= one["impossible"]
+        yield one | result
 
 
 # ---- Time over batch size, mask ratio and frames ----
@@ -441,6 +518,7 @@ def curve_point(
         clips = torch.randint(0, 256, shape, dtype=torch.uint8)
         noise = torch.rand(setting["batch"], model.num_tokens)
     optimizer = make_optimizer(pretrain_param_groups(model, 0.05), model.parameters(), (0.9, 0.95))
+    model.set_attention(device.type, dtype)
     variant = Variant(VariantSpec("ours", "ours", "auto", args.compile), model, optimizer, dtype)
     variant.mask_ratio = setting["mask_ratio"]
     gflop = model.flops_per_clip(setting["mask_ratio"], "random") / 1e9
@@ -454,14 +532,17 @@ def curve_point(
 
 def curves(
     args: argparse.Namespace, device: torch.device, dtype: torch.dtype
-) -> dict[str, list[dict]]:
-    """Measure the time per clip over each axis of CURVES, with the preset's other values."""
+) -> Iterator[dict[str, list[dict]]]:
+    """Measure the time per clip over each axis of CURVES, with the preset's other values.
+
+    Yields all points so far after each.
+    """
     default = {
         "batch": args.batch or PRESETS[args.preset].batch_size,
         "mask_ratio": MASK_RATIO,
         "frames": NUM_FRAMES,
     }
-    points = {}
+    points: dict[str, list[dict]] = {}
     for axis, values in CURVES.items():
         points[axis] = []
         for value in values:
@@ -470,7 +551,7 @@ def curves(
             point = curve_point(args, device, dtype, default | {axis: value})
             points[axis].append(point)
             print0(point)
-    return points
+            yield points
 
 
 def curves_figure(points: dict[str, list[dict]]) -> Figure:
@@ -508,9 +589,29 @@ def format_or_dash(value: float | None, spec: str) -> str:
     return format(value, spec)
 
 
+def header(result: dict) -> str:
+    """Return the settings of a result in one line."""
+    parts = [
+        f"{result['preset']}, {result['task']}, {result['batch']} clips, {result['dtype']}",
+        f"{result['device']}, {result['cores']} cores, {result['threads']} threads",
+        f"torch {result['torch']}, medians of {result['rounds']} (p10 to p90)",
+        f"variants ran {result.get('order', 'in turns')}",
+    ]
+    if not result.get("compared", True):
+        parts.append("losses and gradients not compared")
+    line = ", ".join(parts)
+    if "ceiling_tflops" in result:
+        line += f"; a matrix product here reaches {result['ceiling_tflops']:.3g} TFLOP/s"
+    return line
+
+
 def table(result: dict) -> str:
-    """Return the result as Markdown."""
-    baseline = next(row["median_ms"] for row in result["rows"] if row["variant"] == "plain sdpa")
+    """Return the result as Markdown. A row is compared with the plain model on the same kernels."""
+    baselines = {
+        row.get("attn", "sdpa"): row["median_ms"]
+        for row in result["rows"]
+        if row["variant"].partition(",")[0] == "plain sdpa"
+    }
     columns = (
         "variant",
         "ms",
@@ -524,20 +625,20 @@ def table(result: dict) -> str:
         "first call s",
     )
     lines = [
-        f"{result['preset']}, {result['task']}, {result['batch']} clips, {result['dtype']}, "
-        f"{result['device']}, {result['cores']} cores, {result['threads']} threads, "
-        f"torch {result['torch']}, medians of {result['rounds']} (p10 to p90); "
-        f"a matrix product here reaches {result['ceiling_tflops']:.3g} TFLOP/s",
+        header(result),
         "",
         f"| {' | '.join(columns)} |",
         f"| {' | '.join(['---'] * len(columns))} |",
     ]
     for row in result["rows"]:
+        ratio = "-"
+        if row.get("attn", "sdpa") in baselines:
+            ratio = f"{baselines[row.get('attn', 'sdpa')] / row['median_ms']:.2f}x"
         cells = (
             row["variant"],
             f"{row['median_ms']:.1f}",
             f"{row['p10_ms']:.1f}-{row['p90_ms']:.1f}",
-            f"{baseline / row['median_ms']:.2f}x",
+            ratio,
             f"{row['clips_per_s']:.2f}",
             format_or_dash(row["mfu_datasheet"], ".1%"),
             format_or_dash(row["mfu_measured"], ".1%"),
@@ -574,13 +675,37 @@ def get_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument(
+        "--check",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="compare losses and gradients first (default: on)",
+    )
+    parser.add_argument(
+        "--only",
+        choices=[spec.name for spec in VARIANTS],
+        metavar="VARIANT",
+        help="measure one variant, in this process (names are in VARIANTS)",
+    )
+    parser.add_argument(
+        "--limit",
+        type=float,
+        default=120,
+        help="seconds of a variant on a GPU (default: %(default)s)",
+    )
+    parser.add_argument(
         "--out", type=Path, default=RESULTS, help="folder of the results (default: %(default)s)"
     )
     return parser
 
 
+def write(result: dict, stem: Path) -> None:
+    """Write the JSON and Markdown files of a result."""
+    stem.with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n")
+    stem.with_suffix(".md").write_text(table(result))
+
+
 def main() -> None:
-    """Measure, print the table, write the results."""
+    """Measure, write the results as they come, print the table."""
     args = get_parser().parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     device = torch.device("cpu")
@@ -589,16 +714,24 @@ def main() -> None:
         device = torch.device("cuda")
         dtype = torch.bfloat16
     if args.curves:
-        points = curves(args, device, dtype)
-        result = environment(device, dtype) | {"rounds": args.rounds, "points": points}
         stem = args.out / f"curves_{args.preset}_{device.type}"
-        stem.with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n")
+        for points in curves(args, device, dtype):
+            result = environment(device, dtype) | {"rounds": args.rounds, "points": points}
+            stem.with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n")
         curves_figure(points).savefig(stem.with_suffix(".png"), dpi=120)
         return
-    result = measure(args, device, dtype)
     stem = args.out / f"train_step_{args.preset}_{args.task}_{device.type}"
-    stem.with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n")
-    stem.with_suffix(".md").write_text(table(result))
+    if not args.check:
+        print0("--no-check: losses and gradients are not compared")
+    if device.type == "cuda" and args.only is None:
+        for result in measure_in_processes(args, device, dtype):
+            write(result, stem)
+    else:
+        specs = variants_to_run(args.compile, device)
+        if args.only is not None:
+            specs = [spec for spec in VARIANTS if spec.name == args.only]
+        result = measure(args, specs, device, dtype)
+        write(result, stem)
     print0(table(result))
 
 
