@@ -4,7 +4,7 @@
 #   benchmarks/on_gpu.sh --curves    another call: time per clip over batch, mask ratio and frames
 #   benchmarks/on_gpu.sh --dry-run   both with tiny sizes, on any machine
 #   benchmarks/on_gpu.sh --rehearse  both at full size on the null GPU (tests/nullgpu), which this
-#                                    builds; values are not compared, limits are four times as long
+#                                    builds; values are not compared, limits are SLOW=4 times as long
 # Results are written as they come. A part that fails or takes too long does not stop the others.
 set -u
 cd "$(dirname "$0")/.."
@@ -36,7 +36,7 @@ case "$mode" in
         ;;
     --rehearse)
         check=--no-check
-        slow=4
+        slow="${SLOW:-4}"
         out=$(mktemp -d)
         ;;
 esac

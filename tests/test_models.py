@@ -391,6 +391,13 @@ def test_cudnn_is_not_used_where_it_must_not_be():
     assert "needs CUDA" in models_vit.cudnn_obstacle("cpu", torch.bfloat16, 80)
 
 
+def test_cudnn_that_fails_its_trial_is_not_used(monkeypatch):
+    ones = torch.ones  # on a CPU, where cuDNN's attention fails
+    monkeypatch.setattr(torch, "ones", lambda size, device, **options: ones(size, **options))
+    obstacle = models_vit.cudnn_obstacle(*HALF)
+    assert "does not run here: " in obstacle and "\n" not in obstacle
+
+
 def test_set_attention_chooses_for_every_block(package):
     model = tiny_mae()  # head widths: encoder 32, decoder 8
     kernels = [block.attn.kernel for block in (*model.blocks, *model.decoder_blocks)]
