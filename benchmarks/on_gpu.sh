@@ -4,7 +4,8 @@
 #   benchmarks/on_gpu.sh --curves    another call: time per clip over batch, mask ratio and frames
 #   benchmarks/on_gpu.sh --dry-run   both with tiny sizes, on any machine
 #   benchmarks/on_gpu.sh --rehearse  both at full size on the null GPU (tests/nullgpu), which this
-#                                    builds; values are not compared, limits are SLOW=4 times as long
+#                                    builds; values are not compared
+# SLOW=... multiplies the time limits (2 in a dry run, 4 in a rehearsal).
 # Results are written as they come. A part that fails or takes too long does not stop the others.
 set -u
 cd "$(dirname "$0")/.."
@@ -21,6 +22,7 @@ small=""
 short=""
 check=""
 image=""
+rounds=15
 slow=1
 out=benchmarks/results
 model="--model mae_vit_base_patch16 --batch_size_per_gpu 8"
@@ -28,6 +30,8 @@ case "$mode" in
     --dry-run)
         preset=tiny
         frames=40
+        rounds=5
+        slow="${SLOW:-2}"
         small=--small
         short="--no-compile --max_batch 2"
         image="--img_size 64"
@@ -65,10 +69,10 @@ if [ "$mode" = --curves ]; then
     curves
     exit $failed
 fi
-part 260 "$PYTHON" benchmarks/train_step.py --preset "$preset" --rounds 15 $check \
+part 280 "$PYTHON" benchmarks/train_step.py --preset "$preset" --rounds $rounds $check \
     --limit $((110 * slow)) --out "$out"
-part 50 "$PYTHON" benchmarks/attention.py $small $check --rounds 20 --out "$out"
-part 80 "$PYTHON" -m pytest -q -m gpu tests/test_gpu.py
+part 45 "$PYTHON" benchmarks/attention.py $small $check --rounds 20 --out "$out"
+part 70 "$PYTHON" -m pytest -q -m gpu tests/test_gpu.py
 run=$(mktemp -d)
 if "$PYTHON" -c "import av, tensorboard, pandas"; then
     "$PYTHON" -c "
@@ -81,7 +85,7 @@ from make_videos import write_video
 for index in range(16):
     write_video(Path('$run', f'{index}.mp4'), frames=$frames, size=(340, 256), gop=250)
 "
-    part 100 "$PYTHON" pretrain.py --data_dirs "$run" --output_dir "$run" $model --repeat_aug 4 \
+    part 95 "$PYTHON" pretrain.py --data_dirs "$run" --output_dir "$run" $model --repeat_aug 4 \
         --max_steps 100 --recon_every 0
 else
     echo "== pretrain.py not measured: it needs av, tensorboard, pandas" | tee -a "$log"
