@@ -22,6 +22,7 @@ small=""
 short=""
 check=""
 image=""
+runner=""
 rounds=15
 slow=1
 out=benchmarks/results
@@ -40,6 +41,7 @@ case "$mode" in
         ;;
     --rehearse)
         check=--no-check
+        runner=tests/nullgpu/unchecked.py
         slow="${SLOW:-4}"
         out=$(mktemp -d)
         ;;
@@ -85,8 +87,8 @@ from make_videos import write_video
 for index in range(16):
     write_video(Path('$run', f'{index}.mp4'), frames=$frames, size=(340, 256), gop=250)
 "
-    part 95 "$PYTHON" pretrain.py --data_dirs "$run" --output_dir "$run" $model --repeat_aug 4 \
-        --max_steps 100 --recon_every 0
+    part 95 "$PYTHON" $runner pretrain.py --data_dirs "$run" --output_dir "$run" $model \
+        --repeat_aug 4 --max_steps 100 --recon_every 0
 else
     echo "== pretrain.py not measured: it needs av, tensorboard, pandas" | tee -a "$log"
 fi

@@ -79,7 +79,7 @@ class VariantSpec(NamedTuple):
 
     name: str
     kind: str  # "ours" or "plain-sdpa"
-    attn: str  # attention kernels, as --attn; of "plain-sdpa" a key of SDPA_BACKENDS
+    attn: str  # attention kernels of both kinds, as --attn
     compiled: bool
 
 
@@ -163,6 +163,7 @@ class Variant:
         self.device = next(model.parameters()).device
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=False)
         self.mask_ratio = MASK_RATIO
+        self.kernel = "sdpa"  # as `choose_attention` returns it
         self.attention: list[str] = []  # one line per head width
         self.times: list[float] = []  # seconds of a step
         self.first_call = 0.0  # seconds of the first forward and backward pass
@@ -175,7 +176,9 @@ class Variant:
         """Return the context that gives the plain model the kernels which ours sets itself."""
         if self.spec.kind == "ours":
             return nullcontext()
-        return sdpa_kernel(SDPA_BACKENDS[self.spec.attn], set_priority=True)
+        # instead of the flash-attn package PyTorch's FlashAttention-2
+        backends = SDPA_BACKENDS.get(self.kernel, SDPA_BACKENDS["sdpa"])
+        return sdpa_kernel(backends, set_priority=True)
 
     def loss(self, clips: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
         """Return the loss of uint8 clips (B, 3, T, H, W) with noise (B, L)."""
@@ -375,10 +378,12 @@ def build_variants(
         with torch.device("meta"):
             model = build(preset, task, spec.attn)
             attention = model.set_attention(device.type, dtype)
+            kernel = model.blocks[0].attn.kernel
             if spec.kind == "plain-sdpa":
                 model = plain(model.config, sdpa=True).train()
         model.load_state_dict(shared, assign=True)
         variants[spec.name] = Variant(spec, model, optimizer, dtype)
+        variants[spec.name].kernel = kernel
         variants[spec.name].attention = attention
     return first, variants
 
@@ -431,8 +436,6 @@ def measure(
     if len(specs) == 1:
         result["order"] = "alone"
     reference = VariantSpec("plain sdpa, reference", "plain-sdpa", specs[0].attn, False)
-    if reference.attn not in SDPA_BACKENDS:
-        reference = reference._replace(attn="sdpa")
     try:
         model, variants = build_variants(preset, args.task, [reference, *specs], device, dtype)
     except ValueError as error:
@@ -510,6 +513,7 @@ def curve_point(
 
     "ms" is the median time of a pretraining step divided by the batch, None if out of memory.
     """
+    torch.compiler.reset()  # many graphs of one function are an error
     preset = PRESETS[args.preset]
     shape = (setting["batch"], 3, setting["frames"], preset.img_size, preset.img_size)
     torch.manual_seed(0)

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from functools import partial
 from importlib import import_module
 
 import pytest
@@ -31,7 +32,7 @@ def args(monkeypatch):
 
 
 @pytest.mark.parametrize("task", ["pretrain", "finetune"])
-@pytest.mark.parametrize("kernel", ["sdpa", "math"])
+@pytest.mark.parametrize("kernel", ["auto", "sdpa", "math"])
 def test_both_models_run_the_same_attention(kernel, task):
     specs = [train_step.VariantSpec(kind, kind, kernel, False) for kind in ("ours", "plain-sdpa")]
     model, variants = train_step.build_variants(MICRO, task, specs, CPU, torch.float32)
@@ -44,7 +45,8 @@ def test_both_models_run_the_same_attention(kernel, task):
         names = {event.name for event in profile.events()}
         operators[kind] = {name for name in names if "_scaled_dot_product" in name}
     assert operators["ours"] == operators["plain-sdpa"]
-    assert any(kernel in name for name in operators["ours"]) == (kernel == "math")
+    runs_math = any("math" in name for name in operators["ours"])
+    assert runs_math == (kernel == "math")
 
 
 @pytest.mark.parametrize("only", [None, "ours"])
@@ -101,3 +103,12 @@ def test_a_row_is_compared_with_the_same_kernels():
     table = train_step.table(dict.fromkeys(settings, 1) | {"rows": rows, "impossible": {}})
     ratios = [line.split(" | ")[3] for line in table.splitlines() if line[:3] in ("| p", "| o")]
     assert ratios == ["1.00x", "1.50x", "1.00x", "1.80x", "-"]
+
+
+def test_curves_compile_as_many_graphs_as_they_need(args, monkeypatch):
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 2)  # a point needs two
+    monkeypatch.setattr(train_step, "CURVES", {"frames": (8, 16, 32)})
+    *_, points = train_step.curves(args, CPU, torch.float32)
+    assert [point["frames"] for point in points["frames"]] == [8, 16, 32]
+    assert all(point["ms"] > 0 for point in points["frames"])
