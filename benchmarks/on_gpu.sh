@@ -88,7 +88,7 @@ for index in range(16):
     write_video(Path('$run', f'{index}.mp4'), frames=$frames, size=(340, 256), gop=250)
 "
     part 95 "$PYTHON" $runner pretrain.py --data_dirs "$run" --output_dir "$run" $model \
-        --repeat_aug 4 --max_steps 100 --recon_every 0
+        --repeat_aug 4 --max_steps 100 --recon_every 0 --checkpoint_period 100
 else
     echo "== pretrain.py not measured: it needs av, tensorboard, pandas" | tee -a "$log"
 fi
