@@ -19,7 +19,14 @@ import torch
 
 SOURCE = Path(__file__).parent / "nullgpu.cpp"
 LIBRARY = "libcuda.so.1"
-HEADERS = ("nvidia/cu13/include", "triton/backends/nvidia/include")  # of the wheels
+HEADER_FOLDERS = ("nvidia/*/include", "triton/backends/nvidia/include")  # of the wheels
+HEADERS = ("cuda_runtime_api.h", "cublasLt.h", "cuda.h")
+
+
+def header_folders() -> list[Path]:
+    """Return the folders of CUDA headers beside torch, under the names of any CUDA version."""
+    packages = Path(sysconfig.get_path("purelib"))
+    return [path for pattern in HEADER_FOLDERS for path in sorted(packages.glob(pattern))]
 
 
 def obstacle() -> str | None:
@@ -32,10 +39,9 @@ def obstacle() -> str | None:
         return "a real GPU is here (tests/test_gpu.py)"
     if shutil.which("g++") is None:
         return "the null GPU needs g++"
-    packages = Path(sysconfig.get_path("purelib"))
-    missing = [name for name in HEADERS if not (packages / name).is_dir()]
-    if missing:
-        return f"no {missing[0]} beside torch {torch.__version__}"
+    for header in HEADERS:
+        if not any((folder / header).exists() for folder in header_folders()):
+            return f"no {header} beside torch {torch.__version__}"
     return None
 
 
@@ -44,10 +50,9 @@ def build(folder: Path) -> Path:
 
     Raises RuntimeError with the compiler's first line.
     """
-    packages = Path(sysconfig.get_path("purelib"))
     library = folder / LIBRARY
     command = ["g++", "-O1", "-shared", "-fPIC", "-std=c++17", "-w"]
-    command += [f"-I{packages / name}" for name in HEADERS]
+    command += [f"-I{path}" for path in header_folders()]
     command += [f"-Wl,-soname,{LIBRARY}", "-o", str(library), str(SOURCE), "-ldl"]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
