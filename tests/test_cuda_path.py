@@ -1,0 +1,273 @@
+"""The scripts on the null GPU: what the host and the device do in an update, counted.
+
+tests/nullgpu/build.py describes the null GPU, and tests/nullgpu/run_script.py what is counted.
+"""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from launch import ROOT
+from nullgpu.build import environment
+from runs import image_command, pretrain_command, video_command
+
+RECORDED_WITH = "2.14.1+cu130"  # the version of torch whose launches, graphs and memory these are
+MOST_LAUNCHES = 1993  # of an update of ViT-H/14 with 64 clips, compiled
+MOST_GIB = 36.4  # peak memory in it
+MOST_GRAPHS = 5  # compiled for it
+MOST_FILLS = 48  # of an update of ViT-H/14 with --deterministic
+LOG_EVERY = 3
+FEW_VIDEOS = 8  # one forward pass of the validation
+MANY_VIDEOS = 24
+
+DEVICE = "--device cuda --batch_size_per_gpu 2 --epochs 2 --log_every 3 --overwrite"
+RECIPE = (
+    "--mixup 0.8 --cutmix 1 --rand_aug --reprob 0.25 --smoothing 0.1 --drop_path_rate 0.2 "
+    "--dropout 0.3 --repeat_aug 2 --clip_grad 1"
+)
+HUGE = (
+    "--model mae_vit_huge_patch14 --patch_size 14 --img_size 224 --num_frames 16 --pred_t_dim 16 "
+    "--decoder_embed_dim 512 --decoder_depth 4 --decoder_num_heads 16 --mask_ratio 0.9 "
+    "--clip_grad 1 --repeat_aug 4 --batch_size_per_gpu 16 --data_csv {many}"
+)
+COMMANDS = {  # script: its command line without the flags of a case
+    "pretrain": lambda data, out: pretrain_command(data["videos"], out, *DEVICE.split()),
+    "finetune": lambda data, out: video_command(data["videos"], out, *DEVICE.split()),
+    "finetune_on_image": lambda data, out: image_command(data["images"], out, *DEVICE.split()),
+}
+
+
+class Case(NamedTuple):
+    """A run of a script on the null GPU."""
+
+    name: str
+    module: str
+    flags: str  # {videos}, {images}, {many}, {few} and {out} stand for paths
+    patches: tuple[str, ...] = ()  # of tests/nullgpu/run_script.py
+    first_steady: int | None = 3  # the first update that waits for nothing
+
+
+CASES = {  # the cases of a process
+    "quick": (
+        Case("pretraining", "pretrain", "--no-compile"),
+        Case("read a value", "pretrain", "--no-compile", ("item", "six updates"), None),
+        Case("tensor on the CPU", "pretrain", "--no-compile", ("cpu tensor", "six updates"), None),
+    ),
+    "eager": (
+        Case("fp16", "pretrain", "--no-compile --amp fp16 --clip_grad 1"),
+        Case("accumulation", "pretrain", "--no-compile --accum_iter 2 --epochs 4"),
+        Case("checkpointing", "pretrain", "--no-compile --activation_checkpointing"),
+        Case("deterministic", "pretrain", "--no-compile --deterministic"),
+        Case("normalized pixels", "pretrain", "--no-compile --norm_pix_loss --mask_type tube"),
+        Case("finetuning", "finetune", f"--no-compile {RECIPE}"),
+        Case("finetuning in fp16", "finetune", f"--no-compile {RECIPE} --amp fp16"),
+        Case("images", "finetune_on_image", "--no-compile --rand_aug --mixup 0.8"),
+        Case("folded images", "finetune_on_image", "--no-compile --static_clip folded"),
+        Case("capture", "pretrain", "--no-compile", ("capture pretraining", "six updates"), None),
+        Case(
+            "capture of finetuning",
+            "finetune",
+            f"--no-compile {RECIPE}",
+            ("capture finetuning", "six updates"),
+            None,
+        ),
+    ),
+    "compiled": (
+        Case("compiled", "pretrain", "--compile"),
+        Case("compiled checkpointing", "pretrain", "--compile --activation_checkpointing"),
+        Case("compiled finetuning", "finetune", f"--compile {RECIPE}"),
+        Case(
+            "capture of compiled",
+            "pretrain",
+            "--compile",
+            ("capture pretraining", "six updates"),
+            None,
+        ),
+        Case(
+            "eight ranks",
+            "pretrain",
+            "--compile --data_csv {many}",
+            ("empty batches", "eight ranks", "twenty updates"),
+            first_steady=12,  # DDP measures its first ten iterations, and waits for that
+        ),
+    ),
+    "huge": (
+        Case("huge", "pretrain", f"--compile {HUGE}", ("empty batches", "six updates")),
+        Case(
+            "huge deterministic",
+            "pretrain",
+            f"--compile --deterministic {HUGE}",
+            ("empty batches", "six updates"),
+        ),
+    ),
+    "ends": (
+        Case("few", "pretrain", "--no-compile --val_csv {few}", (), None),
+        Case("many", "pretrain", "--no-compile --val_csv {more}", (), None),
+        Case("pictures", "pretrain", "--no-compile --recon_every 1", (), None),
+        Case("probes", "pretrain", "--no-compile --probe_dir {probes}", (), None),
+        Case("finetuned", "finetune", "--no-compile", (), None),
+        Case("eval", "finetune", "--no-compile --eval --output_dir {out}/finetuned", (), None),
+        Case(
+            "features",
+            "tools.extract_features",
+            "{out}/pictures/run.pth --data_dir {videos} --num_workers 0 --device cuda",
+            (),
+            None,
+        ),
+        Case(
+            "gallery",
+            "tools.visualize",
+            "{out}/pictures/run.pth --data_dirs {videos} --output_dir {out}/gallery --device cuda",
+            (),
+            None,
+        ),
+    ),
+}
+
+
+def named(group: str, *, steady: bool) -> list:
+    """Return (group, case) of the cases with or without steady updates; all but quick are slow."""
+    marks = [] if group == "quick" else [pytest.mark.slow]
+    cases = [case for case in CASES[group] if (case.first_steady is not None) == steady]
+    return [pytest.param(group, case, marks=marks, id=case.name) for case in cases]
+
+
+STEADY = [parameter for group in CASES for parameter in named(group, steady=True)]
+ENDS = named("ends", steady=False)
+
+
+def case_record(case: Case, data: dict[str, str], out: Path) -> dict:
+    """Return a case as tests/nullgpu/run_script.py reads it. data: names of paths."""
+    flags = case.flags.format(**data, out=out).split()
+    if case.module in COMMANDS:
+        flags = [*COMMANDS[case.module](data, out / case.name), *flags]
+    return {"name": case.name, "module": case.module, "flags": flags, "patches": case.patches}
+
+
+@pytest.fixture(scope="module")
+def run_group(null_gpu, videos, images, tmp_path_factory) -> Callable[[str], dict[str, dict]]:
+    """Return a function that runs the cases of a group once and returns their results by name."""
+    out = tmp_path_factory.mktemp("runs")
+    paths = sorted(str(path) for path in Path(videos).glob("*/*.mp4"))
+    data = {"videos": videos, "images": images, "probes": str(out / "probes")}
+    for part in ("train", "val"):
+        (out / "probes").mkdir(exist_ok=True)
+        (out / "probes" / part).symlink_to(videos)
+    for name, count in (("few", FEW_VIDEOS), ("more", MANY_VIDEOS), ("many", 512)):
+        data[name] = str(out / f"{name}.csv")
+        Path(data[name]).write_text("\n".join((paths * count)[:count]))
+
+    @cache
+    def run(group: str) -> dict[str, dict]:
+        cases = [case_record(case, data, out) for case in CASES[group]]
+        (out / f"{group}.json").write_text(json.dumps(cases))
+        files = [str(out / f"{group}.json"), str(out / f"{group}_results.json")]
+        command = [sys.executable, str(ROOT / "tests/nullgpu/run_script.py"), *files]
+        ended = subprocess.run(
+            command,
+            cwd=out,
+            env=environment(null_gpu) | {"OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        assert ended.returncode == 0, ended.stdout[-3000:]
+        return json.loads(Path(files[1]).read_text())
+
+    return run
+
+
+def steady_updates(result: dict, case: Case) -> list[dict]:
+    """Return the updates of a case that wait for nothing but the log."""
+    assert result["error"] is None
+    updates = [update for update in result["updates"] if update["step"] >= case.first_steady]
+    assert len(updates) >= 2
+    return updates
+
+
+@pytest.mark.parametrize(("group", "case"), STEADY)
+def test_an_update_waits_only_to_log(group, case, run_group):
+    result = run_group(group)[case.name]
+    for update in steady_updates(result, case):
+        waits = int(update["reduces"])
+        assert update["syncs"] == waits, result["sync_lines"]
+        assert update["pageable"] == waits
+        assert update["allocations"] == 0
+        assert update["launches"] > 0
+
+
+@pytest.mark.parametrize(("group", "case"), STEADY)
+def test_nothing_is_compiled_again(group, case, run_group):
+    result = run_group(group)[case.name]
+    assert {update["compiled"] for update in result["updates"]} == {result["compiled"]}
+    assert (result["compiled"] > 0) == ("--compile" in case.flags)
+
+
+@pytest.mark.parametrize("kind", ["syncs", "pageable"])
+def test_the_counts_find_a_tensor_of_the_cpu(kind, run_group):
+    for update in run_group("quick")["tensor on the CPU"]["updates"]:
+        assert update[kind] > update["reduces"]
+
+
+def test_the_counts_find_a_value_that_is_read(run_group):
+    result = run_group("quick")["read a value"]
+    for update in result["updates"]:
+        assert update["syncs"] > update["reduces"]
+    assert result["sync_lines"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("group", "name"),
+    [("eager", "capture"), ("eager", "capture of finetuning"), ("compiled", "capture of compiled")],
+)
+def test_forward_and_backward_fit_a_cuda_graph(group, name, run_group):
+    result = run_group(group)[name]
+    assert result["error"] is None
+    captured = [update for update in result["updates"] if update["captures"]]
+    assert [update["replays"] for update in captured] == [1]
+    assert captured[0]["not captured"] == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("_group", "case"), ENDS)
+def test_a_program_runs_to_its_end(_group, case, run_group):
+    assert run_group("ends")[case.name]["error"] is None
+
+
+@pytest.mark.slow
+def test_a_validation_waits_once_for_any_number_of_samples(run_group):
+    results = run_group("ends")
+    few = results["few"]["epoch_ends"][-1]
+    many = results["many"]["epoch_ends"][-1]
+    assert many["syncs"] == few["syncs"]
+    assert many["launches"] > few["launches"] > 0
+
+
+def skip_on_another_torch() -> None:
+    """Skip a test of numbers that hold for one version of torch."""
+    if torch.__version__ != RECORDED_WITH:
+        pytest.skip(f"recorded with torch {RECORDED_WITH}, here is {torch.__version__}")
+
+
+@pytest.mark.slow
+def test_launches_graphs_and_memory_of_vit_h_do_not_grow(run_group):
+    skip_on_another_torch()
+    result = run_group("huge")["huge"]
+    update = [update for update in result["updates"] if not update["reduces"]][-1]
+    assert update["launches"] <= MOST_LAUNCHES
+    assert update["peak_gib"] <= MOST_GIB
+    assert result["compiled"] <= MOST_GRAPHS
+
+
+@pytest.mark.slow
+def test_deterministic_training_fills_few_new_tensors(run_group):
+    skip_on_another_torch()
+    update = run_group("huge")["huge deterministic"]["updates"][-1]
+    assert update["fills"] <= MOST_FILLS
