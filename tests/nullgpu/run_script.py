@@ -39,7 +39,7 @@ from models_vit import VideoEncoder
 from util import checkpointer, dist, preemption, train_loop
 
 STEADY = 3  # the first update that may not wait, allocate or compile
-CAPTURED_CALL = 4  # of a micro-step; the calls before warm it up
+CAPTURED_CALL = 8  # of a micro-step; the calls before warm it up
 KINDS: dict[str, Callable[[str], bool]] = {  # name: whether a row of counts is of this kind
     "launches": lambda name: name.startswith(("kernel ", "gemm ")),
     "fills": lambda name: name.startswith("kernel ") and "FillFunctor" in name,
@@ -144,7 +144,7 @@ def accept_garbage(patches: contextlib.ExitStack) -> None:
 
     def evaluate_in_range(*arguments):
         scores = evaluate(*arguments)
-        return scores._replace(top=scores.top.clamp(0, 1))
+        return scores._replace(labels=scores.labels.clamp(0, 1), top=scores.top.clamp(0, 1))
 
     patches.enter_context(patch.object(checkpointer, "all_finite", lambda _weights: True))
     patches.enter_context(patch.object(engine_finetune, "evaluate", evaluate_in_range))
