@@ -48,7 +48,7 @@ def obstacle() -> str | None:
 def build(folder: Path) -> Path:
     """Compile the library into a folder and return its path.
 
-    Raises RuntimeError with the compiler's first line.
+    Raises RuntimeError with the compiler's first error, in one line.
     """
     library = folder / LIBRARY
     command = ["g++", "-O1", "-shared", "-fPIC", "-std=c++17", "-w"]
@@ -56,7 +56,9 @@ def build(folder: Path) -> Path:
     command += [f"-Wl,-soname,{LIBRARY}", "-o", str(library), str(SOURCE), "-ldl"]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        raise RuntimeError(done.stderr.partition("\n")[0])
+        lines = done.stderr.splitlines()
+        errors = [line for line in lines if "error" in line]
+        raise RuntimeError((errors or lines or ["g++ printed nothing"])[0])
     return library
 
 
