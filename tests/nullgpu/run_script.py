@@ -35,7 +35,7 @@ import engine_finetune
 import engine_pretrain
 import pretrain
 from data.loader import on_device
-from models_vit import VideoEncoder
+from models_mae import MaskedAutoencoderViT
 from util import checkpointer, dist, preemption, train_loop
 
 STEADY = 3  # the first update that may not wait, allocate or compile
@@ -175,7 +175,7 @@ def read_a_value(patches: contextlib.ExitStack) -> None:
 
 def build_on_the_cpu(patches: contextlib.ExitStack) -> None:
     """Build a tensor on the CPU and move it, in each forward pass."""
-    patches.enter_context(before(VideoEncoder, "encode", lambda: torch.ones(8).to("cuda")))
+    patches.enter_context(before(MaskedAutoencoderViT, "forward", lambda: torch.ones(8).to("cuda")))
 
 
 def stop_after(updates: int, patches: contextlib.ExitStack) -> None:
@@ -192,12 +192,11 @@ def stop_after(updates: int, patches: contextlib.ExitStack) -> None:
 
 def skip_reading(patches: contextlib.ExitStack) -> None:
     """Pretrain on an empty batch without reading files, with a model built on the GPU."""
-    model_class = pretrain.MaskedAutoencoderViT
     build_data = pretrain.build_data
 
     def build_on_gpu(**arguments):
         with torch.device("cuda"):
-            return model_class(**arguments)
+            return MaskedAutoencoderViT(**arguments)
 
     def build_empty_data(args, env, model, resuming: bool):
         data = build_data(args, env, model, resuming)
