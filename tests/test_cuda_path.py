@@ -101,8 +101,8 @@ CASES = {  # the cases of a process
         ),
     ),
     "ends": (
-        Case("few", "pretrain", "--no-compile --epochs 1 --val_csv {few}", (), None),
-        Case("many", "pretrain", "--no-compile --epochs 1 --val_csv {more}", (), None),
+        Case("few samples", "pretrain", "--no-compile --epochs 1 --val_csv {few}", (), None),
+        Case("many samples", "pretrain", "--no-compile --epochs 1 --val_csv {more}", (), None),
         Case("pictures", "pretrain", "--no-compile --epochs 1 --recon_every 1", (), None),
         Case("probes", "pretrain", "--no-compile --epochs 1 --probe_dir {probes}", (), None),
         Case("finetuned", "finetune", "--no-compile --epochs 1", (), None),
@@ -240,10 +240,10 @@ def test_a_program_runs_to_its_end(group, case, run_group):
 
 
 @pytest.mark.slow
-def test_a_validation_waits_once_for_any_number_of_samples(run_group):
+def test_waits_of_a_validation_do_not_grow_with_its_samples(run_group):
     results = run_group("ends")
-    few = results["few"]["epoch_ends"][-1]
-    many = results["many"]["epoch_ends"][-1]
+    few = results["few samples"]["epoch_ends"][-1]
+    many = results["many samples"]["epoch_ends"][-1]
     assert many["syncs"] == few["syncs"]
     assert many["launches"] > few["launches"] > 0
 
