@@ -29,13 +29,13 @@ out=benchmarks/results
 model="--model mae_vit_base_patch16 --batch_size_per_gpu 8"
 case "$mode" in
     --dry-run)
-        preset=tiny
+        preset=micro
         frames=40
         rounds=5
         slow="${SLOW:-2}"
         small=--small
         short="--no-compile --max_batch 2"
-        image="--img_size 64"
+        image="--img_size 64 --model vit_micro_patch16"
         out=$(mktemp -d)
         model="--model mae_vit_micro_patch16 --img_size 32 --short_side 64 --batch_size_per_gpu 2"
         ;;

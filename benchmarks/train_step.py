@@ -71,6 +71,7 @@ PRESETS = {
     "B16": Preset("base_patch16", 224, 512, 4, 16, batch_size=64),
     "L16": Preset("large_patch16", 224, 512, 4, 16, batch_size=64),
     "tiny": Preset("tiny_patch16", 160, 192, 4, 6, batch_size=2),
+    "micro": Preset("micro_patch16", 32, 32, 1, 2, batch_size=2),  # only for dry runs and tests
 }
 
 

@@ -10,7 +10,6 @@ import torch
 
 train_step = import_module("benchmarks.train_step")
 CPU = torch.device("cpu")
-MICRO = train_step.Preset("micro_patch16", 32, 32, 1, 2, batch_size=2)
 CHILD = """
 import json, sys, time
 from pathlib import Path
@@ -25,17 +24,19 @@ if name == "ours":
 
 
 @pytest.fixture
-def args(monkeypatch):
+def args():
     """Return the arguments of a short measurement of a micro model."""
-    monkeypatch.setitem(train_step.PRESETS, "tiny", MICRO)
-    return train_step.get_parser().parse_args(["--rounds", "2", "--limit", "2"])
+    flags = ["--preset", "micro", "--rounds", "2", "--limit", "2"]
+    return train_step.get_parser().parse_args(flags)
 
 
 @pytest.mark.parametrize("task", ["pretrain", "finetune"])
 @pytest.mark.parametrize("kernel", ["auto", "sdpa", "math"])
 def test_both_models_run_the_same_attention(kernel, task):
     specs = [train_step.VariantSpec(kind, kind, kernel, False) for kind in ("ours", "plain-sdpa")]
-    model, variants = train_step.build_variants(MICRO, task, specs, CPU, torch.float32)
+    model, variants = train_step.build_variants(
+        train_step.PRESETS["micro"], task, specs, CPU, torch.float32
+    )
     clips = torch.zeros(1, 3, 16, 32, 32, dtype=torch.uint8)
     noise = torch.rand(1, model.num_tokens)
     operators = {}
