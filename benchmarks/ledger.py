@@ -72,6 +72,9 @@ VARIANTS = {
     "ours": VariantSpec("ours", "ours", "auto", compiled=False),
     "plain sdpa compiled": VariantSpec("plain sdpa compiled", "plain-sdpa", "auto", compiled=True),
     "ours compiled": VariantSpec("ours compiled", "ours", "auto", compiled=True),
+    "ours compiled, bf16 residual": VariantSpec(
+        "ours compiled, bf16 residual", "ours", "auto", compiled=True, bf16_residual=True
+    ),
 }
 PRESETS_OF_THE_DOCS = ("B16", "L16", "vit-h14")
 CONVOLUTIONS = ("convolution", "convolution_backward")

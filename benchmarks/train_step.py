@@ -82,11 +82,13 @@ class VariantSpec(NamedTuple):
     kind: str  # "ours" or "plain-sdpa"
     attn: str  # attention kernels of both kinds, as --attn
     compiled: bool
+    bf16_residual: bool = False  # of "ours"
 
 
 VARIANTS = (  # most important first
     VariantSpec("ours compiled", "ours", "sdpa", True),
     VariantSpec("ours compiled, cudnn", "ours", "cudnn", True),
+    VariantSpec("ours compiled, cudnn, bf16 residual", "ours", "cudnn", True, bf16_residual=True),
     VariantSpec("plain sdpa", "plain-sdpa", "sdpa", False),
     VariantSpec("plain sdpa, cudnn", "plain-sdpa", "cudnn", False),
     VariantSpec("ours", "ours", "sdpa", False),
@@ -168,6 +170,8 @@ class Variant:
         self.attention: list[str] = []  # one line per head width
         self.times: list[float] = []  # seconds of a step
         self.first_call = 0.0  # seconds of the first forward and backward pass
+        if spec.bf16_residual:
+            model.residual_dtype = torch.bfloat16
         if spec.compiled and spec.kind == "ours":
             model.compile_parts()
         elif spec.compiled:
