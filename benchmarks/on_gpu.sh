@@ -37,7 +37,8 @@ case "$mode" in
         short="--no-compile --max_batch 2"
         image="--img_size 64 --model vit_micro_patch16"
         out=$(mktemp -d)
-        model="--model mae_vit_micro_patch16 --img_size 32 --short_side 64 --batch_size_per_gpu 2"
+        model="--model mae_vit_micro_patch16 --img_size 32 --short_side 64 --batch_size_per_gpu 2
+            --decoder_embed_dim 32 --decoder_depth 1 --decoder_num_heads 2"
         ;;
     --rehearse)
         check=--no-check
