@@ -397,11 +397,14 @@ class FinetuneRun(NamedTuple):
 class Benchmark:
     """The runs of a setting. A run that is in the JSON file is not repeated."""
 
-    def __init__(self, setting: str, work: Path, out: Path):
+    def __init__(self, setting: str, work: Path, out: Path, flags: str = ""):
         """Read the JSON file, if it has the same settings.
 
-        work: videos and checkpoints go to a folder below it. out: folder of the results.
+        work: videos and checkpoints go to a folder below it. out: folder of the results. flags:
+        more flags of pretrain.py and finetune.py.
         """
+        self.pretrain_flags = f"{PRETRAIN} {flags}".strip()
+        self.finetune_flags = f"{FINETUNE} {flags}".strip()
         self.setting = SETTINGS[setting]
         stem = "learning"
         if setting != "full":
@@ -410,8 +413,8 @@ class Benchmark:
         about = {
             "setting": setting,
             **self.setting,
-            "pretrain": PRETRAIN,
-            "finetune": FINETUNE,
+            "pretrain": self.pretrain_flags,
+            "finetune": self.finetune_flags,
             "clip": [SIZE, FRAMES, SPRITES, SPEED, RADII],
         }
         self.about = json.loads(json.dumps(about))  # with lists for tuples, as in the file
@@ -457,7 +460,7 @@ class Benchmark:
     def pretrain(self) -> None:
         """Pretrain on the ordered videos, without their labels."""
         flags = (
-            f"{PRETRAIN} --data_dirs {self.work}/ordered/train --output_dir {self.work} "
+            f"{self.pretrain_flags} --data_dirs {self.work}/ordered/train --output_dir {self.work} "
             f"--save_prefix mae {self.setting['loader']} {self.setting['repeats']} "
             f"--epochs {self.setting['epochs']}"
         )
@@ -476,9 +479,9 @@ class Benchmark:
         manifest = folder / "lists" / f"{run.prefix}.csv"
         lines = VIDEOS * steps // VALIDATIONS
         flags = (
-            f"{FINETUNE} --train_csv {manifest} --val_dir {folder}/val --output_dir {folder}/runs "
-            f"--save_prefix {run.prefix} --max_steps {steps} --lr {run.lr} --seed {run.seed} "
-            f"{self.setting['loader']}"
+            f"{self.finetune_flags} --train_csv {manifest} --val_dir {folder}/val "
+            f"--output_dir {folder}/runs --save_prefix {run.prefix} --max_steps {steps} "
+            f"--lr {run.lr} --seed {run.seed} {self.setting['loader']}"
         )
         if not run.arm.startswith("scratch"):
             flags += f" --finetune {self.work}/mae.pth"
@@ -496,8 +499,9 @@ class Benchmark:
         """Evaluate the last checkpoint of a finetuning run on the test clips."""
         folder = self.work / run.kind
         flags = (
-            f"{FINETUNE} --eval --resume {folder}/runs/{run.prefix}.pth --val_dir {folder}/test "
-            f"--output_dir {folder}/runs --save_prefix {run.prefix} {self.setting['loader']}"
+            f"{self.finetune_flags} --eval --resume {folder}/runs/{run.prefix}.pth "
+            f"--val_dir {folder}/test --output_dir {folder}/runs --save_prefix {run.prefix} "
+            f"{self.setting['loader']}"
         )
 
         def evaluate() -> dict:
@@ -706,10 +710,13 @@ def main(argv: list[str] | None = None) -> dict:
     parser.add_argument(
         "--out", type=Path, default=RESULTS, help="folder of the results (default: %(default)s)"
     )
+    parser.add_argument(
+        "--flags", default="", help='more flags of both scripts, such as "--amp bf16"'
+    )
     args = parser.parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)  # more are slower for a model of this size
-    benchmark = Benchmark(args.setting, args.work, args.out)
+    benchmark = Benchmark(args.setting, args.work, args.out, args.flags)
     benchmark.run()
     result = json.loads(benchmark.json_path.read_text())
     benchmark.json_path.with_suffix(".md").write_text(table(result))
