@@ -48,7 +48,7 @@ SDPA_BACKENDS = {  # --attn: the kernels that PyTorch may use, in order of prior
 
 # --attn auto: (compute capability, dtype): the fastest key of SDPA_BACKENDS. Others take "sdpa".
 # 9.0: benchmarks/results/attention_cuda.json, where all head widths and lengths agree.
-# 10.0: only the forward pass is published, https://github.com/sgl-project/sglang/pull/33655.
+# 10.0: PyTorch's own default, check_prefer_cudnn_attention in its sdp_utils.cpp.
 # cuDNN is not faster on 8.0, 8.6, 8.9 and 12.0,
 # https://github.com/huggingface/transformers/pull/48163.
 FASTEST_ATTENTION = {
