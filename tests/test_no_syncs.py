@@ -11,6 +11,7 @@ from torch import Tensor
 import engine_finetune
 from engine_finetune import BatchTransform
 from engine_pretrain import micro_step
+from models_vit import normalize
 from util.evaluation import evaluate, mean_features, validation_loss
 from util.metrics import MetricSums
 from util.optim import (
@@ -20,7 +21,7 @@ from util.optim import (
     set_learning_rate,
     update,
 )
-from util.pixels import VIDEO_MEAN, VIDEO_STD, normalize
+from util.pixels import VIDEO_MEAN, VIDEO_STD
 
 READS = ("item", "tolist", "numpy", "cpu", "nonzero", "__float__", "__int__", "__index__")
 
