@@ -558,13 +558,14 @@ class VideoEncoder(nn.Module):
                 f"clips of shape {tuple(clips.shape)}: "
                 f"this model takes (B, 3, {num_frames}, {side}, {side})"
             )
+        dtype = self.patch_embed.proj.weight.dtype
         if is_static:
             patches = self.normalize(patchify(clips, 1, self.patch_size))
-            frame_tokens = self.patch_embed.embed_static(patches)  # (B, h w, D)
+            frame_tokens = self.patch_embed.embed_static(patches.to(dtype))  # (B, h w, D)
             tokens = frame_tokens.repeat(1, self.grid[0], 1)  # (B, L, D)
         else:
-            tubelets = patchify(clips, self.t_patch_size, self.patch_size, ids)
-            tokens = self.patch_embed(self.normalize(tubelets))
+            tubelets = self.normalize(patchify(clips, self.t_patch_size, self.patch_size, ids))
+            tokens = self.patch_embed(tubelets.to(dtype))
         positions, class_position = self.positions()
         if ids is None:
             x = positions.repeat(len(clips), 1, 1)
@@ -656,6 +657,14 @@ class VideoEncoder(nn.Module):
     def compile_method(self, name: str) -> None:
         """Replace a method of this object by its compiled form."""
         setattr(self, name, torch.compile(getattr(self, name), fullgraph=True, dynamic=False))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy gets: not the compiled methods, which use this object's weights."""
+        state = super().__getstate__()
+        compiled = [name for name in state if callable(getattr(type(self), name, None))]
+        for name in compiled:
+            del state[name]
+        return state
 
     @torch.no_grad()
     def init_weights(self, trunc_init: bool = False) -> None:

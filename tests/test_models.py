@@ -1,5 +1,6 @@
 """Models against rules: masks, initialization, token order, precision, compilation, errors."""
 
+import copy
 import json
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from models_vit import (
     normalize,
     patchify,
 )
+from util.pixels import IMAGE_MEAN, IMAGE_STD
 
 GRID = (4, 3, 3)
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
@@ -216,6 +218,19 @@ def test_compiled_model_is_the_same_model():
         )
 
 
+def test_a_copy_of_a_compiled_model_uses_its_own_weights():
+    model = tiny_mae()
+    model.compile_parts()
+    copied = copy.deepcopy(model)
+    plain = tiny_mae()
+    plain.load_state_dict(copied.state_dict())
+    for parameters in (copied.parameters(), plain.parameters()):
+        for parameter in parameters:
+            parameter.data.mul_(0.5)
+    clips, noise = clips_and_noise()
+    assert torch.equal(copied(clips, 0.75, noise=noise)[1], plain(clips, 0.75, noise=noise)[1])
+
+
 def test_drop_path_keeps_the_mean_and_drops_whole_clips():
     torch.manual_seed(0)
     scales = drop_path_scales(torch.tensor([1.0, 0.75, 0.5]), 4000)
@@ -263,6 +278,19 @@ def test_uint8_clips_are_normalized_after_the_gathering():
     model.pixel_stats = None
     with pytest.raises(ValueError, match="pixel_stats"):
         model(pixels, 0.75, noise=noise)
+
+
+@pytest.mark.parametrize("num_frames", [1, 8])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_model_of_any_dtype_takes_uint8_clips(dtype, num_frames):
+    model = tiny_vit().eval().to(dtype)
+    model.pixel_stats = (IMAGE_MEAN, IMAGE_STD)
+    generator = torch.Generator().manual_seed(0)
+    size = (2, 3, num_frames, 32, 32)
+    pixels = torch.randint(0, 256, size, dtype=torch.uint8, generator=generator)
+    expected = model(normalize(pixels, IMAGE_MEAN, IMAGE_STD).to(dtype))
+    assert expected.dtype == dtype
+    assert torch.equal(model(pixels), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
