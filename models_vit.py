@@ -335,7 +335,12 @@ class Block(nn.Module):
 
 
 def linear_keep_probs(drop_path_rate: float, depth: int) -> Tensor:
-    """Return the keep probability (depth,) of each block: from 1 down to 1 - drop_path_rate."""
+    """Return the keep probability (depth,) of each block: from 1 down to 1 - drop_path_rate.
+
+    Raises ValueError for a rate that is no probability, or that drops the last block always.
+    """
+    if not 0 <= drop_path_rate < 1:
+        raise ValueError(f"drop_path_rate {drop_path_rate} is not a rate: choose 0 <= rate < 1.")
     return torch.tensor([1.0 - drop_path_rate * i / max(depth - 1, 1) for i in range(depth)])
 
 

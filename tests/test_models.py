@@ -267,6 +267,37 @@ def test_a_dropped_block_passes_the_tokens_on():
     torch.testing.assert_close(new_x[2] - stream[2], 2 * (kept_x[2] - stream[2]))
 
 
+def test_drop_path_keeps_the_dtype_of_the_tokens():
+    block = tiny_vit().blocks[0].bfloat16()
+    x, delta = torch.randn(2, 3, 5, 64, dtype=torch.bfloat16)
+    new_x, new_delta = block(x, delta, drop_path_scales(torch.tensor([1.0, 0.5]), 3)[1])
+    assert new_x.dtype == torch.bfloat16
+    assert new_delta.dtype == torch.bfloat16
+
+
+def test_checkpointed_blocks_are_computed_twice_with_the_same_drops():
+    clips, _ = clips_and_noise(batch=4)
+    gradients = []
+    counts = []
+    for recompute in (False, True):
+        calls: list[None] = []
+        model = tiny_vit(drop_path_rate=0.5, dropout=0.0).train()
+        model.activation_checkpointing = recompute
+        model.blocks[1].mlp.register_forward_hook(lambda *_, calls=calls: calls.append(None))
+        torch.manual_seed(0)
+        model(clips).square().sum().backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+        counts.append(len(calls))
+    assert counts == [1, 2]
+    torch.testing.assert_close(*gradients, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("rate", [-0.1, 1.0, 1.5])
+def test_impossible_drop_path_rates_are_refused(rate):
+    with pytest.raises(ValueError, match=f"drop_path_rate {rate}"):
+        tiny_vit(drop_path_rate=rate)
+
+
 def test_uint8_clips_are_normalized_after_the_gathering():
     model = tiny_mae(norm_pix_loss=True)
     generator = torch.Generator().manual_seed(0)

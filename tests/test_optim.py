@@ -38,6 +38,12 @@ def test_t14_a_nonfinite_gradient_skips_the_update(bad):
     assert skipped == 0
     assert (weight < 1).all()
     assert optimizer.state[weight]["step"] == 1
+    weight.grad = torch.full((3,), bad)
+    update(optimizer, SCALER, clip_grad=1.0)
+    before = weight.detach().clone()
+    weight.grad = torch.ones(3)
+    optimizer.step()  # without `update`: nothing of the skipped one is left
+    assert (weight < before).all()
 
 
 def test_a_bf16_residual_needs_bf16():
@@ -47,8 +53,8 @@ def test_a_bf16_residual_needs_bf16():
         residual_dtype(True, torch.float32)
 
 
-@pytest.mark.parametrize("scale", [0.01, 100.0])
-def test_clipping_inside_the_kernel_equals_torchs_clipping(scale):
+@pytest.mark.parametrize(("scale", "clip_grad"), [(0.01, 1.0), (100.0, 1.0), (1e-6, 1e-6)])
+def test_clipping_inside_the_kernel_equals_torchs_clipping(scale, clip_grad):
     generator = torch.Generator().manual_seed(0)
     start = [torch.randn(4, 3, generator=generator), torch.randn(5, generator=generator)]
     gradients = [scale * torch.randn(tensor.shape, generator=generator) for tensor in start]
@@ -57,15 +63,16 @@ def test_clipping_inside_the_kernel_equals_torchs_clipping(scale):
         parameters = [torch.nn.Parameter(tensor.clone()) for tensor in start]
         group = {"params": parameters, "weight_decay": 0.1, "lr_scale": 1.0, "lr": 0.01}
         optimizer = make_optimizer([group], parameters, betas=(0.9, 0.95))
-        for _ in range(3):
+        for clips in (True, True, False):
             for parameter, gradient in zip(parameters, gradients, strict=True):
                 parameter.grad = gradient.clone()
             if inside:
-                norm, _ = update(optimizer, SCALER, clip_grad=1.0)
+                norm, _ = update(optimizer, SCALER, clip_grad if clips else None)
             else:
-                expected_norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+                limit = clip_grad if clips else torch.inf
+                expected_norm = torch.nn.utils.clip_grad_norm_(parameters, limit)
                 optimizer.step()
         moments = [optimizer.state[parameter]["exp_avg_sq"] for parameter in parameters]
         results.append([*parameters, *moments])
     assert torch.equal(norm, expected_norm)
-    torch.testing.assert_close(*results, rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(*results, rtol=1e-6, atol=1e-15)

@@ -14,10 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models_mae import MaskedAutoencoderViT
-from models_vit import VideoEncoder, normalize
+from models_vit import VideoEncoder
 from util.dist import UserError, all_gather_object
 from util.optim import autocast
-from util.pixels import VIDEO_MEAN, VIDEO_STD
 
 EVAL_CLIPS_PER_FORWARD = 8  # in pretraining's validation, for any training batch size
 ROWS_ON_DEVICE = 1000  # batches whose results stay on the device before they are copied
@@ -169,12 +168,12 @@ def validation_loss(
 ) -> float:
     """Return the mean reconstruction loss of the samples, each with its noise of the batch.
 
-    model: unwrapped. Raises UserError for an unreadable file. Call it on every rank.
+    model: unwrapped, with `pixel_stats`. Raises UserError for an unreadable file. Call it on every
+    rank.
     """
     model.eval()
 
     def compute_losses(clips: Tensor, noise: Tensor) -> Tensor:
-        clips = normalize(clips, VIDEO_MEAN, VIDEO_STD)
         with autocast(clips.device, amp):
             _, pred, mask = model(clips, mask_ratio, mask_type, noise)
         # the hidden tokens first, in token order; nonzero() would wait for the device
@@ -213,13 +212,13 @@ def features(
 def mean_features(model: VideoEncoder, batches, amp: torch.dtype) -> Tensor:
     """Return features (n, D) of an encoder: the mean of the patch tokens, then the norm.
 
-    The classifier pools in the same way with global_pool.
+    The classifier pools in the same way with global_pool. model: with `pixel_stats`.
     """
     model.eval()
     first_patch = int(model.cls_embed)
 
     def pool(clips: Tensor) -> Tensor:
-        tokens = model.encode(normalize(clips, VIDEO_MEAN, VIDEO_STD))
+        tokens = model.encode(clips)
         return model.norm(tokens[:, first_patch:].mean(dim=1))
 
     return features(pool, batches, EVAL_CLIPS_PER_FORWARD, amp)
