@@ -5,6 +5,7 @@ from importlib import import_module
 
 import pytest
 import torch
+from tiny import tiny_mae
 
 from tools import data_doctor, inspect_checkpoint, make_manifest, reencode
 from util import args as flags
@@ -129,3 +130,12 @@ def test_the_learning_rate_follows_the_effective_batch(given, expected, capsys):
 def test_numbers_out_of_range_are_rejected(number_type, text):
     with pytest.raises(argparse.ArgumentTypeError, match=f"^{text} is "):
         number_type(text)
+
+
+def test_system_flags_change_the_model():
+    model = tiny_mae()
+    words = "--amp bf16 --bf16_residual --activation_checkpointing --attn math".split()
+    args = import_module("pretrain").get_parser().parse_args(words)
+    flags.apply_system_flags(args, model, torch.device("cpu"))
+    assert model.residual_dtype == torch.bfloat16
+    assert model.activation_checkpointing

@@ -346,6 +346,15 @@ def test_the_linear_function_equals_torch(dtype):
     torch.testing.assert_close(*results, **tolerance)
 
 
+def test_the_bias_gradient_is_summed_in_float32():
+    generator = torch.Generator().manual_seed(0)
+    output_gradient = torch.randn(16, 64, 6, generator=generator).bfloat16()
+    bias = torch.zeros(6, requires_grad=True)
+    output = LinearFunction.apply(torch.zeros(16, 64, 8), torch.zeros(6, 8), bias, torch.bfloat16)
+    (gradient,) = torch.autograd.grad(output, bias, output_gradient)
+    torch.testing.assert_close(gradient, output_gradient.float().sum((0, 1)), rtol=1e-5, atol=1e-4)
+
+
 def test_attention_kernels_agree():
     qkv = torch.randn(2, 17, 3, 4, 8, dtype=torch.float64)
     q, k, v = qkv.transpose(1, 3).unbind(2)  # (B, A, N, K)
