@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
@@ -215,6 +216,7 @@ class LinearFunction(torch.autograd.Function):
         return F.linear(x, weight, bias)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of x, weight and bias for that of the output (B, N, E)."""
         x, weight = ctx.saved_tensors
@@ -616,7 +618,7 @@ class VideoEncoder(nn.Module):
         return x, delta
 
     def forward(self, clips: Tensor) -> Tensor:
-        """Return the tokens after the norm (B, [1 +] L, D) of clips (B, C, T, H, W) float."""
+        """Return the tokens after the norm (B, [1 +] L, D) of clips, see `embed`."""
         return self.norm(self.encode(clips))
 
     def set_attention(self, device_type: str, dtype: torch.dtype) -> list[str]:
@@ -776,7 +778,7 @@ class VisionTransformer(VideoEncoder):
         self.compile_method("pool")
 
     def forward(self, clips: Tensor) -> Tensor:
-        """Return logits (B, classes) of clips (B, C, T, H, W) float."""
+        """Return logits (B, classes) of clips, see `embed`."""
         return self.head(self.dropout(self.forward_features(clips)))
 
     def flops_per_clip(self) -> float:
