@@ -206,10 +206,13 @@ def update(
         scaler.step(optimizer)
         scaler.update()
     else:
-        # the fused kernel reads these attributes, which a GradScaler would set
+        grad_scale = None
+        if clip_grad is not None:
+            grad_scale = ((norm + 1e-6) / clip_grad).clamp(min=1)
+        # The fused kernel reads these attributes, which a GradScaler would set. It divides the
+        # gradients by grad_scale while it reads them.
         optimizer.found_inf = skipped  # type: ignore[attr-defined]
-        if clip_grad is not None:  # it divides the gradients while it reads them
-            optimizer.grad_scale = ((norm + 1e-6) / clip_grad).clamp(min=1)  # type: ignore[attr-defined]
+        optimizer.grad_scale = grad_scale  # type: ignore[attr-defined]
         optimizer.step()
         optimizer.found_inf = None  # type: ignore[attr-defined]
         optimizer.grad_scale = None  # type: ignore[attr-defined]
