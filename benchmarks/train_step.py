@@ -230,7 +230,8 @@ def count_syncs(step: Callable[[], None], device: torch.device) -> int:
             step()
         torch.cuda.set_sync_debug_mode("default")
         return sum("synchroniz" in str(warning.message) for warning in caught)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, acc_events=True) as profile:
         step()
     reads = ("aten::_local_scalar_dense", "aten::nonzero")
     return sum(event.count for event in profile.key_averages() if event.key in reads)

@@ -485,7 +485,7 @@ def test_set_attention_chooses_for_every_block(package):
 def test_set_attention_names_the_kernel_that_runs(attn):
     model = tiny_vit(attn=attn)
     (line,) = model.set_attention("cpu", torch.float32)
-    with torch.profiler.profile() as profile:
+    with torch.profiler.profile(acc_events=True) as profile:
         model(torch.randn(1, 3, 8, 32, 32))
     name = line.partition("PyTorch's ")[2].partition(" (")[0]
     operators = {

@@ -41,7 +41,7 @@ def test_both_models_run_the_same_attention(kernel, task):
     noise = torch.rand(1, model.num_tokens)
     operators = {}
     for kind, variant in variants.items():
-        with torch.profiler.profile() as profile:
+        with torch.profiler.profile(acc_events=True) as profile:
             variant.loss(clips, noise)
         names = {event.name for event in profile.events()}
         operators[kind] = {name for name in names if "_scaled_dot_product" in name}

@@ -191,7 +191,10 @@ def stop_after(updates: int, patches: contextlib.ExitStack) -> None:
 
 
 def skip_reading(patches: contextlib.ExitStack) -> None:
-    """Pretrain on an empty batch without reading files, with a model built on the GPU."""
+    """Pretrain on an empty batch without reading files, with a model built on the GPU.
+
+    The weights are not initialized: trunc_normal_ of torch 2.11 compiles a kernel at run time.
+    """
     build_data = pretrain.build_data
 
     def build_on_gpu(**arguments):
@@ -204,6 +207,7 @@ def skip_reading(patches: contextlib.ExitStack) -> None:
         batches = [batch] * (data.updates_per_epoch * args.accum_iter)
         return data._replace(batches=lambda _epoch, _updates_done: on_device(batches, env.device))
 
+    patches.enter_context(patch.object(MaskedAutoencoderViT, "init_weights"))
     patches.enter_context(patch.object(pretrain, "MaskedAutoencoderViT", build_on_gpu))
     patches.enter_context(patch.object(pretrain, "build_data", build_empty_data))
 
