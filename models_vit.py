@@ -170,7 +170,7 @@ def choose_attention(
 def describe_kernel(kernel: str, device_type: str, dtype: torch.dtype, head_dim: int) -> str:
     """Return what runs for such tensors: PyTorch takes the first of SDPA_BACKENDS that can.
 
-    Asks PyTorch's own dispatcher, since the public checks do not know a CPU.
+    The answer is that of PyTorch's own dispatcher, since the public checks cover CUDA only.
     """
     if kernel == "flash_attn":
         return "the flash-attn package"
@@ -272,7 +272,7 @@ class Attention(nn.Module):
         self.kernel = attn
         if attn == "auto":
             self.kernel = "sdpa"  # suits all tensors; set_attention may find a better one
-        elif attn != "cudnn":  # only a GPU knows
+        elif attn != "cudnn":  # which can only be tried on a GPU
             # Device and dtype are unknown here. Raise early what would be an error with any.
             choose_attention(attn, "cuda", torch.bfloat16, self.head_dim)
         self.q = nn.Linear(width, width, bias=qkv_bias)

@@ -104,7 +104,7 @@ VARIANTS = (  # most important first
 
 def build_mae(preset: Preset, num_frames: int, attn: str = "auto") -> MaskedAutoencoderViT:
     """Return the pretraining model of a preset."""
-    return MaskedAutoencoderViT(
+    model = MaskedAutoencoderViT(
         **named_size(f"vit_{preset.model}", None),
         img_size=preset.img_size,
         num_frames=num_frames,
@@ -115,6 +115,8 @@ def build_mae(preset: Preset, num_frames: int, attn: str = "auto") -> MaskedAuto
         pred_t_dim=num_frames,
         attn=attn,
     )
+    model.pixel_stats = (VIDEO_MEAN, VIDEO_STD)
+    return model
 
 
 def build_classifier(preset: Preset, attn: str) -> VisionTransformer:
@@ -187,9 +189,7 @@ class Variant:
 
     def loss(self, clips: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
         """Return the loss of uint8 clips (B, 3, T, H, W) with noise (B, L)."""
-        if self.spec.kind == "ours" and not isinstance(self.model, VisionTransformer):
-            self.model.pixel_stats = (VIDEO_MEAN, VIDEO_STD)  # it normalizes what it gathers
-        else:
+        if not isinstance(self.model, MaskedAutoencoderViT):  # which normalizes what it gathers
             clips = normalize(clips, VIDEO_MEAN, VIDEO_STD)
         with self.kernels(), autocast(self.device, self.dtype):
             if isinstance(self.model, (VisionTransformer, PlainViT)):

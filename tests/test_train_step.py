@@ -108,8 +108,8 @@ def test_a_row_is_compared_with_the_same_kernels():
 
 def test_curves_compile_as_many_graphs_as_they_need(args, monkeypatch):
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 2)  # a point needs two
     monkeypatch.setattr(train_step, "CURVES", {"frames": (8, 16, 32)})
-    *_, points = train_step.curves(args, CPU, torch.float32)
+    with torch._dynamo.config.patch(recompile_limit=2):  # a point needs two
+        *_, points = train_step.curves(args, CPU, torch.float32)
     assert [point["frames"] for point in points["frames"]] == [8, 16, 32]
     assert all(point["ms"] > 0 for point in points["frames"])
