@@ -33,17 +33,19 @@ from data.manifest import (
 from data.transforms import image_transform
 from data.video_index import load_index
 from models_vit import VideoEncoder, normalize
-from tools.visualize import (
+from tools.reading import (
     CLIP_FLAGS,
     add_clip_flags,
     add_device_flags,
+    add_loader_flags,
+    add_size_flags,
     center_clips,
     clip_reading,
-    run_flags,
 )
+from tools.visualize import run_flags
 from util import dist
 from util.checkpoint import load
-from util.cli import Parser, nonnegative_int, positive_int
+from util.cli import Parser
 from util.dist import UserError, print0
 from util.evaluation import features
 from util.files import atomic_write
@@ -88,42 +90,9 @@ def get_parser() -> Parser:
     parser.add_argument("--overwrite", action="store_true", help="replace an existing file")
     add_size_flags(parser)
     add_clip_flags(parser)
-    parser.add_argument(
-        "--batch_size_per_gpu",
-        type=positive_int,
-        default=16,
-        help="clips per forward pass (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--num_workers",
-        type=nonnegative_int,
-        default=default_workers(),
-        help="loader processes (default: cores / processes, at most 16; here %(default)s)",
-    )
-    parser.add_argument(
-        "--read_timeout",
-        type=float,
-        default=60,
-        help="seconds that a file may take before it is quarantined (default: %(default)s)",
-    )
+    add_loader_flags(parser)
     add_device_flags(parser)
     return parser
-
-
-def add_size_flags(parser: Parser) -> None:
-    """Add the flags for sizes of the model."""
-    parser.add_argument(
-        "--img_size", type=positive_int, help="frame side in pixels (default: the checkpoint's)"
-    )
-    parser.add_argument(
-        "--num_frames", type=positive_int, help="frames per clip (default: the checkpoint's)"
-    )
-    parser.add_argument(
-        "--t_patch_size", type=positive_int, help="frames per tubelet, for image models"
-    )
-    parser.add_argument(
-        "--num_heads", type=positive_int, help="attention heads, for files that do not record them"
-    )
 
 
 def read_record(path: str) -> RunRecord:
@@ -253,11 +222,6 @@ def save_features(path: Path, values: Tensor, samples: Samples) -> None:
             paths=np.array(samples.paths),
             classes=np.array(samples.classes, str),
         )
-
-
-def default_workers() -> int:
-    """Return the number of loader processes of this process."""
-    return max(1, min(16, dist.available_cpus() // dist.local_world_size()))
 
 
 def make_dataset(samples: Samples, config: dict, manifest: str, reading: dict) -> SampleDataset:

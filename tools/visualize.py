@@ -15,9 +15,14 @@ from torch import Tensor
 
 from data.datasets import ViewDataset
 from data.manifest import find_videos, read_manifest
-from data.transforms import decode_short_side, view_transform
-from data.video_index import VideoIndex
 from models_mae import MASK_TYPES, MaskedAutoencoderViT
+from tools.reading import (
+    CLIP_FLAGS,
+    add_clip_flags,
+    add_device_flags,
+    center_clips,
+    clip_reading,
+)
 from util import checkpoint, dist
 from util.cli import Parser, positive_int
 from util.dist import UserError, print0
@@ -26,7 +31,6 @@ from util.optim import amp_dtype
 from util.pictures import animation, contact_sheet, reconstructions
 from util.seeds import fixed_noise
 
-CLIP_FLAGS = ("sampling_rate", "target_fps", "short_side", "decoder")
 MASK_FLAGS = ("mask_ratio", "mask_type")
 MILLISECONDS_PER_FRAME = 250
 
@@ -73,54 +77,6 @@ def get_parser() -> Parser:
     add_clip_flags(parser)
     add_device_flags(parser)
     return parser
-
-
-def add_clip_flags(parser: Parser) -> None:
-    """Add the flags that choose frames of videos; `run_flags` returns a run's values of them."""
-    parser.add_argument(
-        "--sampling_rate",
-        type=positive_int,
-        default=4,
-        help="distance of frames at --target_fps (default: the run's, else %(default)s)",
-    )
-    parser.add_argument(
-        "--target_fps",
-        type=float,
-        default=30,
-        help="rate at which videos are read (default: the run's, else %(default)s)",
-    )
-    parser.add_argument(
-        "--short_side",
-        type=positive_int,
-        help="short side of decoded frames in pixels (default: the run's, else from the crop)",
-    )
-    parser.add_argument(
-        "--decoder",
-        choices=("auto", "pyav", "decord"),
-        default="auto",
-        help="video reader (default: the run's, else %(default)s)",
-    )
-
-
-def clip_reading(args: argparse.Namespace) -> dict:
-    """Return the values of the flags of `add_clip_flags` by name."""
-    return {
-        "sampling_rate": args.sampling_rate,
-        "target_fps": args.target_fps,
-        "short_side": args.short_side,
-        "decoder": args.decoder,
-    }
-
-
-def add_device_flags(parser: Parser) -> None:
-    """Add the flags about the device and its precision."""
-    parser.add_argument("--device", help="cuda or cpu (default: cuda if there is one)")
-    parser.add_argument(
-        "--amp",
-        choices=("auto", "bf16", "fp16", "fp32"),
-        default="auto",
-        help="auto: bf16 if the GPU has it, else fp16; CPU: fp32",
-    )
 
 
 def run_flags(state: dict, names: tuple[str, ...]) -> dict:
@@ -203,29 +159,6 @@ def find_paths(folders: list[str], csv: str) -> list[str]:
     if not folders:
         raise UserError("no videos given: pass --data_dirs FOLDER [FOLDER ...] or --data_csv FILE")
     return find_videos(folders, "--data_dirs")
-
-
-def center_clips(
-    paths: list[str], config: dict, reading: dict, known: VideoIndex | None = None
-) -> ViewDataset:
-    """Return the data set of each video's center clip and crop, at the size of a model.
-
-    config: the model's. reading: see `clip_reading`; a short_side of None is that of the crop.
-    known: the index of the paths' manifest.
-    """
-    img_size = config["img_size"]
-    return ViewDataset(
-        paths=paths,
-        labels=[-1] * len(paths),
-        num_views=1,
-        transform=view_transform(img_size, 1),
-        num_frames=config["num_frames"],
-        sampling_rate=reading["sampling_rate"],
-        target_fps=reading["target_fps"],
-        decoder=reading["decoder"],
-        short_side=reading["short_side"] or decode_short_side(img_size),
-        known=known,
-    )
 
 
 def evenly_spread(count: int, most: int) -> Tensor:

@@ -1,0 +1,126 @@
+"""How tools read videos and images: their flags, and the data set of center clips."""
+
+import argparse
+
+from data.datasets import ViewDataset
+from data.transforms import decode_short_side, view_transform
+from data.video_index import VideoIndex
+from util.cli import Parser, nonnegative_int, positive_int
+from util.dist import available_cpus, local_world_size
+
+CLIP_FLAGS = ("sampling_rate", "target_fps", "short_side", "decoder")
+MAX_DEFAULT_WORKERS = 16  # loader processes
+
+
+def add_size_flags(parser: Parser) -> None:
+    """Add the flags for sizes of the model."""
+    parser.add_argument(
+        "--img_size", type=positive_int, help="frame side in pixels (default: the checkpoint's)"
+    )
+    parser.add_argument(
+        "--num_frames", type=positive_int, help="frames per clip (default: the checkpoint's)"
+    )
+    parser.add_argument(
+        "--t_patch_size", type=positive_int, help="frames per tubelet, for image models"
+    )
+    parser.add_argument(
+        "--num_heads", type=positive_int, help="attention heads, for files that do not record them"
+    )
+
+
+def add_clip_flags(parser: Parser) -> None:
+    """Add the flags that choose frames of videos; `run_flags` returns a run's values of them."""
+    parser.add_argument(
+        "--sampling_rate",
+        type=positive_int,
+        default=4,
+        help="distance of frames at --target_fps (default: the run's, else %(default)s)",
+    )
+    parser.add_argument(
+        "--target_fps",
+        type=float,
+        default=30,
+        help="rate at which videos are read (default: the run's, else %(default)s)",
+    )
+    parser.add_argument(
+        "--short_side",
+        type=positive_int,
+        help="short side of decoded frames in pixels (default: the run's, else from the crop)",
+    )
+    parser.add_argument(
+        "--decoder",
+        choices=("auto", "pyav", "decord"),
+        default="auto",
+        help="video reader (default: the run's, else %(default)s)",
+    )
+
+
+def clip_reading(args: argparse.Namespace) -> dict:
+    """Return the values of the flags of `add_clip_flags` by name."""
+    return {
+        "sampling_rate": args.sampling_rate,
+        "target_fps": args.target_fps,
+        "short_side": args.short_side,
+        "decoder": args.decoder,
+    }
+
+
+def add_loader_flags(parser: Parser) -> None:
+    """Add the flags about batches and the processes that read them."""
+    parser.add_argument(
+        "--batch_size_per_gpu",
+        type=positive_int,
+        default=16,
+        help="clips per forward pass (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--num_workers",
+        type=nonnegative_int,
+        default=default_workers(),
+        help="loader processes (default: cores / processes, at most 16; here %(default)s)",
+    )
+    parser.add_argument(
+        "--read_timeout",
+        type=float,
+        default=60,
+        help="seconds that a file may take before it is quarantined (default: %(default)s)",
+    )
+
+
+def default_workers() -> int:
+    """Return the number of loader processes of this process."""
+    return max(1, min(MAX_DEFAULT_WORKERS, available_cpus() // local_world_size()))
+
+
+def add_device_flags(parser: Parser) -> None:
+    """Add the flags about the device and its precision."""
+    parser.add_argument("--device", help="cuda or cpu (default: cuda if there is one)")
+    parser.add_argument(
+        "--amp",
+        choices=("auto", "bf16", "fp16", "fp32"),
+        default="auto",
+        help="auto: bf16 if the GPU has it, else fp16; CPU: fp32",
+    )
+
+
+def center_clips(
+    paths: list[str], config: dict, reading: dict, known: VideoIndex | None = None
+) -> ViewDataset:
+    """Return the data set of each video's center clip and crop, at the size of a model.
+
+    config: the model's. reading: see `clip_reading`; a short_side of None is that of the crop.
+    known: the index of the paths' manifest.
+    """
+    img_size = config["img_size"]
+    return ViewDataset(
+        paths=paths,
+        labels=[-1] * len(paths),
+        num_views=1,
+        transform=view_transform(img_size, 1),
+        num_frames=config["num_frames"],
+        sampling_rate=reading["sampling_rate"],
+        target_fps=reading["target_fps"],
+        decoder=reading["decoder"],
+        short_side=reading["short_side"] or decode_short_side(img_size),
+        known=known,
+    )
