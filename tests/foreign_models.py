@@ -58,7 +58,7 @@ def hugging_face_videomae(kind: str) -> nn.Module:
         decoder_num_hidden_layers=1,
         decoder_hidden_size=16,
         decoder_num_attention_heads=2,
-        decoder_intermediate_size=32,
+        decoder_intermediate_size=64,
         use_mean_pooling=kind == "VideoMAEForVideoClassification",
         attn_implementation="eager",
     )

@@ -102,7 +102,7 @@ def test_hugging_face_classifier_features_and_report(tmp_path, capsys):
     printed = capsys.readouterr().out
     synthesized = "blocks.*.attn.k.bias: zero (2), pos_embed: sinusoid over 2 x 4 x 4 tokens"
     assert f"initialized  head.weight, head.bias, {synthesized}" in printed
-    assert "unused       classifier (2)" in printed
+    assert "unused       head (2)" in printed
     assert "0.485" in printed
 
 

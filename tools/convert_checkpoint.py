@@ -30,18 +30,21 @@ def to_our_layout(path: str | Path, given: dict) -> dict:
     found = parse_checkpoint(checkpoint, given, path)
     if found.family == "ours":
         return {key: value for key, value in checkpoint.items() if key not in RUN_STATE}
-    decoder = {}
-    if found.has_our_decoder:
-        unused = found.unused.items()
-        decoder = {name: value for name, value in unused if not name.startswith("head.")}
-    dropped = sorted(found.unused.keys() - decoder.keys())
     print0(
         f"{path} ({found.family}): {found.num_heads_source}; "
-        f"left out: {', '.join(dropped) or 'nothing'}"
+        f"left out: {', '.join(sorted(found.unused)) or 'nothing'}"
     )
+    config = found.sizes | found.decoder_sizes | found.pixel_stats
+    if found.targets != "pixels" and found.decoder:
+        config["targets"] = found.targets
+    if found.head:
+        config["num_classes"] = len(found.head["head.weight"])
+        recorded = {"global_pool": found.global_pool, "classes": found.config.get("classes")}
+        config |= {name: value for name, value in recorded.items() if value is not None}
     return {
-        "model": found.weights | decoder,
-        "config": found.sizes | found.pixel_stats,
+        "model": found.weights | found.decoder | found.head,
+        "config": config,
+        "args": found.flags,
         "converted_from": found.family,
     }
 

@@ -185,13 +185,21 @@ def _read_safetensors(path: Path, check: bool) -> dict:
 
 
 def _translate_videomae_config(described: dict) -> dict:
-    """Return the constructor arguments that a config.json of Hugging Face VideoMAE records."""
+    """Return what a config.json of Hugging Face VideoMAE records, under our names."""
     names = {
         "img_size": "image_size",
         "num_frames": "num_frames",
         "num_heads": "num_attention_heads",
+        "decoder_num_heads": "decoder_num_attention_heads",
     }
-    return {ours: described[theirs] for ours, theirs in names.items() if theirs in described}
+    config = {ours: described[theirs] for ours, theirs in names.items() if theirs in described}
+    labels = described.get("id2label")
+    if isinstance(labels, dict) and labels:
+        classes = [labels.get(str(index)) for index in range(len(labels))]
+        placeholders = [f"LABEL_{index}" for index in range(len(labels))]
+        if None not in classes and classes != placeholders:
+            config["classes"] = classes
+    return config
 
 
 def import_safetensors(needed_by: str) -> ModuleType:

@@ -1,4 +1,4 @@
-"""Layouts of video and image encoders in other projects' checkpoints, as a table, and their parser.
+"""Layouts of video and image models in other projects' checkpoints, as a table, and their parser.
 
 | family                              | conversion to our layout                                   |
 | ----------------------------------- | ---------------------------------------------------------- |
@@ -9,10 +9,12 @@
 | VideoMAE, VideoMAE v2, Hugging Face | renamed; k bias zero; positions, which are not stored, are |
 |                                     | the fixed 1-d sinusoid over all tokens                     |
 
-Letters as in models_vit.py. Sizes come from the tensors' shapes, except the number of heads: see
-`find_num_heads`.
+`read_layout` finds encoder, decoder and head by their names; `parse_checkpoint` adds the sizes.
+Letters as in models_vit.py. Sizes come from the tensors' shapes, except the numbers of heads: see
+`find_num_heads` and `decoder_sizes_of`.
 """
 
+import argparse
 import math
 import re
 from collections.abc import Callable, Iterable
@@ -28,32 +30,49 @@ from util.pixels import IMAGE_MEAN, IMAGE_STD, VIDEO_MEAN, VIDEO_STD
 
 PATCH_EMBED = "patch_embed.proj.weight"
 # Name prefixes of decoders and classifiers: tensors that are not part of an encoder.
-NON_ENCODER: tuple[str, ...] = (
-    "decoder",
-    "mask_token",
-    "encoder_to_decoder",
-    "pred_head.",
-    "head.",
-    "classifier.",
-)
+NON_ENCODER: tuple[str, ...] = ("decoder", "mask_token", "pred_head.", "head.")
+DECODER = ("decoder_", "mask_token")  # of a decoder that our model can express
+IMAGE_FAMILY = "image MAE or timm ViT"
+VJEPA_KEYS = ("encoder", "target_encoder", "ema_encoder")
+OPTIMIZED_STMAE_FLAGS = {"save_prefix", "datafile_dir"}  # which mae_st does not have
 USUAL_NUM_HEADS = {embed_dim: num_heads for embed_dim, _, num_heads in SIZES.values()}
 USUAL_NUM_HEADS[1408] = 16  # VideoMAE v2's giant
+USUAL_DECODER_HEADS = {512: 16}  # by width, of mae_st and optimized-stmae
+VIDEOMAE_DECODER_HEAD_WIDTH = 64
 VIDEO_PIXELS = {"mean": VIDEO_MEAN, "std": VIDEO_STD}
 IMAGENET_PIXELS = {"mean": IMAGE_MEAN, "std": IMAGE_STD}
 
 
-class ImportedEncoder(NamedTuple):
-    """An encoder read from a checkpoint of any family."""
+class Layout(NamedTuple):
+    """The tensors of a checkpoint under our names, sorted by what they belong to."""
+
+    family: "Family"
+    encoder: dict[str, Tensor]
+    decoder: dict[str, Tensor]  # {} if there is none that our model can express
+    head: dict[str, Tensor]  # head.weight (K, D) and head.bias (K,), {} if there is none
+    unused: dict[str, Tensor]  # the others
+    config: dict  # the file's own, {} if it has none
+    flags: dict  # of the run that wrote the file, {} if it has none
+    global_pool: bool | None  # read-out of the classifier, None if nothing tells
+
+
+class ImportedModel(NamedTuple):
+    """An encoder, and what comes with it, read from a checkpoint of any family."""
 
     family: str
-    weights: dict[str, Tensor]  # under our names
-    unused: dict[str, Tensor]  # decoder and head
-    has_our_decoder: bool
+    weights: dict[str, Tensor]  # of the encoder, under our names
+    decoder: dict[str, Tensor]  # likewise, {} if there is none that our model can express
+    head: dict[str, Tensor]  # head.weight (K, D) and head.bias (K,), {} if there is none
+    unused: dict[str, Tensor]
     synthesized: dict[str, str]  # weights created because the file lacks them: name -> what
     resized: dict[str, str]  # weights of another shape in the file: name -> both shapes
     sizes: dict  # VideoEncoder's arguments
+    decoder_sizes: dict  # MaskedAutoencoderViT's further arguments, {} without a decoder
     config: dict  # the file's own, {} if it has none
+    flags: dict  # of the run that wrote the file, {} if it has none
+    global_pool: bool | None  # read-out of the classifier, None if nothing tells
     pixel_stats: dict  # mean and std of the pixels that the encoder was trained on
+    targets: str  # what the decoder predicts: "videomae", or "pixels" as our own models
     num_heads_source: str
 
 
@@ -63,11 +82,11 @@ class Family(NamedTuple):
     name: str
     signature: tuple[tuple[str, int], ...]  # (end of a name, number of axes) of its tensors
     renames: tuple[tuple[str, str], ...]  # (regular expression, replacement) of names
-    # Adds tensors to the weights, given the known sizes; returns `synthesized` and `resized`.
-    fill_missing: Callable[[dict[str, Tensor], dict], tuple[dict, dict]]
+    # Adds tensors to encoder and decoder, given the known sizes; returns `synthesized`, `resized`.
+    fill_missing: Callable[[Layout, dict], tuple[dict, dict]]
     required_sizes: tuple[str, ...]  # sizes that no tensor's shape contains
     pixel_stats: dict
-    has_our_decoder: bool
+    targets: str = "pixels"
 
 
 def sinusoid(count: int, embed_dim: int) -> Tensor:
@@ -78,26 +97,41 @@ def sinusoid(count: int, embed_dim: int) -> Tensor:
     return torch.where(column % 2 == 0, angle.sin(), angle.cos()).float()[None]
 
 
-def fill_missing_videomae(weights: dict[str, Tensor], known: dict) -> tuple[dict, dict]:
-    """Add zero biases of k, and the positions for the known img_size and num_frames."""
+def fill_missing_videomae(layout: Layout, known: dict) -> tuple[dict, dict]:
+    """Add what VideoMAE does not store: zero biases, fixed positions, and a norm that it left out.
+
+    known: img_size and num_frames, which the positions require.
+    """
+    weights = layout.encoder
     synthesized = {}
-    query_biases = [name for name in weights if name.endswith(".attn.q.bias")]
-    for query_bias in query_biases:
-        key_bias = query_bias.replace(".q.", ".k.")
-        if key_bias not in weights:
-            weights[key_bias] = torch.zeros_like(weights[query_bias])
-            synthesized[key_bias] = "zero"
+    for part in (weights, layout.decoder):
+        for query_bias in [name for name in part if name.endswith(".attn.q.bias")]:
+            key_bias = query_bias.replace(".q.", ".k.")
+            if key_bias not in part:
+                part[key_bias] = torch.zeros_like(part[query_bias])
+                synthesized[key_bias] = "zero"
+    embed_dim, _, t, p, _ = weights[PATCH_EMBED].shape
+    if "norm.weight" not in weights and "norm.bias" not in weights:
+        weights["norm.weight"] = torch.ones(embed_dim)
+        weights["norm.bias"] = torch.zeros(embed_dim)
+        synthesized |= {"norm.weight": "one", "norm.bias": "zero"}
+    steps = known["num_frames"] // t
+    side = known["img_size"] // p
+    grid = f"sinusoid over {steps} x {side} x {side} tokens"
     if "pos_embed" not in weights:
-        embed_dim, _, t, p, _ = weights[PATCH_EMBED].shape
-        steps = known["num_frames"] // t
-        side = known["img_size"] // p
         weights["pos_embed"] = sinusoid(steps * side * side, embed_dim)
-        synthesized["pos_embed"] = f"sinusoid over {steps} x {side} x {side} tokens"
+        synthesized["pos_embed"] = grid
+    if layout.decoder:
+        width = len(layout.decoder["decoder_embed.weight"])
+        layout.decoder["decoder_embed.bias"] = torch.zeros(width)
+        layout.decoder["decoder_pos_embed"] = sinusoid(steps * side * side, width)
+        synthesized |= {"decoder_embed.bias": "zero", "decoder_pos_embed": grid}
     return synthesized, {}
 
 
-def fill_missing_image(weights: dict[str, Tensor], known: dict) -> tuple[dict, dict]:
+def fill_missing_image(layout: Layout, known: dict) -> tuple[dict, dict]:
     """Extend an image model's embedding (D, C, p, p) and positions (1, [1 +] hw, D) to clips."""
+    weights = layout.encoder
     t = known["t_patch_size"]
     steps = known["num_frames"] // t
     image_embed = weights[PATCH_EMBED].float()
@@ -118,7 +152,7 @@ def fill_missing_image(weights: dict[str, Tensor], known: dict) -> tuple[dict, d
     return synthesized, resized
 
 
-def fill_nothing(weights: dict[str, Tensor], known: dict) -> tuple[dict, dict]:
+def fill_nothing(layout: Layout, known: dict) -> tuple[dict, dict]:
     """Add no tensor: the family stores them all."""
     return {}, {}
 
@@ -126,12 +160,20 @@ def fill_nothing(weights: dict[str, Tensor], known: dict) -> tuple[dict, dict]:
 COMMON_RENAMES = (
     (r"\bfc_norm\.", "norm."),
     (r"\.attn\.([qv])_bias$", r".attn.\1.bias"),
+    (r"^head\.projection\.", "head."),
+)
+VIDEOMAE_DECODER_RENAMES = (
+    (r"^encoder_to_decoder\.", "decoder_embed."),
+    (r"^decoder\.(blocks|norm)\.", r"decoder_\1."),
+    (r"^decoder\.head\.", "decoder_pred."),
 )
 HUGGING_FACE_RENAMES = (
     (r"^videomae\.", ""),
     (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
     (r"^layernorm\.", "norm."),
+    (r"^classifier\.", "head."),
     (r"^encoder\.layer\.", "blocks."),
+    (r"^decoder\.decoder_layers\.", "decoder.blocks."),
     (r"\.attention\.attention\.(q|k|v)(uery|ey|alue)\.", r".attn.\1."),
     (r"\.attention\.attention\.([qv])_bias$", r".attn.\1.bias"),
     (r"\.attention\.output\.dense\.", ".attn.proj."),
@@ -139,6 +181,7 @@ HUGGING_FACE_RENAMES = (
     (r"\.output\.dense\.", ".mlp.fc2."),
     (r"\.layernorm_before\.", ".norm1."),
     (r"\.layernorm_after\.", ".norm2."),
+    *VIDEOMAE_DECODER_RENAMES,
 )
 # The first family whose signature a file has is the file's.
 FAMILIES = (
@@ -149,25 +192,24 @@ FAMILIES = (
         fill_missing=fill_missing_videomae,
         required_sizes=("img_size", "num_frames"),
         pixel_stats=IMAGENET_PIXELS,
-        has_our_decoder=False,
+        targets="videomae",
     ),
     Family(
-        name="image MAE or timm ViT",
+        name=IMAGE_FAMILY,
         signature=((PATCH_EMBED, 4),),
         renames=(),
         fill_missing=fill_missing_image,
         required_sizes=("num_frames", "t_patch_size"),
         pixel_stats=IMAGENET_PIXELS,
-        has_our_decoder=False,
     ),
     Family(
         name="VideoMAE",
         signature=((PATCH_EMBED, 5), (".attn.q_bias", 1)),
-        renames=((r"^(encoder|backbone)\.", ""),),
+        renames=((r"^(encoder|backbone)\.", ""), *VIDEOMAE_DECODER_RENAMES),
         fill_missing=fill_missing_videomae,
         required_sizes=("img_size", "num_frames"),
         pixel_stats=IMAGENET_PIXELS,
-        has_our_decoder=False,
+        targets="videomae",
     ),
     Family(
         name="mae_st, optimized-stmae or SlowFast",
@@ -176,7 +218,6 @@ FAMILIES = (
         fill_missing=fill_nothing,
         required_sizes=(),
         pixel_stats=VIDEO_PIXELS,
-        has_our_decoder=True,
     ),
 )
 
@@ -194,25 +235,28 @@ def given_sizes(
     return {name: size for name, size in sizes.items() if size is not None}
 
 
-def parse_checkpoint(checkpoint: dict, given: dict, path: str | Path) -> ImportedEncoder:
-    """Return the encoder in a checkpoint of any family.
+def parse_checkpoint(
+    checkpoint: dict, given: dict, path: str | Path, image_clip: dict | None = None
+) -> ImportedModel:
+    """Return the model in a checkpoint of any family.
 
     checkpoint: what `util.checkpoint.load` read from `path`. given: sizes by name, for those that
-    the file does not record. Raises UserError, which names `path`.
+    the file does not record. image_clip: num_frames and t_patch_size of the clips of an image
+    model, unless given. Raises UserError, which names `path`.
     """
-    config = _config_of(checkpoint)
-    weights = _tensors_of(checkpoint)
-    family = _recognize_family(weights, path)
-    weights = rename_keys(weights, family.renames, path)
-    unused = {name: value for name, value in weights.items() if name.startswith(NON_ENCODER)}
-    weights = {name: value for name, value in weights.items() if name not in unused}
-    recorded = [key for key in ("num_heads", "img_size", "num_frames") if key in config]
+    layout = read_layout(checkpoint, path)
+    family = layout.family
+    config = layout.config
+    recorded = _recorded_sizes(layout)
+    if family.name == IMAGE_FAMILY:
+        given = (image_clip or {}) | given
     try:
-        require_sizes(config, recorded, path)
-        known = require_sizes(given | config, family.required_sizes, path)
-        synthesized, resized = family.fill_missing(weights, known)
-        num_heads, source = find_num_heads(weights, config, given, path)
-        sizes = sizes_of(weights, known, path) | {"num_heads": num_heads}
+        require_sizes(recorded, recorded.keys(), path)
+        known = require_sizes(given | recorded, family.required_sizes, path)
+        synthesized, resized = family.fill_missing(layout, known)
+        num_heads, source = find_num_heads(layout.encoder, config, given, path)
+        sizes = sizes_of(layout.encoder, known, path) | {"num_heads": num_heads}
+        decoder_sizes = decoder_sizes_of(layout, sizes, given)
     except (KeyError, IndexError, ValueError) as error:  # a tensor is missing or has other axes
         raise UserError(
             f"{path} looks like {family.name}, but {error} is missing or of another shape"
@@ -221,26 +265,110 @@ def parse_checkpoint(checkpoint: dict, given: dict, path: str | Path) -> Importe
     if "embed_dim" in config:
         name = "ours"
     recorded_pixels = {key: config[key] for key in ("mean", "std") if key in config}
-    return ImportedEncoder(
+    return ImportedModel(
         family=name,
-        weights=weights,
-        unused=unused,
-        has_our_decoder=family.has_our_decoder,
+        weights=layout.encoder,
+        decoder=layout.decoder,
+        head=layout.head,
+        unused=layout.unused,
         synthesized=synthesized,
         resized=resized,
         sizes=sizes,
+        decoder_sizes=decoder_sizes,
         config=config,
+        flags=layout.flags,
+        global_pool=layout.global_pool,
         pixel_stats=family.pixel_stats | recorded_pixels,
+        targets=config.get("targets", family.targets),
         num_heads_source=f"{num_heads} attention heads ({source})",
     )
 
 
-def _config_of(checkpoint: dict) -> dict:
-    """Return a checkpoint's config, {} if it has none."""
-    config = checkpoint.get("config")
-    if isinstance(config, dict):
-        return config
-    return {}
+def read_layout(checkpoint: dict, path: str | Path) -> Layout:
+    """Return the tensors of a checkpoint under our names, without knowing all sizes.
+
+    Raises UserError, which names `path`, if they are no model that ours can express.
+    """
+    refuse_vjepa(checkpoint, path)
+    tensors = _tensors_of(checkpoint)
+    family = _recognize_family(tensors, path)
+    weights = rename_keys(tensors, family.renames, path)
+    others = {name: value for name, value in weights.items() if name.startswith(NON_ENCODER)}
+    encoder = {name: value for name, value in weights.items() if name not in others}
+    decoder = {name: value for name, value in others.items() if name.startswith(DECODER)}
+    if "decoder_pred.weight" not in decoder:
+        decoder = {}
+    head = {name: value for name, value in others.items() if name.startswith("head.")}
+    if set(head) != {"head.weight", "head.bias"} or head["head.weight"].ndim != 2:
+        head = {}
+    config = _dictionary(checkpoint.get("config"))
+    flags = _dictionary(checkpoint.get("args"))
+    return Layout(
+        family=family,
+        encoder=encoder,
+        decoder=decoder,
+        head=head,
+        unused={n: v for n, v in others.items() if n not in decoder and n not in head},
+        config=config,
+        flags=flags,
+        global_pool=find_read_out(checkpoint, tensors, family),
+    )
+
+
+def refuse_vjepa(checkpoint: dict, path: str | Path) -> None:
+    """Raise UserError for a checkpoint of V-JEPA 2, also if it stores fixed positions."""
+    for key in VJEPA_KEYS:
+        if any(
+            str(name).startswith("module.backbone.") for name in _dictionary(checkpoint.get(key))
+        ):
+            raise UserError(f"{path}: V-JEPA 2: rotary positions are not supported")
+
+
+def find_read_out(checkpoint: dict, tensors: dict[str, Tensor], family: Family) -> bool | None:
+    """Return whether a classifier reads the mean of the patch tokens (True) or the class token.
+
+    No tensor of mae_st, SlowFast and optimized-stmae tells: they are known by their other entries.
+    Return None if nothing tells.
+    """
+    config = _dictionary(checkpoint.get("config"))
+    flags = _dictionary(checkpoint.get("args"))
+    if isinstance(config.get("global_pool"), bool):
+        return config["global_pool"]
+    if any(re.search(r"\bfc_norm\.", name) for name in tensors):
+        return True
+    if family.name == IMAGE_FAMILY:
+        return False if "cls_token" in tensors else None
+    if family.targets == "videomae":
+        return None  # the first patch token, which ours does not read
+    if flags.keys() & OPTIMIZED_STMAE_FLAGS:
+        return False
+    if flags or "model_state" in checkpoint or "head.projection.weight" in tensors:
+        return True  # mae_st, SlowFast
+    return None
+
+
+def _dictionary(value: object) -> dict:
+    """Return a dictionary or the contents of a Namespace, {} for any other value."""
+    if isinstance(value, argparse.Namespace):
+        return vars(value)
+    return value if isinstance(value, dict) else {}
+
+
+def _recorded_sizes(layout: Layout) -> dict:
+    """Return the sizes that a file records beside its tensors: in its config, or its flags.
+
+    VideoMAE's files record them as flags only.
+    """
+    recorded = {
+        name: layout.config[name]
+        for name in ("num_heads", "img_size", "num_frames")
+        if name in layout.config
+    }
+    if layout.family.name == "VideoMAE":
+        for name, flag in (("img_size", "input_size"), ("num_frames", "num_frames")):
+            if flag in layout.flags:
+                recorded.setdefault(name, layout.flags[flag])
+    return recorded
 
 
 def _tensors_of(checkpoint: dict) -> dict[str, Tensor]:
@@ -350,6 +478,38 @@ def sizes_of(weights: dict[str, Tensor], known: dict, path: str | Path) -> dict:
         "cls_embed": "cls_token" in weights,
         "no_qkv_bias": "blocks.0.attn.q.bias" not in weights,
     }
+
+
+def decoder_sizes_of(layout: Layout, sizes: dict, given: dict) -> dict:
+    """Return MaskedAutoencoderViT's arguments beyond those of VideoEncoder, {} without a decoder.
+
+    decoder_num_heads is left out if it is neither recorded nor given nor usual for the width.
+    """
+    decoder = layout.decoder
+    if not decoder:
+        return {}
+    width = decoder["decoder_embed.weight"].shape[0]
+    num_values = decoder["decoder_pred.weight"].shape[0]  # P
+    frames_per_tubelet = num_values // (3 * sizes["patch_size"] ** 2)  # u
+    depth = len({name.split(".")[1] for name in decoder if name.startswith("decoder_blocks.")})
+    found = {
+        "decoder_embed_dim": width,
+        "decoder_depth": depth,
+        "pred_t_dim": frames_per_tubelet * sizes["num_frames"] // sizes["t_patch_size"],
+        "norm_pix_loss": bool(_recorded(layout, "norm_pix_loss")),
+    }
+    num_heads = _recorded(layout, "decoder_num_heads") or given.get("decoder_num_heads")
+    if not num_heads and layout.family.targets == "videomae":
+        num_heads = width // VIDEOMAE_DECODER_HEAD_WIDTH
+    num_heads = num_heads or USUAL_DECODER_HEADS.get(width)
+    if num_heads:
+        found["decoder_num_heads"] = num_heads
+    return found
+
+
+def _recorded(layout: Layout, name: str):
+    """Return an entry of a file's config, else of its run's flags, else None."""
+    return layout.config.get(name, layout.flags.get(name))
 
 
 def require_sizes(known: dict, names: Iterable[str], path: str | Path) -> dict:

@@ -1,4 +1,4 @@
-"""Load pretrained encoders from checkpoints of any family: load_encoder, load_pretrained.
+"""Load models from checkpoints of any family: encoders, classifiers, autoencoders.
 
 Letters as in models_vit.py.
 """
@@ -12,18 +12,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models_vit import SIZES, VideoEncoder
+from models_mae import MaskedAutoencoderViT
+from models_vit import SIZES, VideoEncoder, VisionTransformer
 from util.checkpoint import load
 from util.checkpoint_formats import (
     NON_ENCODER,
-    ImportedEncoder,
+    ImportedModel,
     given_sizes,
     parse_checkpoint,
 )
+from util.class_names import class_list
 from util.dist import UserError, print0
+from util.model_source import IMAGE_CLIP, describe, require_head, require_read_out
 
 VALUE_FLAGS = ("patch_size", "t_patch_size", "decoder_num_heads")
 BOOL_FLAGS = ("cls_embed", "sep_pos_embed", "global_pool")
+RESAMPLED = ("img_size", "num_frames")  # sizes that may differ from the checkpoint's
 
 
 def load_encoder(
@@ -48,30 +52,120 @@ def load_encoder(
     """
     given = given_sizes(num_heads, img_size, num_frames, t_patch_size)
     found = parse_checkpoint(load(path), given, path)
-    for name in ("num_heads", "t_patch_size"):
-        if name in given and given[name] != found.sizes[name]:
-            raise UserError(f"{path} has {name} {found.sizes[name]}, not {given[name]}")
     try:
-        encoder = VideoEncoder(**found.sizes | given)
+        encoder = VideoEncoder(**sizes_to_build(found, given, path))
     except (TypeError, ValueError) as error:
         raise UserError(f"{path}: {error}") from error
     load_into(encoder, found, path)
-    encoder.pixel_stats = (tuple(encoder.config["mean"]), tuple(encoder.config["std"]))
-    return encoder.eval()
+    return ready(encoder)
 
 
-def load_pretrained(path: str | Path, model: VideoEncoder) -> None:
-    """Copy the encoder of a checkpoint into a model, and our decoder if both have one.
+def load_classifier(
+    path: str | Path, *, given: dict | None = None, class_names: str = ""
+) -> VisionTransformer:
+    """Return the classifier in a checkpoint of any family, with its head, in evaluation mode.
 
-    All other weights of the model stay as initialized. Set model.config["mean"] and ["std"] to
-    those of the pixels that the encoder was trained on. Raises UserError, with the flags that fit
-    the checkpoint, if the model has another architecture.
+    It takes clips like `load_encoder`'s; those of an image model have one tubelet of two frames
+    unless given. given: sizes by name as for `load_encoder`, and global_pool, where the file does
+    not record the read-out. class_names: see `class_list`; config["classes"] has the names of all
+    outputs. Raises UserError.
+    """
+    given = dict(given or {})
+    found = parse_checkpoint(load(path), given, path, IMAGE_CLIP)
+    source = describe(found, path)
+    num_classes = require_head(source)
+    global_pool = require_read_out(source, given.pop("global_pool", None))
+    try:
+        model = VisionTransformer(
+            **sizes_to_build(found, given, path),
+            num_classes=num_classes,
+            global_pool=global_pool,
+            drop_path_rate=0.0,
+            dropout=0.0,
+        )
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{path}: {error}") from error
+    load_into(model, found, path, keep_head=True)
+    model.config["classes"] = class_list(path, num_classes, source.classes, class_names)
+    return ready(model)
+
+
+def load_autoencoder(path: str | Path, *, given: dict | None = None) -> MaskedAutoencoderViT:
+    """Return encoder and decoder of a checkpoint of any family, in evaluation mode.
+
+    It takes clips like `load_encoder`'s. given: sizes by name as for `load_encoder`, and
+    decoder_num_heads. If config has "targets": "videomae", the decoder predicts pixels in [0, 1],
+    normalized per token and color. Raises UserError, also if there is no decoder that
+    MaskedAutoencoderViT can express.
+    """
+    given = given or {}
+    found = parse_checkpoint(load(path), given, path)
+    if not found.decoder:
+        raise UserError(
+            f"{path} has no decoder that this repository can run. Pass a pretraining checkpoint."
+        )
+    require_decoder_heads(found, path)
+    sizes = sizes_to_build(found, given, path)
+    try:
+        model = MaskedAutoencoderViT(**sizes, **decoder_to_build(found, sizes))
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{path}: {error}") from error
+    load_into(model, found, path)
+    if found.targets != "pixels":
+        model.config["targets"] = found.targets
+    return ready(model)
+
+
+def ready(model):
+    """Return a loaded model in evaluation mode, which normalizes uint8 clips as it was trained."""
+    model.pixel_stats = (tuple(model.config["mean"]), tuple(model.config["std"]))
+    return model.eval()
+
+
+def sizes_to_build(found: ImportedModel, given: dict, path: str | Path) -> dict:
+    """Return VideoEncoder's arguments: those of a file, but img_size and num_frames as given.
+
+    Raises UserError if another size that is given contradicts the file.
+    """
+    for name in ("num_heads", "t_patch_size"):
+        if name in given and given[name] != found.sizes[name]:
+            raise UserError(f"{path} has {name} {found.sizes[name]}, not {given[name]}")
+    return found.sizes | {name: given[name] for name in RESAMPLED if name in given}
+
+
+def decoder_to_build(found: ImportedModel, sizes: dict) -> dict:
+    """Return MaskedAutoencoderViT's further arguments: those of a file, for clips of these sizes.
+
+    The number of predicted frames per tubelet stays.
+    """
+    frames_per_tubelet = found.sizes["t_patch_size"] * found.decoder_sizes["pred_t_dim"]
+    frames_per_tubelet //= found.sizes["num_frames"]
+    pred_t_dim = frames_per_tubelet * sizes["num_frames"] // sizes["t_patch_size"]
+    return found.decoder_sizes | {"pred_t_dim": pred_t_dim}
+
+
+def require_decoder_heads(found: ImportedModel, path: str | Path) -> None:
+    """Raise UserError if a decoder's number of heads is not known, which no tensor tells."""
+    if "decoder_num_heads" not in found.decoder_sizes:
+        raise UserError(
+            f"{path} does not record the attention heads of its decoder, and width "
+            f"{found.decoder_sizes['decoder_embed_dim']} is unusual. Pass decoder_num_heads."
+        )
+
+
+def load_pretrained(path: str | Path, model: VideoEncoder, keep_head: bool = False) -> None:
+    """Copy the encoder of a checkpoint into a model, and the decoder if both have one.
+
+    keep_head: copy the classifier's head too. All other weights of the model stay as initialized.
+    Set model.config["mean"] and ["std"] to those of the pixels that the encoder was trained on.
+    Raises UserError, with the flags that fit the checkpoint, if the model has another architecture.
     """
     found = parse_checkpoint(load(path), model.config, path)
     sizes = dict(found.sizes)
-    for name in ("global_pool", "decoder_num_heads"):
-        if name in found.config and name in model.config:
-            sizes[name] = found.config[name]
+    if keep_head and found.global_pool is not None:
+        sizes["global_pool"] = found.global_pool
+    if "decoder_num_heads" in found.decoder_sizes and "decoder_num_heads" in model.config:
+        sizes["decoder_num_heads"] = found.decoder_sizes["decoder_num_heads"]
     compared = sorted(sizes.keys() - {"img_size", "num_frames"})
     differing = [name for name in compared if sizes[name] != model.config[name]]
     if differing:
@@ -80,7 +174,7 @@ def load_pretrained(path: str | Path, model: VideoEncoder) -> None:
             f"{path} has {listing}. Pass the flags that fit it ({flags_for(differing, sizes)}), "
             "or another checkpoint."
         )
-    load_into(model, found, path)
+    load_into(model, found, path, keep_head)
 
 
 def flags_for(names: list[str], sizes: dict) -> str:
@@ -113,19 +207,22 @@ def _model_flag(sizes: dict) -> str:
     return "num_heads in your own code"
 
 
-def load_into(model: VideoEncoder, found: ImportedEncoder, path: str | Path) -> None:
-    """Copy an encoder's weights into a model and print a report; resample its positions if needed.
+def load_into(
+    model: VideoEncoder, found: ImportedModel, path: str | Path, keep_head: bool = False
+) -> None:
+    """Copy the weights of a file into a model and print a report; resample positions if needed.
 
-    Raises UserError, before the model is changed, if tensors are missing, unknown or of another
-    shape.
+    The decoder is copied if both have one, the head if keep_head. Raises UserError, before the
+    model is changed, if tensors are missing, unknown or of another shape.
     """
     target = model.state_dict()
-    decoder = _usable_decoder(found, target)
-    weights, resampled = _resample_all(found.weights | decoder, model, found, path)
-    fresh_prefixes = NON_ENCODER
-    if decoder:
-        fresh_prefixes = ("head.",)
-    fresh = [name for name in target if name.startswith(fresh_prefixes)]
+    weights = dict(found.weights)
+    if "decoder_pred.weight" in target:
+        weights |= found.decoder
+    if keep_head:
+        weights |= found.head
+    weights, resampled = _resample_all(weights, model, found, path)
+    fresh = [name for name in target if _may_be_fresh(name, weights)]
     faults = [f"{name} is missing" for name in target if name not in weights and name not in fresh]
     for name, value in weights.items():
         shape = tuple(value.shape)
@@ -143,17 +240,18 @@ def load_into(model: VideoEncoder, found: ImportedEncoder, path: str | Path) -> 
     _print_report(path, found, weights, found.resized | resampled, fresh)
 
 
-def _usable_decoder(found: ImportedEncoder, target: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the file's decoder if it is ours and the model has one, else an empty dict."""
-    prefixes = ("decoder_", "mask_token")
-    decoder = {name: value for name, value in found.unused.items() if name.startswith(prefixes)}
-    if found.has_our_decoder and "decoder_pred.weight" in decoder.keys() & target.keys():
-        return decoder
-    return {}
+def _may_be_fresh(name: str, weights: dict[str, Tensor]) -> bool:
+    """Return whether a tensor of a model may stay as initialized.
+
+    A head may, and a decoder of which the file has no part.
+    """
+    if name.startswith("head."):
+        return name not in weights
+    return name.startswith(NON_ENCODER) and "decoder_pred.weight" not in weights
 
 
 def _resample_all(
-    weights: dict[str, Tensor], model: VideoEncoder, found: ImportedEncoder, path: str | Path
+    weights: dict[str, Tensor], model: VideoEncoder, found: ImportedModel, path: str | Path
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Return the weights with positions that fit the model, and the shapes of those resampled."""
     target = model.state_dict()
@@ -248,7 +346,7 @@ def _square_side(count: int, steps: int) -> int:
 
 def _print_report(
     path: str | Path,
-    found: ImportedEncoder,
+    found: ImportedModel,
     weights: dict[str, Tensor],
     resized: dict[str, str],
     fresh: list[str],
@@ -260,7 +358,8 @@ def _print_report(
         f"{re.sub(r'[.][0-9]+[.]', '.*.', name)}: {what}"
         for name, what in found.synthesized.items()
     )
-    unused = Counter(name.split(".")[0] for name in found.unused if name not in weights)
+    beside = [*found.unused, *found.decoder, *found.head]
+    unused = Counter(name.split(".")[0] for name in beside if name not in weights)
     print0(
         f"weights from {path} ({found.family}): {found.num_heads_source}; "
         f"trained on pixels of mean {pixels['mean']}, std {pixels['std']}"

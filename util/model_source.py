@@ -1,0 +1,121 @@
+"""What a checkpoint says about its model: architecture, read-out, classes, flags of its run."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+from models_vit import SIZES
+from util.checkpoint import load
+from util.checkpoint_formats import IMAGE_FAMILY, ImportedModel, parse_checkpoint
+from util.dist import UserError
+
+IMAGE_CLIP = {"num_frames": 2, "t_patch_size": 2}  # one tubelet: the tokens of the image itself
+
+
+class ModelSource(NamedTuple):
+    """The description of a checkpoint of any family, without its tensors."""
+
+    path: str
+    family: str
+    sizes: dict  # VideoEncoder's arguments
+    decoder: dict  # MaskedAutoencoderViT's further arguments, {} without a decoder
+    targets: str  # what the decoder predicts: "pixels" like ours, or "videomae"
+    num_classes: int | None  # None: no head
+    global_pool: bool | None  # read-out, None if nothing tells
+    classes: list[str] | None  # their names, None if the file does not record them
+    flags: dict  # of the run that wrote the file, {} if it has none
+    mean_std: dict  # "mean" and "std" of the pixels that it was trained on
+    name: str  # for --model
+
+    @property
+    def is_image_model(self) -> bool:
+        """Whether it was trained on images alone: frames per clip are not its own then."""
+        return self.family == IMAGE_FAMILY
+
+
+def describe_checkpoint(
+    path: str | Path, given: dict, image_clip: dict = IMAGE_CLIP
+) -> ModelSource:
+    """Return what a checkpoint of any family says about its model.
+
+    given: sizes by name that it may not record. image_clip: see `parse_checkpoint`. Tensors are
+    not read and checksums not compared. Raises UserError.
+    """
+    found = parse_checkpoint(load(path, check=False, lazily=True), given, path, image_clip)
+    return describe(found, path)
+
+
+def describe(found: ImportedModel, path: str | Path) -> ModelSource:
+    """Return the description of a model that was read from `path`."""
+    num_classes = len(found.head["head.weight"]) if found.head else None
+    classes = found.config.get("classes")
+    if not isinstance(classes, list) or not found.head:
+        classes = None
+    recorded_name = found.config.get("model")
+    if not isinstance(recorded_name, str):
+        recorded_name = model_name(found.sizes)
+    return ModelSource(
+        path=str(path),
+        family=found.family,
+        sizes=found.sizes,
+        decoder=found.decoder_sizes,
+        targets=found.targets,
+        num_classes=num_classes,
+        global_pool=found.global_pool,
+        classes=classes,
+        flags=found.flags,
+        mean_std={key: found.pixel_stats[key] for key in ("mean", "std")},
+        name=recorded_name.removeprefix("mae_"),
+    )
+
+
+def model_name(sizes: dict) -> str:
+    """Return the name of a model of these sizes, such as vit_large_patch16."""
+    wanted = (sizes["embed_dim"], sizes["depth"], sizes["num_heads"])
+    for name, size in SIZES.items():
+        if size[:3] == wanted:
+            patch_size = 14 if sizes["patch_size"] == 14 else 16
+            return f"vit_{name}_patch{patch_size}"
+    return f"vit_{wanted[0]}x{wanted[1]}x{wanted[2]}_patch{sizes['patch_size']}"
+
+
+def require_head(source: ModelSource) -> int:
+    """Return the number of classes. Raises UserError for a checkpoint without a classifier."""
+    if source.num_classes is None:
+        kind = "a pretraining checkpoint" if source.decoder else "an encoder alone"
+        raise UserError(
+            f"{source.path} has no classifier: it is {kind}. "
+            "Finetune it with finetune.py, or pass a finetuned checkpoint."
+        )
+    return source.num_classes
+
+
+def require_read_out(source: ModelSource, given: bool | None) -> bool:
+    """Return whether the classifier reads the mean of the patch tokens, else the class token.
+
+    given: --global_pool or --cls_token, None if neither is given. Raises UserError if the
+    checkpoint does not tell, if it contradicts `given`, and for a read-out that ours cannot do.
+    """
+    if source.global_pool is not None:
+        if given not in (None, source.global_pool):
+            recorded = read_out_name(source.global_pool)
+            raise UserError(
+                f"{source.path} classifies the {recorded}, not the {read_out_name(given)}. "
+                "Drop the flag."
+            )
+        return source.global_pool
+    if not source.sizes["cls_embed"]:
+        raise UserError(
+            f"{source.path} has no fc_norm and no class token: its classifier reads tokens in a "
+            "way that is not supported. Finetune its encoder with --finetune instead."
+        )
+    if given is None:
+        raise UserError(
+            f"{source.path} does not record whether it classifies the mean of the patch tokens or "
+            "the class token, and both fit its tensors. Pass --global_pool or --cls_token."
+        )
+    return given
+
+
+def read_out_name(global_pool: bool) -> str:
+    """Return the words for a read-out."""
+    return "mean of the patch tokens" if global_pool else "class token"
