@@ -5,9 +5,9 @@
 
 The shapes (tokens x head width) are the encoder's, 205 x 80, and two decoders', 2049 x 32 and
 2049 x 64. Each backend is first compared with softmax written out. The backends take turns; the
-results are medians. Writes benchmarks/results/attention_DEVICE.json and .md after each shape. The
-fastest of PyTorch's backends belongs into FASTEST_ATTENTION of models_vit.py, which --attn auto
-follows.
+results are medians. A GPU is timed by its own events behind queued work, so launches do not count.
+Writes benchmarks/results/attention_DEVICE.json and .md after each shape. The fastest of PyTorch's
+backends belongs into FASTEST_ATTENTION of models_vit.py, which --attn auto follows.
 """
 
 import argparse
@@ -53,16 +53,23 @@ SMALL_SHAPES = (Shape(2, 65, 2, 80), Shape(2, 257, 2, 32), Shape(2, 257, 2, 64))
 SHAPES = (Shape(64, 205, 16, 80), Shape(64, 2049, 16, 32), Shape(64, 2049, 16, 64))
 
 
-def attend(qkv: torch.Tensor, backend: str) -> torch.Tensor:
-    """Return the attention (B, N, heads, head_dim) of qkv (B, N, 3, heads, head_dim).
+def inputs_of(qkv: torch.Tensor, backend: str) -> tuple[torch.Tensor, ...]:
+    """Return what a backend takes, as leaves: qkv itself, or q, k and v (B, heads, N, head_dim)."""
+    inputs = (qkv,)
+    if backend != FLASH_ATTN:
+        inputs = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+    return tuple(tensor.detach().requires_grad_() for tensor in inputs)
+
+
+def attend(inputs: tuple[torch.Tensor, ...], backend: str) -> torch.Tensor:
+    """Return the attention (B, N, heads, head_dim) of `inputs_of`.
 
     Raises RuntimeError if the backend does not support the tensors.
     """
     if backend == FLASH_ATTN:
-        return flash_attn_qkvpacked_func(qkv)
-    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        return flash_attn_qkvpacked_func(*inputs)
     with sdpa_kernel(BACKENDS[backend]):
-        return scaled_dot_product_attention(q, k, v).transpose(1, 2)
+        return scaled_dot_product_attention(*inputs).transpose(1, 2)
 
 
 def written_out(qkv: torch.Tensor) -> torch.Tensor:
@@ -72,13 +79,28 @@ def written_out(qkv: torch.Tensor) -> torch.Tensor:
     return (weights @ v).transpose(1, 2)
 
 
+def occupy(device: torch.device) -> None:
+    """Queue milliseconds of work on a GPU, during which the host launches what is timed."""
+    square = torch.zeros(8192, 8192, device=device, dtype=torch.bfloat16)
+    for _ in range(4):
+        square @ square
+
+
 def timed_pass(qkv: torch.Tensor, backend: str) -> float:
-    """Return the seconds of one forward and backward pass."""
-    start = time.perf_counter()
-    attend(qkv, backend).backward(qkv.detach()[:, :, 0])
-    if qkv.is_cuda:
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
+    """Return the seconds of one forward and backward pass, of the GPU alone if there is one."""
+    inputs = inputs_of(qkv, backend)
+    upstream = qkv.detach()[:, :, 0]
+    if not qkv.is_cuda:
+        begin = time.perf_counter()
+        torch.autograd.grad(attend(inputs, backend), inputs, upstream)
+        return time.perf_counter() - begin
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    occupy(qkv.device)
+    start.record()
+    torch.autograd.grad(attend(inputs, backend), inputs, upstream)
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1000
 
 
 def check_backends(qkv: torch.Tensor, backends: list[str], compare: bool) -> dict[str, str]:
@@ -94,7 +116,8 @@ def check_backends(qkv: torch.Tensor, backends: list[str], compare: bool) -> dic
     errors = {}
     for backend in backends:
         try:
-            difference = (attend(qkv, backend)[:1].float() - expected).abs().max().item()
+            output = attend(inputs_of(qkv, backend), backend)
+            difference = (output[:1].float() - expected).abs().max().item()
             assert difference < tolerance or not compare, (backend, difference)
             timed_pass(qkv, backend)
         except RuntimeError as error:
@@ -201,7 +224,7 @@ def main() -> None:
     }
     for shape in shapes:
         size = (shape.batch, shape.tokens, 3, shape.heads, shape.head_dim)
-        qkv = torch.randn(size, device=device, dtype=dtype, requires_grad=True)
+        qkv = torch.randn(size, device=device, dtype=dtype)
         row = measure(shape, args.rounds, qkv, args.check)
         result["shapes"][f"{shape.tokens} x {shape.head_dim}"] = row
         (args.out / f"{stem}.json").write_text(json.dumps(result, indent=2) + "\n")
