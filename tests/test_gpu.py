@@ -45,7 +45,7 @@ def test_every_backend_agrees_with_the_cpu(attn):
 def test_set_attention_names_the_kernel_that_runs(attn, dtype):
     model = tiny_vit(attn=attn).to(CUDA)
     (line,) = model.set_attention("cuda", dtype)
-    with torch.profiler.profile() as profile, autocast(CUDA, dtype):
+    with torch.profiler.profile(acc_events=True) as profile, autocast(CUDA, dtype):
         model(torch.randn(1, 3, 8, 32, 32, device=CUDA))
     name = line.partition("PyTorch's ")[2].partition(" (")[0]
     operators = {
