@@ -212,6 +212,7 @@ def body(table: str) -> list[str]:
         ("learning_small", "learning"),
         ("readers", "readers"),
         ("train_step_vit-h14_pretrain_cuda", "train_step"),
+        ("train_step_vit-h14_pretrain_cuda_before", "train_step"),
         ("train_step_tiny_pretrain_cpu", "train_step"),
         ("epoch_end", "epoch_end"),
         ("epoch_end_cuda", "epoch_end"),
@@ -234,6 +235,15 @@ def test_the_table_of_attention_is_made_from_the_json():
     for shape, kernels in result("attention_cuda")["shapes"].items():
         cells = [f"{kernel['ms']} ms, {kernel['tflops']} TFLOP/s" for kernel in kernels.values()]
         assert f"| {shape} | {' | '.join(cells)} |" in written
+
+
+def test_the_table_of_the_profile_is_made_from_the_json():
+    profile = result("profile_vit-h14_pretrain_cuda")
+    written = (RESULTS / "profile_vit-h14_pretrain_cuda.md").read_text()
+    for kind, ms in profile["kinds_ms"].items():
+        assert f"| {kind} | {ms} |" in written
+    for row in profile["kernels"]:
+        assert f"| {row['kind']} | {row['calls']:.0f} | {row['ms']:.2f} |" in written
 
 
 def speed_claims() -> dict[str, list[str]]:
@@ -267,6 +277,34 @@ def speed_claims() -> dict[str, list[str]]:
             f"lower: {mfu} on an H200",
             f"{compiled['clips_per_s']:.0f} clips/s on an H200, {cudnn} with `--attn cudnn`",
             f"{memory} at 64 clips on an H200",
+        ],
+    }
+
+
+def gpu_claims() -> dict[str, list[str]]:
+    """Return the numbers in prose that compare versions of the step on a GPU, by page."""
+    now, before = (
+        {row["variant"]: row["median_ms"] for row in result(name)["rows"]}
+        for name in ("train_step_vit-h14_pretrain_cuda", "train_step_vit-h14_pretrain_cuda_before")
+    )
+    plain = "ours compiled"
+    cudnn = f"{plain}, cudnn"
+    residual = f"{cudnn}, bf16 residual"
+    saved = [f"{before[name] - now[name]:.1f}" for name in (plain, cudnn)]
+    profile = result("profile_vit-h14_pretrain_cuda")
+    counted = result("ledger_vit-h14")["rows"]
+    gb = next(row["gb"] for row in counted[::-1] if row["variant"] == "ours compiled")
+    bandwidth = gb["elementwise"] / profile["kinds_ms"]["elementwise"]
+    return {
+        "docs/performance.md": [
+            f"took {profile['median_ms']} ms",
+            f"reach {bandwidth:.1f} TB/s",
+            f"and {saved[0]} ({saved[1]} with cuDNN) were measured",
+            f"by computation, and {now[cudnn] - now[residual]:.1f} as measured",
+        ],
+        "CHANGELOG.md": [
+            f"{now[plain]:.1f} ms instead of {before[plain]:.1f}",
+            f"{now[cudnn]:.1f} instead of {before[cudnn]:.1f}",
         ],
     }
 
@@ -326,7 +364,7 @@ def demo_claims() -> dict[str, list[str]]:
     }
 
 
-@pytest.mark.parametrize("claims", [speed_claims, data_claims, demo_claims])
+@pytest.mark.parametrize("claims", [speed_claims, gpu_claims, data_claims, demo_claims])
 def test_numbers_in_prose_are_those_of_the_results(claims):
     for page, phrases in claims().items():
         text = " ".join(read(page).split())

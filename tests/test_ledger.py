@@ -105,6 +105,16 @@ def test_a_step_takes_the_sum_of_its_kinds():
     assert roofline.step_seconds(row, card, 0.3)[roofline.MATRIX_PRODUCTS] == pytest.approx(0.01)
 
 
+def test_measured_steps_are_found_by_label_and_parts_of_the_name():
+    name = "ours compiled, bf16 residual, cudnn"  # the benchmark names "cudnn" first
+    place = ("vit-h14", "H200", "now")
+    assert roofline.measured_ms(*place, name) is not None
+    assert roofline.measured_ms(*place, "ours compiled, bf16 residual") is None
+    assert roofline.measured_ms("vit-h14", "H100", "now", name) is None
+    before = roofline.measured_ms("vit-h14", "H200", "before", "ours compiled")
+    assert before != roofline.measured_ms(*place, "ours compiled")
+
+
 def test_tables_are_made_from_the_json():
     results = ledger.results_of_presets(ledger.RESULTS)
     assert {result["preset"] for result in results} >= set(ledger.PRESETS_OF_THE_DOCS)
