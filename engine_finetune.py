@@ -16,16 +16,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data.transforms import make_mixup, random_erasing_
-from models_vit import VisionTransformer, named_size, normalize
-from util import checkpoint, dist, pictures, preemption, resume
-from util.args import apply_system_flags, make_schedule, resolve_compile
+from models_vit import VisionTransformer, normalize
+from util import dist, pictures, preemption, resume
+from util.args import ScriptParser, apply_system_flags, make_schedule, parse, resolve_compile
 from util.bad_files import BadFiles
 from util.checkpointer import Checkpointer
+from util.class_names import class_list, read_class_names
 from util.dist import DistEnv, UserError, print0
 from util.evaluation import Scores, evaluate
 from util.files import RunFiles
 from util.logger import RunLogger, print_versions
 from util.metrics import MetricSums
+from util.model_flags import Start, find_start
+from util.model_source import ModelSource
 from util.optim import (
     amp_dtype,
     autocast,
@@ -137,26 +140,70 @@ def micro_step(
     return torch.stack([loss.detach(), 100 * correct.float().mean()])
 
 
-def setup(args: argparse.Namespace) -> tuple[DistEnv, Path | None, dict | None]:
-    """Set up either finetuning script.
+def setup(
+    parser: ScriptParser, argv: list[str] | None
+) -> tuple[argparse.Namespace, DistEnv, Start, list[str] | None]:
+    """Set up either finetuning script, from its command line (None: sys.argv).
 
-    Returns this process's environment, the checkpoint to evaluate or to resume from, and the
-    config in it.
+    Returns the flags, completed by the checkpoint that the run starts from; this process's
+    environment; where the run starts; and the class names that the checkpoint or --class_names has,
+    if there is one.
     """
+    args, given = parse(parser, argv)
     env = dist.setup(args.device, args.deterministic)
     if not args.eval:
         preemption.install_signal_handlers()
     print_versions()
     resolve_compile(args, env.device)
-    files = run_files(args)
+    start = find_start(args, given, args.finetune)
+    return args, env, start, dist.on_rank0(lambda: known_classes(args, start))
 
-    def find_checkpoint() -> Path | None:
-        if args.eval:
-            return resume.find_eval_checkpoint(files, args.resume)
-        return resume.find_resume(files, args.resume, args.overwrite)
 
-    path = dist.on_rank0(find_checkpoint)
-    return env, path, dist.on_rank0(lambda: resume.read_config(path))
+def known_classes(args: argparse.Namespace, start: Start) -> list[str] | None:
+    """Return the class names of the checkpoint that is resumed or evaluated, or of --class_names.
+
+    Return None if a new run has no --class_names. Raises UserError.
+    """
+    if args.eval:
+        assert start.path is not None  # --eval has found a checkpoint
+        assert start.source is not None
+        return class_list(start.path, args.num_classes, start.source.classes, args.class_names)
+    if start.path is not None:
+        return resume.recorded_classes(start.path)
+    if args.class_names:
+        return read_class_names(args.class_names)
+    return None
+
+
+def settle_num_classes(args: argparse.Namespace, start: Start, classes: list[str]) -> None:
+    """Set --num_classes, if it is not given, to that of a checkpoint with the same classes.
+
+    Prints a note for fewer classes than outputs. Raises UserError for more.
+    """
+    source = start.source
+    if "num_classes" not in start.given and source is not None and has_classes(source, classes):
+        args.num_classes = source.num_classes
+    if len(classes) > args.num_classes:
+        raise UserError(
+            f"the training set has {len(classes)} classes, --num_classes is {args.num_classes}: "
+            f"use --num_classes {len(classes)}"
+        )
+    if len(classes) < args.num_classes:
+        print0(
+            f"note: --num_classes {args.num_classes} is larger than the {len(classes)} classes of "
+            "the training set; the others stay unused"
+        )
+
+
+def has_classes(source: ModelSource, classes: list[str]) -> bool:
+    """Return whether a checkpoint's head has these classes, in this order.
+
+    Numbers are the names of outputs of which the checkpoint records none.
+    """
+    if source.num_classes is None:
+        return False
+    recorded = source.classes or [str(index) for index in range(source.num_classes)]
+    return recorded == classes
 
 
 def run_files(args: argparse.Namespace, suffix: str = "") -> RunFiles:
@@ -164,27 +211,24 @@ def run_files(args: argparse.Namespace, suffix: str = "") -> RunFiles:
     return RunFiles(Path(args.output_dir), args.save_prefix + suffix)
 
 
-def build_model(args: argparse.Namespace, env: DistEnv, saved: dict | None) -> VisionTransformer:
+def build_model(
+    args: argparse.Namespace, env: DistEnv, start: Start, classes: list[str]
+) -> VisionTransformer:
     """Return the classifier that the flags describe, on the device.
 
-    Its weights come from --seed and then from --finetune. saved: the config of the checkpoint that
-    is evaluated or resumed, which replaces --finetune. `model.config` gets the pixels' mean and std
-    of the weights, where the checkpoint has them.
+    Its weights come from --seed and then from --finetune, unless a checkpoint is resumed or
+    evaluated. The head comes from there too if it has the same classes. `model.config` gets the
+    pixels' mean and std of the checkpoint, if there is one.
     """
+    settle_num_classes(args, start, classes)
     torch.manual_seed(derive_seed(args.seed))
     try:
         model = VisionTransformer(
-            **named_size(args.model, args.patch_size),
-            img_size=args.img_size,
-            num_frames=args.num_frames,
-            t_patch_size=args.t_patch_size,
+            **start.sizes,
             num_classes=args.num_classes,
             dropout=args.dropout,
             drop_path_rate=0.0 if args.freeze_backbone else args.drop_path_rate,
             global_pool=args.global_pool,
-            sep_pos_embed=args.sep_pos_embed,
-            cls_embed=args.cls_embed,
-            no_qkv_bias=args.no_qkv_bias,
             attn=args.attn,
         )
         attention = apply_system_flags(args, model, env.device)
@@ -199,11 +243,25 @@ def build_model(args: argparse.Namespace, env: DistEnv, saved: dict | None) -> V
         f"model {args.model}: {trained / 1e6:.1f} M parameters to train, "
         f"{model.num_tokens} tokens per clip"
     )
-    if saved:
-        model.config |= {key: saved[key] for key in ("mean", "std") if key in saved}
-    elif args.finetune:
-        load_pretrained(args.finetune, model)
+    source = start.source
+    if source is None:
+        return model.to(env.device)
+    model.config |= source.mean_std
+    if start.path is None:
+        load_pretrained(source.path, model, keeps_head(args, source, classes))
     return model.to(env.device)
+
+
+def keeps_head(args: argparse.Namespace, source: ModelSource, classes: list[str]) -> bool:
+    """Return whether finetuning starts with the checkpoint's head; print it if it has one."""
+    if source.num_classes is None:
+        return False
+    same = has_classes(source, classes) and source.num_classes == args.num_classes
+    if same:
+        print0(f"the head of {source.path} is kept: it has the same {len(classes)} classes")
+    else:
+        print0(f"the head is new: {source.path} has other classes ({source.num_classes})")
+    return same
 
 
 def run(
@@ -235,7 +293,7 @@ def evaluate_checkpoint(
     path: Path,
 ) -> Scores:
     """Evaluate the weights of a checkpoint (--eval) and write the tables. Call on every rank."""
-    checkpoint.load_strictly(path, model, config)
+    load_pretrained(path, model, keep_head=True)
     if args.compile:
         model.compile_parts()
     prepare = partial(model_input, config=config, still_frames=data.still_frames)

@@ -27,7 +27,6 @@ from util.optim import (
     make_optimizer,
     pretrain_param_groups,
 )
-from util.pixels import VIDEO_MEAN, VIDEO_STD
 from util.train_loop import train_one_epoch
 from util.train_state import TrainState, dataset_fingerprint
 
@@ -147,6 +146,8 @@ def new_state(
     groups = pretrain_param_groups(model, args.weight_decay, args.bias_wd)
     amp = amp_dtype(args.amp, env.device)
     global_batch = args.batch_size_per_gpu * args.accum_iter * env.world_size
+    assert model.pixel_stats is not None  # set by the script
+    mean, std = model.pixel_stats
     return TrainState(
         model=model,
         optimizer=make_optimizer(groups, model.parameters(), betas=(0.9, 0.95)),
@@ -157,7 +158,7 @@ def new_state(
         clip_grad=args.clip_grad,
         global_batch=global_batch,
         flops_per_clip=model.flops_per_clip(args.mask_ratio, args.mask_type),
-        config=model.config | {"model": args.model, "mean": VIDEO_MEAN, "std": VIDEO_STD},
+        config=model.config | {"model": args.model, "mean": mean, "std": std},
         flags=vars(args),
         data=dataset_fingerprint(data.paths),
     )

@@ -4,8 +4,8 @@ one process    python finetune.py --train_dir TRAIN --val_dir VAL --num_classes 
                --finetune runs/a/PREFIX.pth --output_dir runs/b
 one machine    torchrun --standalone --nproc_per_node 8 finetune.py --train_dir TRAIN --val_dir VAL
                ...
-test, 5 x 3    python finetune.py --val_dir VAL --num_classes 174 --output_dir runs/b
-views          --eval --test_num_clips 5 --test_num_crops 3
+test, 5 x 3    python finetune.py --val_dir VAL --output_dir runs/b --eval
+views          --test_num_clips 5 --test_num_crops 3
 smoke test     python finetune.py --train_dir samples/videos/train --val_dir samples/videos/val
                --num_classes 3 --model vit_micro_patch16 --img_size 32 --num_frames 4
                --max_steps 4 --batch_size_per_gpu 4
@@ -36,6 +36,7 @@ from util import args as flags
 from util import dist
 from util.cli import positive_int
 from util.dist import DistEnv, UserError, print0
+from util.model_flags import Start
 from util.pixels import VIDEO_MEAN, VIDEO_STD
 from util.train_state import dataset_fingerprint
 
@@ -90,28 +91,29 @@ def labeled_videos(folder: str, manifest: str, kind: str) -> tuple[list[str], li
     return paths, labels
 
 
-def list_videos(args: argparse.Namespace, saved: dict | None) -> tuple[Split, Split, list[str]]:
+def list_videos(
+    args: argparse.Namespace, start: Start, known: list[str] | None
+) -> tuple[Split, Split, list[str]]:
     """Return training videos, validation videos and the class names. Call on one rank.
 
-    saved: the config of the checkpoint that is evaluated or resumed; its classes are kept. The run
-    saves its lists as manifests, which a resumed run reads instead of the folders.
+    known: the class names of the checkpoint that is evaluated or resumed, or of --class_names. The
+    run saves its lists as manifests, which a resumed run reads instead of the folders.
     """
     train_manifest = flags.manifest_path(args, "train")
     val_manifest = flags.manifest_path(args, "val")
     source = args.val_dir or args.val_csv or str(val_manifest)
     if args.eval:
-        assert saved is not None  # --eval has found a checkpoint
-        classes = saved["classes"]
+        assert known is not None  # `setup` has found them
         paths, names = labeled_videos(args.val_dir, args.val_csv, "val")
-        return Split([], []), Split(paths, class_indices(names, classes, source)), classes
-    if saved and train_manifest.exists() and val_manifest.exists():
+        return Split([], []), Split(paths, class_indices(names, known, source)), known
+    if start.path and known and train_manifest.exists() and val_manifest.exists():
         train_paths, train_names = read_manifest(train_manifest)
         val_paths, val_names = read_manifest(val_manifest)
-        classes = saved["classes"]
+        classes = known
     else:
         train_paths, train_names = labeled_videos(args.train_dir, args.train_csv, "train")
         val_paths, val_names = labeled_videos(args.val_dir, args.val_csv, "val")
-        classes = check_classes(train_names, val_names, args.num_classes, source)
+        classes = check_classes(train_names, val_names, known, source)
         write_manifest(train_manifest, train_paths, train_names)
         write_manifest(val_manifest, val_paths, val_names)
         copy_index(args.train_csv, train_manifest, train_paths)
@@ -196,19 +198,18 @@ def build_train_data(args: argparse.Namespace, env: DistEnv, train: Split) -> Tr
 
 def main(argv: list[str] | None = None) -> None:
     """Run the script on a command line (default: sys.argv). Raises UserError for bad input."""
-    args = flags.parse(get_parser(), argv)
-    env, path, saved = engine_finetune.setup(args)
-    train, val, classes = dist.on_rank0(lambda: list_videos(args, saved))
+    args, env, start, known = engine_finetune.setup(get_parser(), argv)
+    train, val, classes = dist.on_rank0(lambda: list_videos(args, start, known))
     print0(
         f"{len(train.paths)} videos to train on, {len(val.paths)} to validate on, "
         f"{len(classes)} classes"
     )
-    model = engine_finetune.build_model(args, env, saved)
+    model = engine_finetune.build_model(args, env, start, classes)
     eval_data = build_eval_data(args, env, val, classes)
     train_data = build_train_data(args, env, train)
     pixels = {"mean": VIDEO_MEAN, "std": VIDEO_STD}  # unless the weights have others
     config = pixels | model.config | {"model": args.model, "classes": classes}
-    engine_finetune.run(args, env, model, config, (train_data, eval_data), path)
+    engine_finetune.run(args, env, model, config, (train_data, eval_data), start.path)
 
 
 if __name__ == "__main__":

@@ -73,19 +73,21 @@ def labeled_images(folder: str, flag: str) -> tuple[list[str], list[str]]:
     return find_labeled(folder, IMAGE_EXTENSIONS, flag)
 
 
-def list_images(args: argparse.Namespace, saved: dict | None) -> tuple[Split, Split, list[str]]:
+def list_images(
+    args: argparse.Namespace, known: list[str] | None
+) -> tuple[Split, Split, list[str]]:
     """Return training images, validation images and the class names. Call on one rank.
 
-    saved: the config of the checkpoint that is evaluated or resumed; its classes are kept.
+    known: the class names of the checkpoint that is evaluated or resumed, or of --class_names.
     """
     val_paths, val_names = labeled_images(args.val_data_path, "--val_data_path")
     if args.eval:
-        assert saved is not None  # --eval has found a checkpoint
-        classes = saved["classes"]
+        assert known is not None  # `setup` has found them
+        classes = known
         train = Split([], [])
     else:
         paths, names = labeled_images(args.train_data_path, "--train_data_path")
-        classes = check_classes(names, val_names, args.num_classes, args.val_data_path)
+        classes = check_classes(names, val_names, known, args.val_data_path)
         write_classes(Path(args.output_dir, f"{args.save_prefix}_classes.json"), classes)
         labels = class_indices(names, classes, args.train_data_path)
         train = keep_part(Split(paths, labels), args.frac_retained, args.seed)
@@ -106,19 +108,6 @@ def worker_settings(args: argparse.Namespace) -> WorkerSettings:
     """Return how loader workers read files."""
     quarantine = Path(args.output_dir, "quarantine.csv")
     return WorkerSettings(args.num_workers, args.pin_mem, args.read_timeout, quarantine)
-
-
-def build_eval_data(
-    args: argparse.Namespace, env: DistEnv, val: Split, classes: list[str]
-) -> EvalData:
-    """Return the validation images."""
-    transform = image_transform(args.img_size, train=False)
-    dataset = ImageDataset(
-        paths=val.paths, labels=val.labels, transform=transform, seed=0, substitutes=0
-    )
-    batches = eval_loader(dataset, args.batch_size_per_gpu, worker_settings(args), env)
-    still_frames = args.num_frames if args.static_clip == "exact" else 1
-    return EvalData(classes, val.paths, batches, views=1, still_frames=still_frames)
 
 
 def build_train_data(args: argparse.Namespace, env: DistEnv, train: Split) -> TrainData | None:
@@ -147,25 +136,34 @@ def build_train_data(args: argparse.Namespace, env: DistEnv, train: Split) -> Tr
     )
 
 
+def build_eval_data(
+    args: argparse.Namespace, env: DistEnv, val: Split, classes: list[str]
+) -> EvalData:
+    """Return the validation images."""
+    transform = image_transform(args.img_size, train=False)
+    dataset = ImageDataset(
+        paths=val.paths, labels=val.labels, transform=transform, seed=0, substitutes=0
+    )
+    batches = eval_loader(dataset, args.batch_size_per_gpu, worker_settings(args), env)
+    still_frames = args.num_frames if args.static_clip == "exact" else 1
+    return EvalData(classes, val.paths, batches, views=1, still_frames=still_frames)
+
+
 def main(argv: list[str] | None = None) -> None:
     """Run the script on a command line (default: sys.argv). Raises UserError for bad input."""
-    args = flags.parse(get_parser(), argv)
-    env, path, saved = engine_finetune.setup(args)
-    train, val, classes = dist.on_rank0(lambda: list_images(args, saved))
+    args, env, start, known = engine_finetune.setup(get_parser(), argv)
+    train, val, classes = dist.on_rank0(lambda: list_images(args, known))
     print0(
         f"{len(train.paths)} images to train on, {len(val.paths)} to validate on, "
         f"{len(classes)} classes"
     )
-    model = engine_finetune.build_model(args, env, saved)
+    model = engine_finetune.build_model(args, env, start, classes)
     train_data = build_train_data(args, env, train)
     eval_data = build_eval_data(args, env, val, classes)
-    config = model.config | {
-        "model": args.model,
-        "mean": IMAGE_MEAN,
-        "std": IMAGE_STD,
-        "classes": classes,
-    }
-    engine_finetune.run(args, env, model, config, (train_data, eval_data), path)
+    config = model.config | {"model": args.model, "classes": classes}
+    if start.path is None:  # a new run: ImageNet's statistics, whatever the weights had
+        config |= {"mean": IMAGE_MEAN, "std": IMAGE_STD}
+    engine_finetune.run(args, env, model, config, (train_data, eval_data), start.path)
 
 
 if __name__ == "__main__":

@@ -32,16 +32,16 @@ from data.transforms import decode_short_side, train_transform, view_transform
 from data.video_index import copy_index, load_index
 from engine_pretrain import PretrainData, Validation
 from models_mae import MASK_TYPES, MaskedAutoencoderViT
-from models_vit import named_size
 from util import args as flags
-from util import dist, preemption, resume
+from util import dist, preemption
 from util.cli import fraction, nonnegative_int, positive_int
 from util.dist import DistEnv, UserError, print0
 from util.evaluation import EVAL_CLIPS_PER_FORWARD, mean_features, probe, validation_loss
-from util.files import RunFiles
 from util.logger import print_versions
+from util.model_flags import Start, find_start
 from util.optim import amp_dtype
 from util.pixels import VIDEO_MEAN, VIDEO_STD
+from util.pretrained import load_pretrained
 from util.seeds import derive_seed
 
 
@@ -58,7 +58,7 @@ def get_parser() -> flags.ScriptParser:
 def add_model_and_optimization(parser: flags.ScriptParser) -> None:
     """Add the flags of the model and of its optimization."""
     group = flags.add_model(parser, model="mae_vit_large_patch16", num_frames=16)
-    default = "(default: %(default)s)"
+    default = "(default: the checkpoint's, else %(default)s)"
     group.add_argument(
         "--decoder_embed_dim", type=positive_int, default=512, help=f"decoder width {default}"
     )
@@ -75,19 +75,29 @@ def add_model_and_optimization(parser: flags.ScriptParser) -> None:
         help=f"frames to predict per clip {default}",
     )
     group.add_argument(
-        "--mask_ratio", type=float, default=0.9, help=f"share of tokens hidden {default}"
+        "--mask_ratio",
+        type=float,
+        default=0.9,
+        help="share of tokens hidden (default: %(default)s)",
     )
     group.add_argument(
         "--mask_type",
         choices=MASK_TYPES,
         default="random",
-        help=f"which tokens are hidden {default}",
+        help="which tokens are hidden (default: %(default)s)",
     )
     group.add_argument(
         "--norm_pix_loss",
         action=flags.BoolFlag,
         default=False,
         help="normalize each patch's target pixels (default: off)",
+    )
+    group.add_argument(
+        "--init_from",
+        default="",
+        metavar="PATH",
+        help="start from this checkpoint's encoder, and its decoder if it has one; positions are "
+        "resampled for another --img_size or --num_frames (default: from scratch)",
     )
     group.add_argument("--trunc_init", action="store_true", help="truncated normal initialization")
     group = flags.add_optimization(parser, epochs=100, batch_size=4)
@@ -184,23 +194,20 @@ def save_manifest(args: argparse.Namespace, kind: str) -> None:
     print0(f"{len(kept)} of {len(paths)} videos, listed in {manifest}")
 
 
-def build_model(args: argparse.Namespace, env: DistEnv) -> MaskedAutoencoderViT:
-    """Build the model from the flags, initialized from --seed, on the device."""
+def build_model(args: argparse.Namespace, env: DistEnv, start: Start) -> MaskedAutoencoderViT:
+    """Build the model from the flags, on the device.
+
+    It is initialized from --seed, then from --init_from unless a checkpoint is resumed.
+    """
     torch.manual_seed(derive_seed(args.seed))
     try:
         model = MaskedAutoencoderViT(
-            **named_size(args.model, args.patch_size),
-            img_size=args.img_size,
-            num_frames=args.num_frames,
-            t_patch_size=args.t_patch_size,
+            **start.sizes,
             decoder_embed_dim=args.decoder_embed_dim,
             decoder_depth=args.decoder_depth,
             decoder_num_heads=args.decoder_num_heads,
             pred_t_dim=args.pred_t_dim,
             norm_pix_loss=args.norm_pix_loss,
-            sep_pos_embed=args.sep_pos_embed,
-            cls_embed=args.cls_embed,
-            no_qkv_bias=args.no_qkv_bias,
             trunc_init=args.trunc_init,
             attn=args.attn,
         )
@@ -210,12 +217,21 @@ def build_model(args: argparse.Namespace, env: DistEnv) -> MaskedAutoencoderViT:
         raise UserError(str(error)) from error
     for line in attention:
         print0(line)
-    model.pixel_stats = (VIDEO_MEAN, VIDEO_STD)
     parameters = sum(p.numel() for p in model.parameters())
     print0(
         f"model {args.model}: {parameters / 1e6:.1f} M parameters, "
         f"{model.num_tokens} tokens per clip"
     )
+    model.pixel_stats = (VIDEO_MEAN, VIDEO_STD)
+    if start.source is not None:
+        model.pixel_stats = (start.source.mean_std["mean"], start.source.mean_std["std"])
+    if start.source is not None and start.path is None:
+        load_pretrained(start.source.path, model)
+        if start.source.decoder and start.source.targets != "pixels":
+            print0(
+                "note: the decoder was trained on VideoMAE's targets, pixels normalized per patch "
+                "and color. Its loss on this model's targets starts high."
+            )
     return model.to(env.device)
 
 
@@ -334,16 +350,15 @@ def center_clips(
 
 def main(argv: list[str] | None = None) -> None:
     """Run the script on a command line (default: sys.argv). Raises UserError for bad input."""
-    args = flags.parse(get_parser(), argv)
+    args, given = flags.parse(get_parser(), argv)
     env = dist.setup(args.device, args.deterministic)
     preemption.install_signal_handlers()
     print_versions()
     flags.resolve_compile(args, env.device)
-    files = RunFiles(Path(args.output_dir), args.save_prefix)
-    resume_from = dist.on_rank0(lambda: resume.find_resume(files, args.resume, args.overwrite))
-    model = build_model(args, env)
-    data = build_data(args, env, model, resuming=resume_from is not None)
-    engine_pretrain.train(args, env, model, data, resume_from)
+    start = find_start(args, given, args.init_from)
+    model = build_model(args, env, start)
+    data = build_data(args, env, model, resuming=start.path is not None)
+    engine_pretrain.train(args, env, model, data, start.path)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from util.dist import UserError, print0
+from util.dist import UserError
 from util.files import atomic_write
 
 VIDEO_EXTENSIONS = (".mp4", ".mkv", ".webm", ".avi", ".mov")
@@ -130,35 +130,28 @@ def class_indices(labels: list[str], classes: list[str], source: str) -> list[in
             shown += ", ..."
         raise UserError(
             f"{source}: unknown class {unknown[0]!r}; "
-            f"the training set's {len(classes)} classes are {shown}"
+            f"the {len(classes)} classes are {shown}. Rename it, or pass --class_names."
         )
     return [index_of[label] for label in labels]
 
 
-def check_classes(train: list[str], val: list[str], num_classes: int, val_source: str) -> list[str]:
+def check_classes(
+    train: list[str], val: list[str], known: list[str] | None, val_source: str
+) -> list[str]:
     """Return the class names of a training set, given the labels of both sets.
 
-    Print a note if num_classes is larger than their number. val_source: where the validation set
-    comes from, for messages. Raises UserError if the validation set has an unknown class or lacks
-    one, and for more than num_classes classes.
+    known: the names in their order, None: those of the training set, sorted. val_source: where the
+    validation set comes from, for messages. Raises UserError if either set has an unknown class,
+    and if the validation set lacks one of the training set.
     """
-    classes = class_names(train)
-    class_indices(val, classes, val_source)  # raises for an unknown class
+    classes = known or class_names(train)
+    class_indices(train, classes, "the training set")  # raises for an unknown class
+    class_indices(val, classes, val_source)
     absent = sorted(set(train) - set(val))
     if absent:
         raise UserError(
             f"{val_source}: no validation samples of {len(absent)} training classes "
             f"(first: {absent[0]!r}). Add samples or remove the classes."
-        )
-    if len(classes) > num_classes:
-        raise UserError(
-            f"the training set has {len(classes)} classes, --num_classes is {num_classes}: "
-            f"use --num_classes {len(classes)}"
-        )
-    if len(classes) < num_classes:
-        print0(
-            f"note: --num_classes {num_classes} is larger than the {len(classes)} classes of the "
-            "training set; the others stay unused"
         )
     return classes
 

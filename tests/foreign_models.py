@@ -1,8 +1,11 @@
 """Small models of other projects, for the tests of their checkpoints."""
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+
+from models_vit import VideoEncoder
 
 SIZE = {
     "img_size": 32,
@@ -42,23 +45,26 @@ def fuse_qkv(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return fused
 
 
-def hugging_face_videomae(kind: str) -> nn.Module:
+def hugging_face_videomae(kind: str, **changes) -> nn.Module:
     """Return a random Hugging Face VideoMAE: for pretraining (norm over tokens) or classes."""
     transformers = pytest.importorskip("transformers", reason=INSTALL)
     pytest.importorskip("safetensors", reason=INSTALL)
+    sizes = {
+        "image_size": 32,
+        "patch_size": 8,
+        "num_frames": 4,
+        "tubelet_size": 2,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 128,
+        "decoder_num_hidden_layers": 1,
+        "decoder_hidden_size": 16,
+        "decoder_num_attention_heads": 2,
+        "decoder_intermediate_size": 64,
+    }
     config = transformers.VideoMAEConfig(
-        image_size=32,
-        patch_size=8,
-        num_frames=4,
-        tubelet_size=2,
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=128,
-        decoder_num_hidden_layers=1,
-        decoder_hidden_size=16,
-        decoder_num_attention_heads=2,
-        decoder_intermediate_size=64,
+        **sizes | changes,
         use_mean_pooling=kind == "VideoMAEForVideoClassification",
         attn_implementation="eager",
     )
@@ -77,3 +83,31 @@ def timm_vit(**changes) -> nn.Module:
         "num_classes": 5,
     }
     return randomized(timm.VisionTransformer(**arguments | changes))
+
+
+def videomae_file(reference: VideoEncoder, prefix: str) -> dict[str, torch.Tensor]:
+    """Return the tensors that VideoMAE's own code stores for an encoder, under its names.
+
+    Set what VideoMAE does not store to its fixed values in the reference: k bias and positions.
+    """
+    weights = reference.state_dict()
+    tensors = {}
+    for name, value in fuse_qkv(weights).items():
+        if name != "pos_embed" and ".qkv.bias" not in name:
+            tensors[f"{prefix}{name}"] = value
+    for block in range(2):
+        attn = f"blocks.{block}.attn"
+        weights[f"{attn}.k.bias"].zero_()
+        for part in "qv":
+            tensors[f"{prefix}{attn}.{part}_bias"] = weights[f"{attn}.{part}.bias"]
+    position = np.arange(32)[:, None]
+    column = np.arange(32)[None]
+    angle = position / np.power(10000, 2 * (column // 2) / 32)
+    sinusoids = np.where(column % 2, np.cos(angle), np.sin(angle))
+    weights["pos_embed"].copy_(torch.from_numpy(sinusoids[None]))
+    decoder = {
+        "decoder.blocks.0.norm1.weight": torch.ones(16),
+        "encoder_to_decoder.weight": torch.ones(16, 32),
+        "mask_token": torch.ones(1, 1, 16),
+    }
+    return tensors | decoder

@@ -20,6 +20,7 @@ MAY_IMPORT = {  # module or package: prefixes of the own modules that it may imp
     "data": ("data", "util.dist", "util.files", "util.pixels", "util.seeds"),
     "tools": ("models_", "engine_", "util", "data", "tools"),
 }
+FLAG_MODULES = ("util.args", "util.cli", "util.model_flags")
 MODEL_LIBRARIES = {"torch", "flash_attn", "math", "re", "typing"}
 MAX_TOKENS = 300  # of a function
 MAX_PARAMETERS = 6  # keyword-only constructors of models and data sets excepted
@@ -158,7 +159,9 @@ def _parameter_faults(node: ast.FunctionDef) -> list[str]:
 
 def namespace_faults(name: str, tree: ast.AST) -> list[str]:
     """Return functions below scripts, engines and the programs' own that take the flags."""
-    if name in (*SCRIPTS, *ENGINES, "util.args", "util.cli") or name.startswith("tools."):
+    if name in (*SCRIPTS, *ENGINES, "util.args", "util.cli", "util.model_flags") or name.startswith(
+        "tools."
+    ):
         return []
     functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
     takes = {node.name: [parameter.arg for parameter in node.args.args] for node in functions}

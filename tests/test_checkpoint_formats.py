@@ -13,6 +13,7 @@ from foreign_models import (
     hugging_face_videomae,
     randomized,
     timm_vit,
+    videomae_file,
 )
 from tiny import clips_and_noise, tiny_mae, tiny_vit
 
@@ -114,34 +115,6 @@ def test_sinusoid_positions_fit_another_image_size(tmp_path, capsys):
     assert "pos_embed (1, 32, 32) -> (1, 128, 32)" in capsys.readouterr().out
 
 
-def videomae_file(reference: VideoEncoder, prefix: str) -> dict[str, torch.Tensor]:
-    """Return the tensors that VideoMAE's own code stores for an encoder, under its names.
-
-    Set what VideoMAE does not store to its fixed values in the reference: k bias and positions.
-    """
-    weights = reference.state_dict()
-    tensors = {}
-    for name, value in fuse_qkv(weights).items():
-        if name != "pos_embed" and ".qkv.bias" not in name:
-            tensors[f"{prefix}{name}"] = value
-    for block in range(2):
-        attn = f"blocks.{block}.attn"
-        weights[f"{attn}.k.bias"].zero_()
-        for part in "qv":
-            tensors[f"{prefix}{attn}.{part}_bias"] = weights[f"{attn}.{part}.bias"]
-    position = np.arange(32)[:, None]
-    column = np.arange(32)[None]
-    angle = position / np.power(10000, 2 * (column // 2) / 32)
-    sinusoids = np.where(column % 2, np.cos(angle), np.sin(angle))
-    weights["pos_embed"].copy_(torch.from_numpy(sinusoids[None]))
-    decoder = {
-        "decoder.blocks.0.norm1.weight": torch.ones(16),
-        "encoder_to_decoder.weight": torch.ones(16, 32),
-        "mask_token": torch.ones(1, 1, 16),
-    }
-    return tensors | decoder
-
-
 @pytest.mark.parametrize(
     ("top", "prefix"),
     [("model", "encoder."), ("module", "backbone."), ("model", "_orig_mod."), ("model", "")],
@@ -228,3 +201,12 @@ def test_num_heads_come_from_the_width_last():
 
 def test_every_family_has_its_own_signature():
     assert len({family.signature for family in FAMILIES}) == len(FAMILIES)
+
+
+@pytest.mark.parametrize("change", [{"depth": 10**9}, {"embed_dim": 128}, {"decoder_depth": 3}])
+def test_a_config_must_have_the_sizes_of_the_weights(change):
+    mae = tiny_mae()
+    file = {"model": mae.state_dict(), "config": mae.config}
+    assert parse_checkpoint(file, {}, "x.pth").sizes["depth"] == 2
+    with pytest.raises(UserError, match=f"x.pth has {next(iter(change))} .* in its config, but"):
+        parse_checkpoint(file | {"config": mae.config | change}, {}, "x.pth")

@@ -92,8 +92,12 @@ def test_flags_are_not_abbreviated():
 @pytest.mark.parametrize("script", SCRIPTS[:2])
 def test_manifests_go_to_the_output_folder_by_default(script):
     parser = import_module(script).get_parser()
-    assert flags.parse(parser, ["--output_dir", "a"]).datafile_dir == "a"
-    assert flags.parse(parser, ["--output_dir", "a", "--datafile_dir", "b"]).datafile_dir == "b"
+    args, given = flags.parse(parser, ["--output_dir", "a"])
+    assert args.datafile_dir == "a"
+    assert given == {"output_dir"}
+    args, given = flags.parse(parser, ["--output_dir", "a", "--datafile_dir", "b"])
+    assert args.datafile_dir == "b"
+    assert given == {"output_dir", "datafile_dir"}
 
 
 @pytest.mark.parametrize(
@@ -106,7 +110,7 @@ def test_manifests_go_to_the_output_folder_by_default(script):
     ],
 )
 def test_compile_is_on_with_cuda_by_default(given, device, expected):
-    args = flags.parse(import_module("pretrain").get_parser(), given)
+    args, _ = flags.parse(import_module("pretrain").get_parser(), given)
     flags.resolve_compile(args, torch.device(device))
     assert args.compile is expected
 
@@ -117,7 +121,7 @@ def test_compile_is_on_with_cuda_by_default(given, device, expected):
 )
 def test_the_learning_rate_follows_the_effective_batch(given, expected, capsys):
     words = ["--blr", "0.001", "--batch_size_per_gpu", "8", "--accum_iter", "2", *given]
-    args = flags.parse(import_module("pretrain").get_parser(), words)
+    args, _ = flags.parse(import_module("pretrain").get_parser(), words)
     assert flags.effective_lr(args, 2, {"repeat_aug": 2}) == pytest.approx(expected)
     line = "effective batch 64 = 8 batch_size_per_gpu x 2 accum_iter x 2 processes x 2 repeat_aug\n"
     assert line in capsys.readouterr().out

@@ -100,8 +100,8 @@ def bad_inputs(videos, tmp_path_factory):
         ("--finetune BAD/image.pth", "image MAE or timm ViT, but 'pos_embed' is missing"),
         ("--finetune BAD/other.pth", "no video encoder"),
         ("--finetune BAD/nowhere.pth", "nowhere.pth not found"),
-        ("--finetune BAD/mae.pth --model vit_tiny_patch16", "embed_dim 64, not 192"),
-        ("--finetune BAD/mae.pth --patch_size 16", "patch_size 8, not 16"),
+        ("--finetune BAD/mae.pth --model vit_tiny_patch16", "embed_dim 192, .* has embed_dim 64"),
+        ("--finetune BAD/mae.pth --patch_size 16", "--patch_size is 16, but the checkpoint has 8"),
         ("--rand_aug --aa auto", "--aa"),
         ("--train_dir= --train_csv BAD/list.csv", "no label"),
         ("--train_dir=", "no train videos given"),
@@ -122,7 +122,7 @@ def test_another_pooling_than_the_checkpoints_is_one_line(videos, tmp_path):
     with pytest.raises(UserError, match="global_pool: True in the checkpoint, False now"):
         finetune.main(video_command(videos, tmp_path, *resumed))
     started = [*BATCH, *f"--finetune {tmp_path}/run.pth --cls_token".split()]
-    with pytest.raises(UserError, match="global_pool True, not False"):
+    with pytest.raises(UserError, match="--global_pool is False, but the checkpoint has True"):
         finetune.main(video_command(videos, tmp_path / "new", *started))
 
 

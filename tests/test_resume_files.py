@@ -150,17 +150,28 @@ def test_eval_reads_the_best_checkpoint_then_the_newest(files):
             resume.find_eval_checkpoint(files, missing)
 
 
-def test_the_config_of_a_finetuning_run_has_class_names(files):
-    assert resume.read_config(None) is None
+def test_a_finetuning_run_records_class_names(files):
+    assert resume.recorded_classes(None) is None
     config = CONFIG | {"classes": ["a", "b"]}
     checkpoint.save(files.best, {"model": {}, "config": config})
-    assert resume.read_config(files.best) == config
+    assert resume.recorded_classes(files.best) == ["a", "b"]
     checkpoint.save(files.checkpoint, run_state())
     with pytest.raises(UserError, match="is not a finetuning checkpoint"):
-        resume.read_config(files.checkpoint)
+        resume.recorded_classes(files.checkpoint)
     checkpoint.save(files.checkpoint, {"model": {}})
     with pytest.raises(UserError, match="no config"):
-        resume.read_config(files.checkpoint)
+        resume.recorded_classes(files.checkpoint)
+
+
+def test_the_only_run_of_a_folder_needs_no_prefix(tmp_path):
+    assert resume.only_run(tmp_path, default="vit") == "vit"
+    for name in ("a.pth", "a_best.pth", "a_previous1.pth"):
+        (tmp_path / name).touch()
+    assert resume.only_run(tmp_path, default="vit") == "a"
+    (tmp_path / "b.pth").touch()
+    with pytest.raises(UserError, match=r"has several runs \(a, b\). Choose one by --save_prefix"):
+        resume.only_run(tmp_path, default="vit")
+    assert resume.only_run(tmp_path, default="b") == "b"
 
 
 def test_t09_changed_flags_are_printed(files, capsys):

@@ -51,43 +51,43 @@ def add_model(parser: ScriptParser, *, model: str, num_frames: int) -> argparse.
     group.add_argument(
         "--model",
         default=model,
-        help="named size, see SIZES in models_vit.py (default: %(default)s)",
+        help="named size, see SIZES in models_vit.py (default: the checkpoint's, else %(default)s)",
     )
     group.add_argument(
         "--img_size",
         "--input_size",
         type=positive_int,
         default=224,
-        help="frame side in pixels (default: %(default)s)",
+        help="frame side in pixels (default: the checkpoint's, else %(default)s)",
     )
     group.add_argument(
         "--patch_size",
         type=positive_int,
-        help="patch side in pixels (default: as in the model's name)",
+        help="patch side in pixels (default: the checkpoint's, else as in the model's name)",
     )
     group.add_argument(
         "--num_frames",
         type=positive_int,
         default=num_frames,
-        help="frames per clip (default: %(default)s)",
+        help="frames per clip (default: the checkpoint's, else %(default)s)",
     )
     group.add_argument(
         "--t_patch_size",
         type=positive_int,
         default=2,
-        help="frames per tubelet (default: %(default)s)",
+        help="frames per tubelet (default: the checkpoint's, else %(default)s)",
     )
     group.add_argument(
         "--cls_embed",
         action=BoolFlag,
         default=True,
-        help="class token in the encoder (default: on)",
+        help="class token in the encoder (default: the checkpoint's, else on)",
     )
     group.add_argument(
         "--sep_pos_embed",
         action=BoolFlag,
         default=True,
-        help="separate space and time positions (default: on)",
+        help="separate space and time positions (default: the checkpoint's, else on)",
     )
     group.add_argument("--no_qkv_bias", action="store_true", help="no bias in q, k, v")
     return group
@@ -167,13 +167,14 @@ def _add_classifier_model(group: argparse._ArgumentGroup) -> None:
         "--num_classes",
         type=positive_int,
         default=700,
-        help="size of the classifier (default: %(default)s)",
+        help="size of the classifier (default: that of the same classes in --finetune, with --eval "
+        "the checkpoint's, else %(default)s)",
     )
     group.add_argument(
         "--global_pool",
         action=BoolFlag,
         default=True,
-        help="classify the mean of the patch tokens (default: on)",
+        help="classify the mean of the patch tokens (default: the checkpoint's, else on)",
     )
     group.add_argument(
         "--cls_token",
@@ -194,7 +195,15 @@ def _add_classifier_model(group: argparse._ArgumentGroup) -> None:
         "--finetune",
         default="",
         metavar="PATH",
-        help="start from this checkpoint's encoder; '': from scratch (default: '')",
+        help="start from this checkpoint's encoder, and its head if it has the same classes; "
+        "'': from scratch (default: '')",
+    )
+    group.add_argument(
+        "--class_names",
+        default="",
+        metavar="FILE",
+        help="names of the classes in the order of their numbers, one per line, or a labels.json "
+        "(default: the checkpoint's, else the sorted names of the training set)",
     )
     group.add_argument(
         "--freeze_backbone",
@@ -300,13 +309,13 @@ def add_video(
         "--sampling_rate",
         type=positive_int,
         default=sampling_rate,
-        help="spacing of the frames at --target_fps (default: %(default)s)",
+        help="spacing of the frames at --target_fps (default: the checkpoint's, else %(default)s)",
     )
     group.add_argument(
         "--target_fps",
         type=float,
         default=30,
-        help="frame rate to which videos are resampled (default: %(default)s)",
+        help="frame rate to resample videos to (default: the checkpoint's, else %(default)s)",
     )
     group.add_argument(
         "--repeat_aug",
@@ -478,17 +487,18 @@ def add_system(parser: ScriptParser) -> argparse._ArgumentGroup:
     return group
 
 
-def parse(parser: ScriptParser, argv: list[str] | None) -> argparse.Namespace:
+def parse(parser: ScriptParser, argv: list[str] | None) -> tuple[argparse.Namespace, set[str]]:
     """Parse a command line and set the defaults that depend on other flags or the machine.
 
-    argv: None for sys.argv. --compile stays None until `resolve_compile`. Raises UserError.
+    argv: None for sys.argv. Returns the flags, and the names of those that are given. --compile
+    stays None until `resolve_compile`; --save_prefix and the flags of the model stay at their
+    defaults until `util.model_flags.find_start`. Raises UserError.
     """
     args = parser.parse_args(argv)
     for flag in parser.retired:
         value = vars(args).pop(flag.removeprefix("--"))
         if value is not None:
             print0(f"note: {flag} no longer has an effect. Remove it.")
-    args.save_prefix = args.save_prefix or args.model
     if os.path.basename(args.save_prefix) != args.save_prefix:
         raise UserError(
             f"--save_prefix {args.save_prefix!r} is a path, not a file name. "
@@ -499,7 +509,15 @@ def parse(parser: ScriptParser, argv: list[str] | None) -> argparse.Namespace:
     if args.num_workers is None:
         cpus_per_process = available_cpus() // local_world_size()
         args.num_workers = max(1, min(MAX_DEFAULT_WORKERS, cpus_per_process))
-    return args
+    return args, given_flags(parser, argv)
+
+
+def given_flags(parser: ScriptParser, argv: list[str] | None) -> set[str]:
+    """Return the names of the flags on a command line, such as {"img_size"}."""
+    absent = object()
+    names = [action.dest for action in parser._actions]
+    parsed = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(names, absent)))
+    return {name for name, value in vars(parsed).items() if value is not absent}
 
 
 def resolve_compile(args: argparse.Namespace, device: torch.device) -> None:

@@ -19,9 +19,9 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from util.dist import UserError, print0
+from util.dist import UserError
 from util.files import fsync_path, sha256_of
 
 # Errors raised for truncated or corrupt files.
@@ -275,33 +275,6 @@ def check_config(path: str | Path, state: dict, config: dict) -> None:
         )
 
 
-def check_config_sizes(path: str | Path, config: dict, weights: dict) -> None:
-    """Raise UserError if the config's width or depth is not that of the weights.
-
-    To be called before a model is built from the config, which could be of any size.
-    """
-    sizes = {
-        "embed_dim": None,
-        "depth": _count_blocks(weights, "blocks."),
-        "decoder_depth": _count_blocks(weights, "decoder_blocks."),
-    }
-    norm = weights.get("norm.weight")
-    if isinstance(norm, Tensor) and norm.ndim == 1:
-        sizes["embed_dim"] = len(norm)
-    for key, size in sizes.items():
-        if key in config and config[key] != size:
-            raise UserError(
-                f"{path} has {key} {truncate(config[key])} in its config, but {size} in its "
-                "weights: corrupt or not one of ours"
-            )
-
-
-def _count_blocks(weights: dict, prefix: str) -> int:
-    """Return the number of blocks whose tensors' names start with `prefix`."""
-    names = [str(name) for name in weights]
-    return sum(name.startswith(prefix) and name.endswith(".norm1.weight") for name in names)
-
-
 def load_weights(path: str | Path, model: nn.Module, weights: dict) -> None:
     """Copy weights that were read from `path` into a model, strictly. Raises UserError."""
     try:
@@ -313,12 +286,3 @@ def load_weights(path: str | Path, model: nn.Module, weights: dict) -> None:
         raise UserError(
             f"{path} does not fit the model ({len(faults)} faults): {truncate(faults[0], 200)}"
         ) from None
-
-
-def load_strictly(path: str | Path, model: nn.Module, config: dict) -> None:
-    """Load a finetuned model, head included, into a model of the same config. Raises UserError."""
-    state = load(path)
-    require_parts(path, state, ("model", "config", "step"))
-    check_config(path, state, config)
-    load_weights(path, model, state["model"])
-    print0(f"weights from {path}, update {state['step']}")

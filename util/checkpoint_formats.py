@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from models_vit import SIZES
+from util.checkpoint import truncate
 from util.dist import UserError
 from util.pixels import IMAGE_MEAN, IMAGE_STD, VIDEO_MEAN, VIDEO_STD
 
@@ -86,6 +87,7 @@ class Family(NamedTuple):
     fill_missing: Callable[[Layout, dict], tuple[dict, dict]]
     required_sizes: tuple[str, ...]  # sizes that no tensor's shape contains
     pixel_stats: dict
+    reads_decoder: bool = True  # whether our model can express its decoder
     targets: str = "pixels"
 
 
@@ -201,6 +203,7 @@ FAMILIES = (
         fill_missing=fill_missing_image,
         required_sizes=("num_frames", "t_patch_size"),
         pixel_stats=IMAGENET_PIXELS,
+        reads_decoder=False,
     ),
     Family(
         name="VideoMAE",
@@ -264,6 +267,7 @@ def parse_checkpoint(
     name = family.name
     if "embed_dim" in config:
         name = "ours"
+        check_config_sizes(config, sizes | decoder_sizes, path)
     recorded_pixels = {key: config[key] for key in ("mean", "std") if key in config}
     return ImportedModel(
         family=name,
@@ -296,7 +300,7 @@ def read_layout(checkpoint: dict, path: str | Path) -> Layout:
     others = {name: value for name, value in weights.items() if name.startswith(NON_ENCODER)}
     encoder = {name: value for name, value in weights.items() if name not in others}
     decoder = {name: value for name, value in others.items() if name.startswith(DECODER)}
-    if "decoder_pred.weight" not in decoder:
+    if not family.reads_decoder or "decoder_pred.weight" not in decoder:
         decoder = {}
     head = {name: value for name, value in others.items() if name.startswith("head.")}
     if set(head) != {"head.weight", "head.bias"} or head["head.weight"].ndim != 2:
@@ -311,7 +315,7 @@ def read_layout(checkpoint: dict, path: str | Path) -> Layout:
         unused={n: v for n, v in others.items() if n not in decoder and n not in head},
         config=config,
         flags=flags,
-        global_pool=find_read_out(checkpoint, tensors, family),
+        global_pool=find_read_out(checkpoint, tensors, family) if head else None,
     )
 
 
@@ -505,6 +509,16 @@ def decoder_sizes_of(layout: Layout, sizes: dict, given: dict) -> dict:
     if num_heads:
         found["decoder_num_heads"] = num_heads
     return found
+
+
+def check_config_sizes(config: dict, sizes: dict, path: str | Path) -> None:
+    """Raise UserError if a size in a file's config is not that of its weights."""
+    for name, size in sizes.items():
+        if name in config and config[name] != size:
+            raise UserError(
+                f"{path} has {name} {truncate(config[name])} in its config, but {size} in its "
+                "weights: corrupt or not one of ours"
+            )
 
 
 def _recorded(layout: Layout, name: str):

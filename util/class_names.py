@@ -15,31 +15,30 @@ def class_list(
     """Return the names of a checkpoint's `num_classes` outputs, in their order.
 
     They come from names_file (--class_names), if given, else from the checkpoint, else they are
-    numbers. A shorter list that the checkpoint records is continued by numbers. Raises UserError if
-    names_file has another number of names, or other names than the checkpoint.
+    numbers. A checkpoint may record fewer names than outputs. Raises UserError if names_file has
+    another number of names, or other names than the checkpoint.
     """
-    if recorded is not None:
-        recorded = recorded + [str(index) for index in range(len(recorded), num_classes)]
     if not names_file:
         return recorded or [str(index) for index in range(num_classes)]
     names = read_class_names(names_file)
-    if len(names) != num_classes:
+    expected = num_classes if recorded is None else len(recorded)
+    if len(names) != expected:
         raise UserError(
             f"--class_names {names_file} has {len(names)} names, but {checkpoint} has "
-            f"{num_classes} classes. Pass the list that belongs to it."
+            f"{expected} classes. Pass the list that belongs to it."
         )
     if recorded is None:
         shown = ", ".join(names[:SHOWN_NAMES])
         print0(f"class names from {names_file}, in its order: {shown}, ...")
         return names
-    differing = [i for i in range(num_classes) if names[i] != recorded[i]]
+    differing = [i for i in range(expected) if names[i] != recorded[i]]
     if differing:
         shown = "; ".join(
             f"class {i} is {names[i]!r}, not {recorded[i]!r}" for i in differing[:SHOWN_DIFFERENCES]
         )
         raise UserError(
             f"--class_names {names_file} contradicts the names in {checkpoint} in "
-            f"{len(differing)} of {num_classes} classes ({shown}). Drop the flag."
+            f"{len(differing)} of {expected} classes ({shown}). Drop the flag."
         )
     return names
 
@@ -76,7 +75,8 @@ def _names_in_json(text: str, path: str | Path) -> list[str]:
     for name, number in content.items():
         if not str(number).isdecimal():
             raise UserError(
-                f"--class_names {path}: {name!r} has the number {number!r}, not 0, 1, ..."
+                f"--class_names {path}: class {name!r} has the number {number!r}. "
+                "Number the classes from 0."
             )
         numbers[int(number)] = name
     if sorted(numbers) != list(range(len(content))):

@@ -86,7 +86,9 @@ def load_classifier(
     except (TypeError, ValueError) as error:
         raise UserError(f"{path}: {error}") from error
     load_into(model, found, path, keep_head=True)
-    model.config["classes"] = class_list(path, num_classes, source.classes, class_names)
+    names = class_list(path, num_classes, source.classes, class_names)
+    names += [str(index) for index in range(len(names), num_classes)]  # outputs without a name
+    model.config["classes"] = names
     return ready(model)
 
 
@@ -366,7 +368,10 @@ def _print_report(
     )
     _print_row("matched", [f"{len(matched)} tensors"])
     _print_row("resized", [f"{name} {shapes}" for name, shapes in sorted(resized.items())])
-    _print_row("initialized", fresh + [f"{what} ({n})" for what, n in synthesized.items()])
+    heads = [name for name in fresh if name.startswith("head.")]
+    decoder = Counter(name.split(".")[0] for name in fresh if name not in heads)
+    counted = [f"{what} ({n})" for what, n in (decoder + synthesized).items()]
+    _print_row("initialized", heads + counted)
     _print_row("unused", [f"{name} ({n})" for name, n in unused.items()])
 
 

@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import re
 import time
 from io import TextIOWrapper
 from pathlib import Path
@@ -128,14 +129,30 @@ def find_eval_checkpoint(files: RunFiles, resume: str) -> Path:
     if resume == "auto":
         candidates = [files.best, files.checkpoint]
     for path in candidates:
-        if path.is_file():
+        if resume and (path.exists() or resume.startswith("hf:")):
             return path
     tried = " or ".join(str(path) for path in candidates)
     raise UserError(f"--eval found no checkpoint at {tried}. Pass one to --resume.")
 
 
-def read_config(path: Path | None) -> dict | None:
-    """Return the config of a finetuning checkpoint, or None if `path` is None.
+def only_run(folder: Path, default: str) -> str:
+    """Return the prefix of the run in a folder: `default` if it is one, else the only one.
+
+    Raises UserError if there are several others.
+    """
+    stems = [path.stem for path in folder.glob("*.pth")]
+    prefixes = sorted({re.sub(r"(_best|_previous\d+)$", "", stem) for stem in stems})
+    if default in prefixes or not prefixes:
+        return default
+    if len(prefixes) > 1:
+        raise UserError(
+            f"{folder} has several runs ({', '.join(prefixes[:5])}). Choose one by --save_prefix."
+        )
+    return prefixes[0]
+
+
+def recorded_classes(path: Path | None) -> list[str] | None:
+    """Return the class names in a finetuning run's checkpoint, or None if `path` is None.
 
     Raises UserError if the file is not a finetuning checkpoint.
     """
@@ -143,13 +160,13 @@ def read_config(path: Path | None) -> dict | None:
         return None
     state = checkpoint.load(path, check=False, lazily=True)
     checkpoint.require_parts(path, state, ("model", "config"))
-    config = state["config"]
-    if not isinstance(config.get("classes"), list):
+    classes = state["config"].get("classes")
+    if not isinstance(classes, list):
         raise UserError(
             f"{path} is not a finetuning checkpoint (no class names). "
             "Pass one to --resume, or pass pretrained weights to --finetune."
         )
-    return config
+    return classes
 
 
 def check_same_run(path: Path, state: dict, current: dict, force: bool) -> None:

@@ -1,0 +1,241 @@
+"""Where a run starts, and its model: flags that are not given take the values of a checkpoint.
+
+The checkpoint is the one that the run resumes from or evaluates, else that of --finetune or
+--init_from. Only the three scripts call this, with their flags.
+"""
+
+import argparse
+from pathlib import Path
+from typing import NamedTuple
+
+from models_vit import named_size
+from util import dist, resume
+from util.dist import UserError, print0
+from util.files import RunFiles
+from util.model_source import (
+    IMAGE_CLIP,
+    ModelSource,
+    describe_checkpoint,
+    require_head,
+    require_read_out,
+)
+
+SIZE_FLAGS = (
+    "patch_size",
+    "img_size",
+    "num_frames",
+    "t_patch_size",
+    "cls_embed",
+    "sep_pos_embed",
+    "no_qkv_bias",
+)
+DECODER_FLAGS = ("decoder_embed_dim", "decoder_depth", "decoder_num_heads", "pred_t_dim")
+SPACING_FLAGS = ("sampling_rate", "target_fps")
+# Flags that replace the checkpoint's value where they are given; the others must not differ.
+REPLACING = ("img_size", "num_frames", "pred_t_dim", "norm_pix_loss", *SPACING_FLAGS)
+
+
+class Start(NamedTuple):
+    """Where a run starts, and what its model is."""
+
+    path: Path | None  # the checkpoint to resume from or to evaluate
+    source: ModelSource | None  # the checkpoint that the model is taken from, None: from scratch
+    sizes: dict  # VideoEncoder's arguments
+    given: set[str]  # names of the flags on the command line
+
+
+def find_start(args: argparse.Namespace, given: set[str], pretrained: str) -> Start:
+    """Find the checkpoint that a run starts from, and complete the flags by it. Call on every rank.
+
+    given: the names of the flags on the command line. pretrained: the checkpoint of --finetune or
+    --init_from, "" for none. Sets --save_prefix and the flags of the model. Raises UserError for a
+    flag that contradicts the checkpoint.
+    """
+    is_evaluation = getattr(args, "eval", False)
+    source = None
+    if not args.save_prefix and pretrained and "model" not in given and not is_evaluation:
+        source = read_source(args, given, pretrained)
+        args.save_prefix = prefix_of(args, source)
+    path = dist.on_rank0(lambda: find_checkpoint(args, given))
+    if path is not None:
+        source = read_source(args, given, str(path))
+    elif pretrained and source is None:
+        source = read_source(args, given, pretrained)
+    resumes = path is not None and not is_evaluation
+    if source is not None:
+        complete_flags(args, given, source, resumes)
+        print0(describe_model(args, source))
+    if not args.save_prefix:
+        args.save_prefix = args.model
+    if source is None or (resumes and "model" in given):
+        architecture = architecture_named(args.model, args.patch_size)
+    else:
+        architecture = source.sizes
+    return Start(path, source, architecture | sizes_in(args), given)
+
+
+def sizes_in(args: argparse.Namespace) -> dict:
+    """Return VideoEncoder's arguments that are flags, except patch_size."""
+    return {
+        "img_size": args.img_size,
+        "num_frames": args.num_frames,
+        "t_patch_size": args.t_patch_size,
+        "cls_embed": args.cls_embed,
+        "sep_pos_embed": args.sep_pos_embed,
+        "no_qkv_bias": args.no_qkv_bias,
+    }
+
+
+def architecture_named(model: str, patch_size: int | None) -> dict:
+    """Return the sizes of a named model. Raises UserError for an unknown name."""
+    try:
+        return named_size(model, patch_size)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def prefix_of(args: argparse.Namespace, source: ModelSource) -> str:
+    """Return the default of --save_prefix: the model's name."""
+    return source.name if is_classifier(args) else f"mae_{source.name}"
+
+
+def is_classifier(args: argparse.Namespace) -> bool:
+    """Return whether the flags are those of a finetuning script."""
+    return hasattr(args, "num_classes")
+
+
+def find_checkpoint(args: argparse.Namespace, given: set[str]) -> Path | None:
+    """Return the checkpoint to resume from or to evaluate, None for a new run. Call on rank 0."""
+    folder = Path(args.output_dir)
+    prefix = args.save_prefix or args.model
+    if not getattr(args, "eval", False):
+        return resume.find_resume(RunFiles(folder, prefix), args.resume, args.overwrite)
+    if args.resume == "auto" and not args.save_prefix and "model" not in given:
+        prefix = resume.only_run(folder, default=prefix)
+    return resume.find_eval_checkpoint(RunFiles(folder, prefix), args.resume)
+
+
+def read_source(args: argparse.Namespace, given: set[str], path: str) -> ModelSource:
+    """Return the description of a checkpoint on every rank. Raises UserError.
+
+    Given flags complete what it does not record. An image model gets clips of --num_frames in the
+    scripts for videos, and one tubelet in the one for images.
+    """
+    sizes: dict[str, int] = {
+        name: getattr(args, name)
+        for name in ("img_size", "num_frames", "t_patch_size", "decoder_num_heads")
+        if name in given
+    }
+    if "model" in given:
+        sizes["num_heads"] = architecture_named(args.model, None)["num_heads"]
+    image_clip = IMAGE_CLIP
+    if hasattr(args, "sampling_rate"):
+        image_clip = {"num_frames": args.num_frames, "t_patch_size": args.t_patch_size}
+    return dist.on_rank0(lambda: describe_checkpoint(path, sizes, image_clip))
+
+
+def complete_flags(
+    args: argparse.Namespace, given: set[str], source: ModelSource, resumes: bool
+) -> None:
+    """Set the flags that are not given to the checkpoint's values, and check those that are.
+
+    resumes: a training run goes on. Its own flags are completed here and compared later
+    (`util.resume.check_same_run`). Raises UserError for flags that contradict the checkpoint.
+    """
+    values = values_for(args, given, source)
+    conflicts = []
+    if resumes:
+        recorded = {name: source.flags[name] for name in values if name in source.flags}
+        values |= recorded
+        if "model" not in given:
+            args.model = source.flags.get("model", prefix_of(args, source))
+    else:
+        conflicts += model_conflicts(args, given, source)
+        args.model = prefix_of(args, source)
+    for name, value in values.items():
+        current = getattr(args, name)
+        if name not in given:
+            setattr(args, name, value)
+        elif current == value or resumes:
+            continue
+        elif name in REPLACING:
+            print0(f"--{name} {current} replaces the {value} of {source.path}")
+        else:
+            conflicts.append(f"--{name} is {current}, but the checkpoint has {value}")
+    if conflicts:
+        raise UserError(
+            f"{source.path} is another model: {'; '.join(conflicts)}. Drop the flags, or pass "
+            "another checkpoint."
+        )
+
+
+def values_for(args: argparse.Namespace, given: set[str], source: ModelSource) -> dict:
+    """Return the values of the checkpoint for the flags that the script has."""
+    values = {name: source.sizes[name] for name in SIZE_FLAGS}
+    for name in SPACING_FLAGS:
+        value = source.flags.get(name)
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0:
+            values[name] = value
+    if is_classifier(args):
+        values |= classifier_values(args, given, source)
+    else:
+        values |= decoder_values(args, given, source)
+    return {name: value for name, value in values.items() if hasattr(args, name)}
+
+
+def classifier_values(args: argparse.Namespace, given: set[str], source: ModelSource) -> dict:
+    """Return the checkpoint's values for the flags of a classifier.
+
+    Raises UserError if it is evaluated and has no head, or none whose read-out is known.
+    """
+    if args.eval:
+        read_out = args.global_pool if "global_pool" in given else None
+        return {
+            "num_classes": require_head(source),
+            "global_pool": require_read_out(source, read_out),
+        }
+    if source.global_pool is None:
+        return {}
+    return {"global_pool": source.global_pool}
+
+
+def decoder_values(args: argparse.Namespace, given: set[str], source: ModelSource) -> dict:
+    """Return the checkpoint's values for the flags of a decoder, for clips of --num_frames.
+
+    The number of predicted frames per tubelet stays.
+    """
+    decoder = dict(source.decoder)
+    if decoder and "num_frames" in given:
+        frames_per_tubelet = (
+            decoder["pred_t_dim"] * source.sizes["t_patch_size"] // source.sizes["num_frames"]
+        )
+        decoder["pred_t_dim"] = frames_per_tubelet * args.num_frames // args.t_patch_size
+    if source.targets != "pixels":
+        decoder.pop("norm_pix_loss", None)
+    return decoder
+
+
+def model_conflicts(args: argparse.Namespace, given: set[str], source: ModelSource) -> list[str]:
+    """Return how a given --model contradicts the checkpoint."""
+    if "model" not in given:
+        return []
+    patch_size = args.patch_size if "patch_size" in given else None
+    named = architecture_named(args.model, patch_size)
+    differing = [name for name in named if named[name] != source.sizes[name]]
+    if not differing:
+        return []
+    wanted = ", ".join(f"{name} {named[name]}" for name in differing)
+    found = ", ".join(f"{name} {source.sizes[name]}" for name in differing)
+    return [f"--model {args.model} has {wanted}, but the checkpoint has {found}"]
+
+
+def describe_model(args: argparse.Namespace, source: ModelSource) -> str:
+    """Return a line about the model that the flags describe after `complete_flags`."""
+    spacing = ""
+    if hasattr(args, "sampling_rate"):
+        spacing = f", every {args.sampling_rate} frames at {args.target_fps:g} fps"
+    return (
+        f"model of {source.path} ({source.family}): {args.model}, patch "
+        f"{source.sizes['patch_size']}, {args.num_frames} frames of {args.img_size} x "
+        f"{args.img_size} pixels{spacing}"
+    )
