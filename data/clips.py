@@ -2,11 +2,20 @@
 
 T is the number of frames of a clip, N that of a video. A clip spans sampling_rate * num_frames
 frames at target_fps, whatever the frame rate of the video is.
+
+A span (start, end) is a part of a video in seconds: that of the frames that are shown in it, its
+end excluded. Clips of a span are chosen as if the part were a video of its own.
 """
+
+import math
 
 import numpy as np
 
+from data.input_files import ReadError
 from data.video import VideoReader
+from util.dist import UserError
+
+Span = tuple[float, float]  # start and end in seconds
 
 TIME_TOLERANCE = 1e-9  # seconds: a frame that starts at an instant counts as shown at it
 
@@ -17,11 +26,31 @@ def clip_span(fps: float, *, num_frames: int, sampling_rate: int, target_fps: fl
 
 
 def clip_slack(
-    available: int, fps: float, *, num_frames: int, sampling_rate: int, target_fps: float = 30
+    available: float, fps: float, *, num_frames: int, sampling_rate: int, target_fps: float = 30
 ) -> float:
     """Return by how many frames a video of `available` frames is longer than a clip, at least 0."""
     span = clip_span(fps, num_frames=num_frames, sampling_rate=sampling_rate, target_fps=target_fps)
     return max(available - span, 0)
+
+
+def clip_positions(
+    available: float,
+    fps: float,
+    *,
+    num_frames: int,
+    sampling_rate: int,
+    start: float,
+    target_fps: float = 30,
+) -> np.ndarray:
+    """Return the positions (T,) of a clip in a video of constant rate, in frames, not rounded.
+
+    The clip spans s = sampling_rate * num_frames * fps / target_fps source frames.
+    It begins at start * max(available - s, 0), with `start` in [0, 1].
+    The positions are evenly spread over the span, ends included.
+    """
+    span = clip_span(fps, num_frames=num_frames, sampling_rate=sampling_rate, target_fps=target_fps)
+    first = start * max(available - span, 0)
+    return np.linspace(first, first + span - 1, num_frames)
 
 
 def frame_indices(
@@ -35,18 +64,35 @@ def frame_indices(
 ) -> np.ndarray:
     """Return the frame indices (T,) int64 of a clip of a video of constant rate.
 
-    The clip spans s = sampling_rate * num_frames * fps / target_fps source frames.
-    It begins at start * max(available - s, 0), with `start` in [0, 1].
-    The frames are evenly spread over the span, ends included. A short video repeats its last frame.
+    These are the frames at the positions that `clip_positions` returns. A short video repeats its
+    last frame.
     """
-    span = clip_span(fps, num_frames=num_frames, sampling_rate=sampling_rate, target_fps=target_fps)
-    first = start * max(available - span, 0)
-    positions = np.linspace(first, first + span - 1, num_frames)
+    positions = clip_positions(
+        available,
+        fps,
+        num_frames=num_frames,
+        sampling_rate=sampling_rate,
+        start=start,
+        target_fps=target_fps,
+    )
     return positions.clip(0, available - 1).astype(np.int64)
 
 
+def frame_duration(times: np.ndarray) -> float:
+    """Return the median distance in seconds of frames shown at `times` (N,); 0 for one frame."""
+    if len(times) < 2:
+        return 0.0
+    return float(np.median(np.diff(times)))
+
+
 def frame_indices_by_time(
-    times: np.ndarray, *, num_frames: int, sampling_rate: int, start: float, target_fps: float = 30
+    times: np.ndarray,
+    *,
+    num_frames: int,
+    sampling_rate: int,
+    start: float,
+    target_fps: float = 30,
+    span: Span | None = None,
 ) -> np.ndarray:
     """Return the frame indices (T,) of a clip of a video whose frames are shown at `times` (N,).
 
@@ -54,16 +100,51 @@ def frame_indices_by_time(
     S = sampling_rate * num_frames / target_fps, of which the last frame takes d, the median
     distance of two frames. The video lasts D = its last time stamp + d. The clip begins at
     start * max(D - S, 0). The frame of each instant is the last one shown by then.
+
+    span: takes the place of (0, D), within which it must be.
     """
-    frame_duration = 0.0
-    if len(times) > 1:
-        frame_duration = float(np.median(np.diff(times)))
+    duration = frame_duration(times)
+    last_index = len(times) - 1
+    begin, end = 0.0, times[-1] + duration
+    if span is not None:
+        begin, end = span
+        last_index = int(np.searchsorted(times, end - TIME_TOLERANCE, side="left")) - 1
     clip_duration = sampling_rate * num_frames / target_fps
-    first = start * max(times[-1] + frame_duration - clip_duration, 0)
-    last = first + max(clip_duration - frame_duration, 0)
+    first = begin + start * max(end - begin - clip_duration, 0)
+    last = first + max(clip_duration - duration, 0)
     instants = np.linspace(first, last, num_frames)
     indices = np.searchsorted(times, instants + TIME_TOLERANCE, side="right") - 1
-    return indices.clip(0, len(times) - 1)
+    return indices.clip(0, last_index)
+
+
+def video_duration(video: VideoReader) -> float:
+    """Return how long an open video lasts, in seconds; its last frame as long as the median one."""
+    if video.times is None:
+        return video.num_frames / video.fps
+    return float(video.times[-1]) + frame_duration(video.times)
+
+
+def span_in_video(video: VideoReader, span: Span) -> Span:
+    """Return the part of a span that an open video has.
+
+    Raises ReadError if the video ends before the span starts.
+    """
+    start, end = span
+    duration = video_duration(video)
+    if start + TIME_TOLERANCE >= duration:
+        raise ReadError(f"the video ends at {duration:.3f} s, its part starts at {start:.3f} s")
+    return start, min(end, duration)
+
+
+def available_frames(video: VideoReader, span: Span | None) -> float:
+    """Return the number of frames of an open video, or how many a span takes at the mean rate.
+
+    Raises ReadError if the video ends before the span starts.
+    """
+    if span is None:
+        return video.num_frames
+    begin, end = span_in_video(video, span)
+    return round((end - begin) * video.fps, 6)  # a difference of seconds is not exact
 
 
 def clip_indices(
@@ -73,27 +154,67 @@ def clip_indices(
     sampling_rate: int,
     start: float,
     target_fps: float = 30,
+    span: Span | None = None,
 ) -> np.ndarray:
-    """Return the frame indices (T,) of a clip of an open video.
+    """Return the frame indices (T,) of a clip of an open video, or of a span of it.
 
-    Calls `frame_indices` for a constant frame rate, otherwise `frame_indices_by_time`.
+    Calls `frame_indices` for a constant frame rate, otherwise `frame_indices_by_time`. Raises
+    ReadError if the video ends before the span starts.
     """
-    if video.times is None:
-        return frame_indices(
-            video.num_frames,
-            video.fps,
+    if span is not None:
+        span = span_in_video(video, span)
+    if video.times is not None:
+        return frame_indices_by_time(
+            video.times,
             num_frames=num_frames,
             sampling_rate=sampling_rate,
             start=start,
             target_fps=target_fps,
+            span=span,
         )
-    return frame_indices_by_time(
-        video.times,
-        num_frames=num_frames,
-        sampling_rate=sampling_rate,
-        start=start,
-        target_fps=target_fps,
-    )
+    spacing: dict = {
+        "num_frames": num_frames,
+        "sampling_rate": sampling_rate,
+        "start": start,
+        "target_fps": target_fps,
+    }
+    if span is None:
+        return frame_indices(video.num_frames, video.fps, **spacing)
+    return _frame_indices_of_span(video, span, spacing)
+
+
+def _frame_indices_of_span(video: VideoReader, span: Span, spacing: dict) -> np.ndarray:
+    """Return the frame indices (T,) of a clip of a span of an open video of constant rate.
+
+    spacing: the other arguments of `clip_positions`.
+    """
+    begin, end = span
+    fps = video.fps
+    positions = clip_positions((end - begin) * fps, fps, **spacing)
+    first = int((begin + TIME_TOLERANCE) * fps)
+    last = max(first, math.ceil((end - TIME_TOLERANCE) * fps) - 1)
+    shown = positions + (begin + TIME_TOLERANCE) * fps
+    return shown.clip(first, last).astype(np.int64)
+
+
+def check_spans(spans: list[Span] | np.ndarray, count: int) -> np.ndarray:
+    """Return the spans of `count` samples as an array (count, 2) float64, in seconds.
+
+    The end may be infinite. Raises UserError for another number of spans, and for a span that is
+    none.
+    """
+    table = np.array(spans, dtype=np.float64).reshape(-1, 2)
+    if len(table) != count:
+        raise UserError(f"{len(table)} spans for {count} samples: give one (start, end) per sample")
+    start, end = table.T
+    wrong = ~((start >= 0) & (start < end) & np.isfinite(start))  # also if one is not a number
+    if wrong.any():
+        index = int(wrong.argmax())
+        raise UserError(
+            f"span {index} is {start[index]:g} to {end[index]:g} s: give seconds with "
+            "0 <= start < end"
+        )
+    return table
 
 
 def view_start(slack: float, view: int, num_views: int) -> float:

@@ -14,7 +14,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from data.clips import clip_indices, clip_slack, view_start
+from data.clips import (
+    Span,
+    available_frames,
+    check_spans,
+    clip_indices,
+    clip_slack,
+    view_start,
+)
 from data.decode import open_video, warn_if_decord_missing
 from data.images import read_image
 from data.input_files import ReadError, error_summary
@@ -305,6 +312,8 @@ class ViewDataset(SampleDataset):
         decoder: See `open_video`.
         short_side: Short side of the decoded frames in pixels.
         noise_tokens: L of the mask noise, 0 for none. Samples with noise have one view.
+        spans: The part (start, end) of its file that each sample consists of, in seconds (n, 2);
+            None for whole files. Samples may share a file. See data/clips.py.
     """
 
     def __init__(
@@ -321,9 +330,14 @@ class ViewDataset(SampleDataset):
         short_side: int,
         noise_tokens: int = 0,
         known: VideoIndex | None = None,
+        spans: list[Span] | np.ndarray | None = None,
     ):
+        """Raise UserError for spans that are none, or not as many as the paths."""
         super().__init__(paths, labels, seed=0, substitutes=0, known=known)
         warn_if_decord_missing(decoder)
+        self.spans = None
+        if spans is not None:
+            self.spans = check_spans(spans, len(paths))
         self.spacing: dict = {
             "num_frames": num_frames,
             "sampling_rate": sampling_rate,
@@ -338,12 +352,18 @@ class ViewDataset(SampleDataset):
     def read_clips(self, epoch: int, index: int, path: str, info: VideoInfo | None) -> ReadClips:
         """Read the views (R, C, T, S, S) uint8 of a video, clips in order of time.
 
-        Raises ReadError.
+        Raises ReadError, also if the file ends before the sample's span starts.
         """
+        span = None
+        if self.spans is not None:
+            span = tuple(self.spans[index].tolist())
         with open_video(path, self.decoder, self.short_side, info) as video:
-            slack = clip_slack(video.num_frames, video.fps, **self.spacing)
+            available = available_frames(video, span)
+            slack = clip_slack(available, video.fps, **self.spacing)
             starts = [view_start(slack, view, self.num_views) for view in range(self.num_views)]
-            clips = [clip_indices(video, start=start, **self.spacing) for start in starts]
+            clips = [
+                clip_indices(video, start=start, span=span, **self.spacing) for start in starts
+            ]
             indices = np.stack(clips)  # (num_views, T)
             distinct, inverse = np.unique(indices, return_inverse=True)
             frames = video.read_tensor(distinct)

@@ -1,4 +1,7 @@
-"""Which frames make a clip: the formula, variable frame rates, evaluation views."""
+"""Which frames make a clip: the formula, variable frame rates, spans, evaluation views."""
+
+import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -6,13 +9,18 @@ from video_matrix import CASES
 from video_writer import write_case
 
 from data.clips import (
+    available_frames,
+    check_spans,
     clip_indices,
     clip_slack,
     frame_indices,
     frame_indices_by_time,
+    video_duration,
     view_start,
 )
 from data.decode import describe, open_video
+from data.input_files import ReadError
+from util.dist import UserError
 
 CASE_BY_NAME = {case.name: case for case in CASES}
 STEADY = (
@@ -109,3 +117,129 @@ def test_views_are_evenly_spread_over_the_video():
 def test_all_views_of_a_short_video_start_at_its_first_frame():
     slack = clip_slack(10, 30, num_frames=16, sampling_rate=4)
     assert view_start(slack, 2, 3) == 0
+
+
+def steady_video(num_frames: int, fps: float) -> SimpleNamespace:
+    """Return what `clip_indices` reads of an open video of constant rate."""
+    return SimpleNamespace(num_frames=num_frames, fps=fps, times=None)
+
+
+def irregular_video(num_frames: int) -> SimpleNamespace:
+    """Return what `clip_indices` reads of an open video of 5 to 95 ms between frames."""
+    steps = np.random.default_rng(1).integers(5, 96, num_frames - 1) / 1000
+    times = np.concatenate([[0], np.cumsum(steps)])
+    return SimpleNamespace(num_frames=num_frames, fps=num_frames / times[-1], times=times)
+
+
+def test_a_span_between_frames_is_a_video_of_its_own():
+    random = np.random.default_rng(0)
+    for _ in range(500):
+        fps = float(random.choice([12.5, 23.976, 25, 30000 / 1001, 59.94, 480]))
+        num_frames = int(random.integers(1, 900))
+        first = int(random.integers(num_frames))
+        end = int(random.integers(first + 1, num_frames + 1))
+        clip = {"num_frames": 16, "sampling_rate": int(random.integers(1, 9))}
+        clip["start"] = float(random.integers(5)) / 4
+        span = (first / fps, end / fps)
+        indices = clip_indices(steady_video(num_frames, fps), **clip, span=span)
+        alone = frame_indices(end - first, fps, **clip)
+        assert indices.tolist() == (first + alone).tolist()
+
+
+def test_a_span_takes_a_number_of_frames_without_rounding_errors():
+    video = steady_video(900, 30)
+    assert available_frames(video, None) == 900
+    for first in range(100):
+        assert available_frames(video, (first / 10, (first + 3) / 10)) == 9
+    assert available_frames(video, (29, 99)) == 30
+
+
+def test_frames_that_are_longer_than_a_clip_stay_in_their_span():
+    clip = {"num_frames": 4, "sampling_rate": 1, "start": 0.5}
+    video = steady_video(10, 1)
+    assert clip_indices(video, **clip, span=(3, 4)).tolist() == [3] * 4
+    assert clip_indices(video, **clip, span=(3, 3.5)).tolist() == [3] * 4
+
+
+def test_a_span_of_a_whole_video_changes_nothing():
+    clip = {"num_frames": 16, "sampling_rate": 2, "start": 0.3}
+    for video in (steady_video(700, 23.976), irregular_video(700), steady_video(7, 30)):
+        whole = clip_indices(video, **clip)
+        assert clip_indices(video, **clip, span=(0, math.inf)).tolist() == whole.tolist()
+        assert clip_indices(video, **clip, span=(0, 999)).tolist() == whole.tolist()
+
+
+def test_a_clip_of_a_span_shows_the_frame_of_each_instant():
+    clip = {"num_frames": 8, "sampling_rate": 4}
+    random = np.random.default_rng(2)
+    for video in (irregular_video(600), steady_video(600, 23.976)):
+        times = video.times
+        if times is None:
+            times = np.arange(600) / video.fps
+        distance = np.median(np.diff(times))
+        for _ in range(200):
+            begin = random.uniform(0, times[-1] - 4)
+            end = begin + random.uniform(0.01, 4)
+            start = random.random()
+            indices = clip_indices(video, **clip, start=start, span=(begin, end))
+            first = begin + start * max(end - begin - 32 / 30, 0)
+            instants = first + np.linspace(0, 32 / 30 - distance, 8)
+            shown = [sum(times <= instant) - 1 for instant in instants]
+            last = sum(times < end) - 1
+            assert indices.tolist() == [min(index, last) for index in shown]
+
+
+def test_a_span_that_is_shorter_than_a_clip_repeats_its_end():
+    indices = clip_indices(
+        steady_video(90, 30), num_frames=8, sampling_rate=2, start=0.5, span=(1.0, 1.1)
+    )
+    assert indices.tolist() == [30, 32, 32, 32, 32, 32, 32, 32]
+
+
+def test_a_pause_is_part_of_the_spans_that_show_it():
+    times = np.array([0, 0.04, 0.08, 60, 60.04])  # frame 2 is shown for a minute
+    video = SimpleNamespace(num_frames=5, fps=5 / 60, times=times)
+    clip = {"num_frames": 4, "sampling_rate": 1, "start": 0.0}
+    assert clip_indices(video, **clip, span=(30, 31)).tolist() == [2, 2, 2, 2]
+    assert clip_indices(video, **clip, span=(59.96, 61)).tolist() == [2, 2, 3, 4]
+    assert clip_indices(video, **clip, span=(0.02, 0.05)).tolist() == [0, 1, 1, 1]
+
+
+@pytest.mark.parametrize("name", ["h264.mp4", "irregular_h264.mkv"])
+def test_a_span_after_the_end_is_a_read_error(tmp_path, name):
+    clip = {"num_frames": 4, "sampling_rate": 1, "start": 0.5}
+    with open_video(str(write_case(CASE_BY_NAME[name], tmp_path))) as video:
+        duration = video_duration(video)
+        assert clip_indices(video, **clip, span=(duration - 0.001, 99)).tolist() == [47] * 4
+        with pytest.raises(ReadError, match="its part starts at"):
+            clip_indices(video, **clip, span=(duration, duration + 1))
+
+
+def test_the_duration_includes_the_last_frame():
+    assert video_duration(steady_video(60, 30)) == 2
+    times = np.array([0, 0.1, 0.2, 0.3, 2.0])
+    assert video_duration(SimpleNamespace(num_frames=5, fps=2.5, times=times)) == 2.1
+    assert video_duration(steady_video(1, 25)) == 0.04
+
+
+@pytest.mark.parametrize(
+    ("spans", "message"),
+    [
+        ([(0, 1)], "1 spans for 2 samples"),
+        ([(0, 1), (3, 3)], "span 1 is 3 to 3 s"),
+        ([(-1, 1), (0, 1)], "span 0 is -1 to 1 s"),
+        ([(0, 1), (math.nan, 1)], "span 1 is nan"),
+        ([(0, math.nan), (0, 1)], "span 0 is 0 to nan"),
+        ([(0, 1), (math.inf, math.inf)], "span 1 is inf"),
+    ],
+)
+def test_wrong_spans_are_refused(spans, message):
+    with pytest.raises(UserError, match=message):
+        check_spans(spans, 2)
+
+
+def test_spans_are_one_array():
+    table = check_spans([(0, 1), (2.5, math.inf)], 2)
+    assert table.dtype == np.float64
+    assert table.tolist() == [[0, 1], [2.5, math.inf]]
+    assert check_spans([], 0).shape == (0, 2)

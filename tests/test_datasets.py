@@ -1,10 +1,14 @@
 """Samples depend on (seed, epoch, index, repeat) alone; unreadable files are replaced."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
 from clip_dataset import SEED, clip_dataset
 from make_videos import write_folder, write_video
+from video_matrix import H264, IRREGULAR
+from video_writer import Case, number_of, write_case
 
 from data import datasets
 from data.clips import frame_indices
@@ -155,6 +159,87 @@ def test_views_of_a_video_are_those_read_one_by_one(tmp_path):
         indices = np.linspace(start, start + 15, 4).astype(int)
         expected = transform(read_window(path, indices)).transpose(1, 2)
         assert torch.equal(sample["clips"][3 * view : 3 * view + 3], expected)
+
+
+LONG = Case("long.mp4", "120 frames at 30 frames/s", H264._replace(frames=120))
+UNEVEN = Case("uneven.mkv", "7 to 56 ms between frames", H264._replace(times_ms=IRREGULAR))
+
+
+def shown_numbers(clips: torch.Tensor) -> list[list[int]]:
+    """Return the numbers that the frames of clips (R, C, T, H, W) show, clip by clip."""
+    frames = clips.permute(0, 2, 3, 4, 1).numpy()
+    return [[number_of(frame) for frame in clip] for clip in frames]
+
+
+def spans_dataset(path: str, spans, decoder: str, num_views: int = 1) -> ViewDataset:
+    """Return uncropped clips of 4 frames, 2 frames apart at 30 frames/s, of spans of one file."""
+    return ViewDataset(
+        paths=[path] * len(spans),
+        labels=[-1] * len(spans),
+        num_frames=4,
+        sampling_rate=2,
+        target_fps=30,
+        decoder=decoder,
+        short_side=64,
+        num_views=num_views,
+        transform=lambda frames: frames[None],
+        spans=spans,
+    )
+
+
+@pytest.mark.parametrize("decoder", ["pyav", "decord"])
+def test_samples_are_spans_of_one_file(tmp_path, decoder):
+    path = str(write_case(LONG, tmp_path))
+    spans = [(0, 8 / 30), (1, 1 + 8 / 30), (112 / 30, 4), (3.9, 9), (1, 3), (0, math.inf), (4, 5)]
+    data = spans_dataset(path, spans, decoder)
+    samples = [data[(0, index)] for index in range(len(spans))]
+    numbers = [shown_numbers(sample["clips"])[0] for sample in samples[:-1]]
+    offsets = np.linspace(0, 7, 4).astype(int)
+    assert numbers == [
+        offsets.tolist(),
+        (30 + offsets).tolist(),
+        (112 + offsets).tolist(),
+        [117, 119, 119, 119],  # shorter than a clip
+        (30 + (60 - 8) // 2 + offsets).tolist(),  # its center
+        ((120 - 8) // 2 + offsets).tolist(),
+    ]
+    assert samples[-1]["clips"] is None
+    ((bad_path, reason),) = samples[-1]["bad"]
+    assert (bad_path, reason) == (path, "the video ends at 4.000 s, its part starts at 4.000 s")
+
+
+@pytest.mark.parametrize("decoder", ["pyav", "decord"])
+def test_spans_of_a_variable_rate_go_by_time(tmp_path, decoder):
+    path = str(write_case(UNEVEN, tmp_path))
+    times = np.array(UNEVEN.seconds)
+    spans = [(times[first] - 0.002, times[first] + 0.3) for first in (1, 20, 36)]
+    data = spans_dataset(path, spans, decoder)
+    distance = np.median(np.diff(times))
+    for index, (begin, _) in enumerate(spans):
+        ((first, *others),) = shown_numbers(data[(0, index)]["clips"])
+        assert first in (sum(times <= begin) - 1, sum(times <= begin + 0.04) - 1)
+        assert others[-1] == pytest.approx(sum(times <= begin + 8 / 30 - distance) - 1, abs=1)
+
+
+def test_the_views_of_a_span_are_spread_over_it(tmp_path):
+    path = str(write_case(LONG, tmp_path))
+    data = spans_dataset(path, [(1, 2), (2, 2.2)], "pyav", num_views=3)
+    firsts = [[clip[0] for clip in shown_numbers(data[(0, index)]["clips"])] for index in (0, 1)]
+    assert firsts == [[30, 30 + 22 // 2, 30 + 22], [60, 60, 60]]
+
+
+def test_a_span_costs_no_more_than_its_frames(tmp_path, monkeypatch):
+    path = str(write_case(LONG, tmp_path))
+    opened = []
+
+    def open_and_keep(*arguments):
+        opened.append(open_video(*arguments))
+        return opened[-1]
+
+    monkeypatch.setattr(datasets, "open_video", open_and_keep)
+    data = spans_dataset(path, [(3, 3 + 8 / 30)], "pyav")
+    assert data[(0, 0)]["clips"] is not None
+    assert opened[0].decoded < 24  # of 120: two GOPs
 
 
 def test_packed_strings_are_a_list_of_strings():
