@@ -117,11 +117,14 @@ def frame_indices_by_time(
     return indices.clip(0, last_index)
 
 
-def video_duration(video: VideoReader) -> float:
-    """Return how long an open video lasts, in seconds; its last frame as long as the median one."""
-    if video.times is None:
-        return video.num_frames / video.fps
-    return float(video.times[-1]) + frame_duration(video.times)
+def video_duration(num_frames: int, fps: float, times: np.ndarray | None) -> float:
+    """Return how long a video lasts, in seconds; its last frame as long as the median one.
+
+    times: display times (num_frames,) in seconds, None if the frame rate is constant.
+    """
+    if times is None:
+        return num_frames / fps
+    return float(times[-1]) + frame_duration(times)
 
 
 def span_in_video(video: VideoReader, span: Span) -> Span:
@@ -130,7 +133,7 @@ def span_in_video(video: VideoReader, span: Span) -> Span:
     Raises ReadError if the video ends before the span starts.
     """
     start, end = span
-    duration = video_duration(video)
+    duration = video_duration(video.num_frames, video.fps, video.times)
     if start + TIME_TOLERANCE >= duration:
         raise ReadError(f"the video ends at {duration:.3f} s, its part starts at {start:.3f} s")
     return start, min(end, duration)
