@@ -74,6 +74,23 @@ def collate(samples: list[dict]) -> dict:
     return batch
 
 
+def collate_readable(samples: list[dict]) -> dict:
+    """Return the batch of `collate` without the unreadable samples; clips is None if all are.
+
+    Two keys differ: unreadable {index: reason} of the samples left out, and bad, which lists their
+    files too.
+    """
+    readable = [sample for sample in samples if sample["clips"] is not None]
+    batch = collate(readable or samples)
+    unreadable = {}
+    for sample in samples:
+        if sample["clips"] is None:
+            _, unreadable[sample["index"]] = sample["bad"][0]
+    batch["unreadable"] = unreadable
+    batch["bad"] = [entry for sample in samples for entry in sample["bad"]]
+    return batch
+
+
 def _start_pass(loader: DataLoader) -> Iterator[dict]:
     """Start a pass of the DataLoader.
 
@@ -264,9 +281,17 @@ def train_loader(
 
 
 def eval_loader(
-    dataset: SampleDataset, batch_size: int, workers: WorkerSettings, env: DistEnv
+    dataset: SampleDataset,
+    batch_size: int,
+    workers: WorkerSettings,
+    env: DistEnv,
+    collate_fn: Callable[[list[dict]], dict] = collate,
 ) -> Callable[[], Iterator[dict]]:
-    """Return a function that starts a pass over this rank's samples, in batches on the device."""
+    """Return a function that starts a pass over this rank's samples, in batches on the device.
+
+    collate_fn: `collate_readable` leaves out unreadable samples.
+    """
     sampler = DistributedEvalSampler(len(dataset), env.rank, env.world_size)
-    loader = FaultTolerantLoader(dataset, sampler, batch_size, _for_device(workers, env.device))
+    for_device = _for_device(workers, env.device)
+    loader = FaultTolerantLoader(dataset, sampler, batch_size, for_device, collate_fn)
     return lambda: on_device(loader, env.device)
