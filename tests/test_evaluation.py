@@ -7,13 +7,26 @@ import torch
 from launch import torchrun
 from make_videos import write_folder
 from runs import center_clip, log_records, pretrain_command, saved_model, saved_weights
-from tiny import tiny_mae
+from tiny import tiny_mae, tiny_vit
 
 import pretrain
+from data.datasets import ViewDataset
+from data.loader import WorkerSettings, collate, collate_readable, eval_loader
 from data.manifest import find_videos
+from data.transforms import view_transform
 from models_vit import normalize
 from util import evaluation
-from util.evaluation import knn_classes, linear_classes, mean_features, validation_loss
+from util.dist import DistEnv, UserError
+from util.evaluation import (
+    evaluate,
+    features,
+    knn_classes,
+    linear_classes,
+    mean_features,
+    predict,
+    readable_features,
+    validation_loss,
+)
 from util.pixels import VIDEO_MEAN, VIDEO_STD
 from util.seeds import derive_seed, fixed_noise
 
@@ -167,6 +180,87 @@ def test_t18_validation_and_probes_equal_plain_loops(videos, unseen, tmp_path):
         classes = plain((train - mean) / std, labels, (val - mean) / std)
         correct = (classes == val_labels).sum().item()
         assert one[f"probe_{name}_acc1"] == pytest.approx(100 * correct / 11)
+
+
+def read_views(paths: list[str], out, collate_fn):
+    """Return batches of three videos with two 8-frame views each."""
+    dataset = ViewDataset(
+        paths=paths,
+        labels=[0] * len(paths),
+        num_frames=8,
+        sampling_rate=1,
+        target_fps=30,
+        num_views=2,
+        transform=view_transform(32, 1),
+        decoder="pyav",
+        short_side=48,
+    )
+    workers = WorkerSettings(0, False, 60, out / "quarantine.csv")
+    env = DistEnv(torch.device("cpu"))
+    return eval_loader(dataset, 3, workers, env, collate_fn)()
+
+
+def mean_colors(clips: torch.Tensor) -> torch.Tensor:
+    """Return the mean color (B, 3) of clips (B, 3, T, H, W) uint8."""
+    return clips.float().mean((2, 3, 4))
+
+
+def prepare_clips(clips: torch.Tensor) -> torch.Tensor:
+    """Return normalized clips."""
+    return normalize(clips, VIDEO_MEAN, VIDEO_STD)
+
+
+@pytest.fixture
+def with_broken(videos, tmp_path):
+    """Return eight readable videos, and a list of them with five unreadable files in between."""
+    readable = find_videos([videos], "videos")
+    text = tmp_path / "text.mp4"
+    text.write_text("not a video")
+    missing = str(tmp_path / "missing.mp4")
+    broken = [*readable[:1], str(text), *readable[1:5], missing, str(text), missing, *readable[5:]]
+    return readable, [*broken, str(text)]
+
+
+def test_unreadable_samples_are_left_out_of_features(with_broken, tmp_path):
+    readable, broken = with_broken
+    batches = read_views(readable, tmp_path, collate)
+    expected = features(mean_colors, batches, 4, torch.float32)
+    assert len(expected.unique(dim=0)) == 8
+    batches = read_views(broken, tmp_path, collate_readable)
+    table, unreadable = readable_features(mean_colors, batches, 4, torch.float32)
+    assert torch.equal(table["features"], expected)
+    assert table["index"].tolist() == [0, 2, 3, 4, 5, 9, 10, 11]
+    assert list(unreadable) == [1, 6, 7, 8, 12]
+    assert unreadable[6] == unreadable[8] == "No such file or directory"
+    assert unreadable[1] == unreadable[7] == unreadable[12] != unreadable[6]
+
+
+def test_unreadable_samples_are_left_out_of_predictions(with_broken, tmp_path):
+    readable, broken = with_broken
+    model = tiny_vit()
+    batches = read_views(readable, tmp_path, collate)
+    expected = evaluate(model, batches, 4, prepare_clips, torch.float32)
+    batches = read_views(broken, tmp_path, collate_readable)
+    table, unreadable = predict(model, batches, 4, prepare_clips, torch.float32)
+    assert torch.equal(table["top"], expected.top)
+    assert torch.equal(table["top_scores"], expected.top_scores)
+    assert list(unreadable) == [1, 6, 7, 8, 12]
+
+
+def test_a_pass_without_readable_samples_is_empty(with_broken, tmp_path):
+    _, broken = with_broken
+    batches = read_views(broken[6:9], tmp_path, collate_readable)
+    table, unreadable = predict(tiny_vit(), batches, 4, prepare_clips, torch.float32)
+    assert table == {}
+    assert list(unreadable) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("collate_fn", [collate, collate_readable])
+def test_an_unreadable_sample_ends_an_evaluation(collate_fn, with_broken, tmp_path):
+    _, broken = with_broken
+    batches = read_views(broken, tmp_path, collate_fn)
+    with pytest.raises(UserError, match="validation file .*text.mp4 cannot be read"):
+        evaluate(tiny_vit(), batches, 4, prepare_clips, torch.float32)
 
 
 @pytest.mark.slow

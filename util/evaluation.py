@@ -36,6 +36,13 @@ class Scores(NamedTuple):
     top_scores: Tensor  # (n, min(5, K)) probabilities
 
 
+class Readable(NamedTuple):
+    """Results of a pass that skips unreadable samples."""
+
+    table: dict[str, Tensor]  # "index" and results (n, ...) by name, sorted; {} if none is readable
+    unreadable: dict[int, str]  # reasons by sample index, sorted
+
+
 def pad_to(tensor: Tensor, length: int) -> Tensor:
     """Return a tensor (N, ...) padded to (length, ...) with copies of its last element."""
     missing = length - len(tensor)
@@ -45,15 +52,13 @@ def pad_to(tensor: Tensor, length: int) -> Tensor:
     return torch.cat([tensor, padding])
 
 
-def check_readable(batch: dict) -> None:
-    """Raise UserError if a file of an evaluation cannot be read."""
-    if batch["clips"] is None:
-        path, reason = batch["bad"][0]
-        raise UserError(
-            f"validation file {path} cannot be read ({reason}). "
-            "Repair it or remove it from the set.",
-            print_on_any_rank=True,
-        )
+def raise_unreadable(batch: dict) -> None:
+    """Raise UserError for the first unreadable file of a batch."""
+    path, reason = batch["bad"][0]
+    raise UserError(
+        f"validation file {path} cannot be read ({reason}). Repair it or remove it from the set.",
+        print_on_any_rank=True,
+    )
 
 
 def padded_batches(
@@ -61,15 +66,19 @@ def padded_batches(
     clips_per_forward: int,
     compute: Callable[..., Tensor],
     inputs: tuple[str, ...] = ("clips",),
+    on_unreadable: Callable[[dict], None] = raise_unreadable,
 ) -> Iterator[tuple[dict, Tensor]]:
     """Yield each batch with the outputs of `compute` (B, R, ...).
 
     inputs: names of tensors (B, R, ...) of the batch, the arguments of compute:
-    (clips_per_forward, ...) each -> (clips_per_forward, ...). Raises UserError for an unreadable
-    file.
+    (clips_per_forward, ...) each -> (clips_per_forward, ...). on_unreadable: called with each
+    batch that has unreadable files; if it returns, a batch without clips is left out.
     """
     for batch in batches:
-        check_readable(batch)
+        if batch["bad"]:
+            on_unreadable(batch)
+        if batch["clips"] is None:
+            continue
         views = batch["clips"].shape[1]
         parts = [batch[name].flatten(0, 1).split(clips_per_forward) for name in inputs]
         outputs = []
@@ -102,27 +111,69 @@ def to_host(rows: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:
 def gather_sorted(rows: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:
     """Return {name: (n, ...)} of all ranks on every rank, on the CPU, sorted by sample index.
 
-    rows: {"index": (B,), name: (B, ...)} of each batch of this rank, on the device. Call it on
-    every rank.
+    rows: {"index": (B,), name: (B, ...)} of each batch of this rank, on the device. The result is
+    {} for no rows. Call it on every rank.
     """
     shares = all_gather_object(to_host(rows))
     table = concatenate([share for share in shares if share])
+    if not table:
+        return {}
     order = table["index"].argsort()
     return {name: values[order] for name, values in table.items()}
 
 
-def score_samples(batch: dict, logits: Tensor) -> dict[str, Tensor]:
-    """Return loss and best classes of a batch's samples. logits: (B, R, K) of their views."""
-    probabilities = logits.softmax(2).mean(1)  # (B, K)
-    label_probabilities = probabilities.gather(1, batch["labels"][:, None])  # (B, 1)
+def gather_readable(rows: Iterable[dict[str, Tensor]], unreadable: dict[int, str]) -> Readable:
+    """Return the results of the readable samples of all ranks, and the reasons of the others.
+
+    rows: see `gather_sorted`; reading them completes `unreadable`, this rank's reasons by sample
+    index. Call it on every rank.
+    """
+    table = gather_sorted(rows)
+    reasons: dict[int, str] = {}
+    for share in all_gather_object(unreadable):
+        reasons |= share
+    return Readable(table, dict(sorted(reasons.items())))
+
+
+def best_classes(batch: dict, probabilities: Tensor) -> dict[str, Tensor]:
+    """Return index, best classes and their probabilities of a batch's samples.
+
+    probabilities: (B, K).
+    """
     top_scores, top = probabilities.topk(min(5, probabilities.shape[1]))
-    return {
-        "index": batch["index"],
-        "label": batch["labels"],
-        "loss": -label_probabilities.clamp(min=1e-30).log(),
-        "top": top,
-        "top_scores": top_scores,
-    }
+    return {"index": batch["index"], "top": top, "top_scores": top_scores}
+
+
+def score_samples(batch: dict, probabilities: Tensor) -> dict[str, Tensor]:
+    """Return `best_classes` of a batch's samples with labels and losses. probabilities: (B, K)."""
+    label_probabilities = probabilities.gather(1, batch["labels"][:, None])  # (B, 1)
+    loss = -label_probabilities.clamp(min=1e-30).log()
+    return best_classes(batch, probabilities) | {"label": batch["labels"], "loss": loss}
+
+
+def class_probabilities(
+    model: nn.Module,
+    batches,
+    clips_per_forward: int,
+    prepare: Callable[[Tensor], Tensor],
+    amp: torch.dtype,
+    on_unreadable: Callable[[dict], None] = raise_unreadable,
+) -> Iterator[tuple[dict, Tensor]]:
+    """Yield each batch with the class probabilities (B, K) of its samples, averaged over views.
+
+    See `evaluate` and `padded_batches`.
+    """
+    model.eval()
+
+    def compute_logits(clips: Tensor) -> Tensor:
+        with autocast(clips.device, amp):
+            return model(prepare(clips)).float()
+
+    outputs = padded_batches(
+        batches, clips_per_forward, compute_logits, on_unreadable=on_unreadable
+    )
+    for batch, logits in outputs:
+        yield batch, logits.softmax(2).mean(1)
 
 
 @torch.no_grad()
@@ -138,14 +189,8 @@ def evaluate(
     model: unwrapped; prepare: clips (B, C, T, H, W) uint8 -> the input of the model. Raises
     UserError for an unreadable file. Call it on every rank.
     """
-    model.eval()
-
-    def compute_logits(clips: Tensor) -> Tensor:
-        with autocast(clips.device, amp):
-            return model(prepare(clips)).float()
-
-    outputs = padded_batches(batches, clips_per_forward, compute_logits)
-    table = gather_sorted(score_samples(batch, logits) for batch, logits in outputs)
+    outputs = class_probabilities(model, batches, clips_per_forward, prepare, amp)
+    table = gather_sorted(score_samples(*output) for output in outputs)
     hits = table["top"] == table["label"][:, None]  # (n, min(5, K))
     return Scores(
         loss=table["loss"].double().mean().item(),
@@ -155,6 +200,30 @@ def evaluate(
         top=table["top"],
         top_scores=table["top_scores"],
     )
+
+
+@torch.no_grad()
+def predict(
+    model: nn.Module,
+    batches,
+    clips_per_forward: int,
+    prepare: Callable[[Tensor], Tensor],
+    amp: torch.dtype,
+) -> Readable:
+    """Return `top` (n, min(5, K)) and `top_scores` of all readable samples, as in `evaluate`.
+
+    batches: of `collate_readable`. Call it on every rank.
+    """
+    skipped: dict[int, str] = {}
+    outputs = class_probabilities(
+        model,
+        batches,
+        clips_per_forward,
+        prepare,
+        amp,
+        on_unreadable=lambda batch: skipped.update(batch["unreadable"]),
+    )
+    return gather_readable((best_classes(*output) for output in outputs), skipped)
 
 
 def percent(correct: Tensor) -> float:
@@ -187,6 +256,26 @@ def validation_loss(
     return table["loss"].double().mean().item()
 
 
+def feature_rows(
+    pool: Callable[[Tensor], Tensor],
+    batches,
+    clips_per_forward: int,
+    amp: torch.dtype,
+    on_unreadable: Callable[[dict], None] = raise_unreadable,
+) -> Iterator[dict[str, Tensor]]:
+    """Yield index and features (B, D) of each batch's samples. See `features`."""
+
+    def compute_features(clips: Tensor) -> Tensor:
+        with autocast(clips.device, amp):
+            return pool(clips).float()
+
+    outputs = padded_batches(
+        batches, clips_per_forward, compute_features, on_unreadable=on_unreadable
+    )
+    for batch, values in outputs:
+        yield {"index": batch["index"], "features": values.mean(1)}
+
+
 @torch.no_grad()
 def features(
     pool: Callable[[Tensor], Tensor], batches, clips_per_forward: int, amp: torch.dtype
@@ -196,17 +285,28 @@ def features(
     pool: clips (B, C, T, H, W) uint8 -> (B, D). Raises UserError for an unreadable file. Call it
     on every rank.
     """
-
-    def compute_features(clips: Tensor) -> Tensor:
-        with autocast(clips.device, amp):
-            return pool(clips).float()
-
-    outputs = padded_batches(batches, clips_per_forward, compute_features)
     with torch.compiler.set_stance("force_eager"):
-        table = gather_sorted(
-            {"index": batch["index"], "features": values.mean(1)} for batch, values in outputs
-        )
-    return table["features"]
+        return gather_sorted(feature_rows(pool, batches, clips_per_forward, amp))["features"]
+
+
+@torch.no_grad()
+def readable_features(
+    pool: Callable[[Tensor], Tensor], batches, clips_per_forward: int, amp: torch.dtype
+) -> Readable:
+    """Return `features` (n, D) of all readable samples, see the function of that name.
+
+    batches: of `collate_readable`. Call it on every rank.
+    """
+    skipped: dict[int, str] = {}
+    rows = feature_rows(
+        pool,
+        batches,
+        clips_per_forward,
+        amp,
+        on_unreadable=lambda batch: skipped.update(batch["unreadable"]),
+    )
+    with torch.compiler.set_stance("force_eager"):
+        return gather_readable(rows, skipped)
 
 
 def mean_features(model: VideoEncoder, batches, amp: torch.dtype) -> Tensor:
