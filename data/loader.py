@@ -38,7 +38,7 @@ class WorkerSettings(NamedTuple):
     num_workers: int  # 0: the main process reads
     pin_memory: bool
     read_timeout: float  # seconds that a file may take
-    quarantine: Path  # CSV file that lists the quarantined files, path and reason
+    quarantine: Path | None  # CSV file of quarantined files, path and reason; None: keep no file
 
 
 def stack_clips(clips: list[Tensor]) -> Tensor:
@@ -142,7 +142,8 @@ class FaultTolerantLoader:
         self.collate_fn = collate_fn
         self.loader: DataLoader | None = None
         dataset.watchdog = WorkerWatchdog(workers.num_workers, workers.read_timeout)
-        dataset.quarantine = read_quarantine(workers.quarantine)
+        if workers.quarantine is not None:
+            dataset.quarantine = read_quarantine(workers.quarantine)
 
     def __iter__(self) -> Iterator[dict]:
         self.sampler.skip = 0
@@ -189,6 +190,9 @@ class FaultTolerantLoader:
         """Put a file into the quarantine and print a line about it."""
         reason = f"hung for {self.workers.read_timeout:g} s or killed its reader"
         self.dataset.quarantine[path] = reason
+        if self.workers.quarantine is None:
+            print_rank(f"quarantined: {path} {reason}")
+            return
         add_to_quarantine(self.workers.quarantine, path, reason)
         print_rank(
             f"quarantined: {path} {reason}; listed in {self.workers.quarantine} "

@@ -106,7 +106,7 @@ def probe_files(paths: list[str], workers: int, seconds: float) -> Iterator[list
         ProbeDataset(paths, None, seed=0, substitutes=0),
         DistributedEvalSampler(len(paths), 0, 1),
         batch_size=16,
-        workers=WorkerSettings(workers, False, seconds, quarantine=Path(os.devnull)),
+        workers=WorkerSettings(workers, False, seconds, quarantine=None),
         collate_fn=keep_samples,
     )
     for batch in loader:
