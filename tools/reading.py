@@ -1,6 +1,9 @@
 """How tools read videos and images: their flags, and the data set of center clips."""
 
 import argparse
+import math
+
+import numpy as np
 
 from data.datasets import ViewDataset
 from data.transforms import decode_short_side, view_transform
@@ -38,7 +41,7 @@ def add_clip_flags(parser: Parser) -> None:
     )
     parser.add_argument(
         "--target_fps",
-        type=float,
+        type=positive_float,
         default=30,
         help="rate at which videos are read (default: the run's, else %(default)s)",
     )
@@ -53,6 +56,14 @@ def add_clip_flags(parser: Parser) -> None:
         default="auto",
         help="video reader (default: the run's, else %(default)s)",
     )
+
+
+def positive_float(text: str) -> float:
+    """Return a number above 0. Raises ArgumentTypeError."""
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return value
 
 
 def clip_reading(args: argparse.Namespace) -> dict:
@@ -104,12 +115,16 @@ def add_device_flags(parser: Parser) -> None:
 
 
 def center_clips(
-    paths: list[str], config: dict, reading: dict, known: VideoIndex | None = None
+    paths: list[str],
+    config: dict,
+    reading: dict,
+    known: VideoIndex | None = None,
+    spans: np.ndarray | None = None,
 ) -> ViewDataset:
     """Return the data set of each video's center clip and crop, at the size of a model.
 
     config: the model's. reading: see `clip_reading`; a short_side of None is that of the crop.
-    known: the index of the paths' manifest.
+    known: the index of the paths' manifest. spans: parts of the videos, see `ViewDataset`.
     """
     img_size = config["img_size"]
     return ViewDataset(
@@ -123,4 +138,5 @@ def center_clips(
         decoder=reading["decoder"],
         short_side=reading["short_side"] or decode_short_side(img_size),
         known=known,
+        spans=spans,
     )
