@@ -1,38 +1,54 @@
-"""Write the features of videos or images: the pooled tokens that enter a classifier.
+"""Write features of videos or images: the pooled tokens that enter a classifier, or all tokens.
 
 python -m tools.extract_features CKPT --data_dir FOLDER [--output FILE.npz]
-python -m tools.extract_features CKPT --data_csv FILE [--output FILE.npz]
+python -m tools.extract_features CKPT --data_csv FILE --stride_seconds 1 --output FOLDER/
 torchrun --standalone --nproc_per_node 8 -m tools.extract_features CKPT --data_dir FOLDER
 
 CKPT is a checkpoint of any family. A finetuned model uses its own read-out, any other the mean of
 the patch tokens. Frame size and frame spacing are the checkpoint's unless given. Images become
-static clips. A subfolder of FOLDER is a class; files directly in FOLDER have no label.
+static clips. A subfolder of the data is a class; files directly in it have no label.
 
-FILE.npz holds features (n, D) float32, labels (n,) int64 (-1: none), paths (n,) and classes (the
-names of the labels). It is the same on any number of processes.
+A video gives its center clip, or with --stride_seconds S a clip from every S seconds on. FILE.npz
+holds the features of all clips. FOLDER/ gets a file per video, and a call that was interrupted is
+continued by the same command. See docs/finetuning.md. Unreadable files are left out and listed.
+The files are the same on any number of processes.
+
+Letters as in models_vit.py.
 """
 
-from collections.abc import Callable
+import argparse
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from data.datasets import ImageDataset, SampleDataset
-from data.loader import WorkerSettings, eval_loader
-from data.manifest import (
-    IMAGE_EXTENSIONS,
-    VIDEO_EXTENSIONS,
-    check_folder,
-    class_indices,
-    class_names,
-    read_manifest,
-    walk,
+from data.loader import WorkerSettings, collate_readable, eval_loader, one_ahead
+from data.transforms import decode_short_side, image_transform
+from models_vit import VideoEncoder, token_grid
+from tools.data_doctor import Progress
+from tools.feature_clips import (
+    Clips,
+    Samples,
+    clips_along,
+    index_files,
+    list_samples,
+    one_clip_each,
 )
-from data.transforms import image_transform
-from data.video_index import load_index
-from models_vit import VideoEncoder, normalize
+from tools.feature_files import (
+    ClipRows,
+    count_clips,
+    file_names,
+    open_folder,
+    save_table,
+    write_files,
+    write_lists,
+)
 from tools.reading import (
     CLIP_FLAGS,
     add_clip_flags,
@@ -41,34 +57,30 @@ from tools.reading import (
     add_size_flags,
     center_clips,
     clip_reading,
+    positive_float,
 )
-from tools.visualize import run_flags
 from util import dist
-from util.checkpoint import load
-from util.cli import Parser
-from util.dist import UserError, print0
-from util.evaluation import features
-from util.files import atomic_write
+from util.checkpoint_formats import given_sizes
+from util.cli import Parser, nonnegative_int
+from util.dist import DistEnv, UserError, print0
+from util.evaluation import feature_rows, gather_readable
+from util.model_source import ModelSource, describe_checkpoint
 from util.optim import amp_dtype
 from util.pretrained import load_encoder
 
-
-class Samples(NamedTuple):
-    """The files to read."""
-
-    paths: list[str]
-    labels: list[int]  # class indices, -1: none
-    classes: list[str]
-    are_images: bool
+INFORMATIVE = ("checkpoint",)  # settings of a folder that may differ: the weights are compared
+GRID_SIZES = ("img_size", "patch_size", "num_frames", "t_patch_size")  # of `token_grid`
+CLASS_TOKEN = "class token"  # a read-out that no flag names
+MAX_LISTED = 20  # unreadable files that are printed
+CLIPS_PER_FILE = 1 << 32  # more than any file has, for one number per clip
 
 
-class RunRecord(NamedTuple):
-    """What a checkpoint records about the run that wrote it."""
+class ReadOut(NamedTuple):
+    """Which features to take of a clip's tokens."""
 
-    classes: list[str] | None  # of a finetuning run
-    global_pool: bool  # read-out: mean of the patch tokens, else the class token
-    static_clip: str  # "folded": the model sees one frame of a static clip, "exact": all
-    flags: dict  # values of CLIP_FLAGS
+    kind: str  # "mean" of the patch tokens, CLASS_TOKEN, or "none": all patch tokens
+    layer: int  # number of blocks that the tokens have passed
+    repeats_frame: bool  # whether an image is repeated for all frames
 
 
 def get_parser() -> Parser:
@@ -85,9 +97,27 @@ def get_parser() -> Parser:
         "--data_csv", default="", help="a manifest (path[,label] per line) instead of --data_dir"
     )
     parser.add_argument(
-        "--output", help="the .npz to write (default: CKPT_features.npz beside the checkpoint)"
+        "--output",
+        help="the .npz to write, or a folder (default: CKPT_features.npz beside the checkpoint)",
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace an existing file")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing .npz")
+    parser.add_argument(
+        "--layer",
+        type=nonnegative_int,
+        help="take the tokens after this block; 0: the embedding (default: the last, and the norm)",
+    )
+    parser.add_argument(
+        "--tokens",
+        choices=("mean", "none"),
+        default="mean",
+        help="mean: pool the patch tokens, or as a finetuned model does; none: keep all of them",
+    )
+    parser.add_argument(
+        "--stride_seconds",
+        type=positive_float,
+        metavar="S",
+        help="take a clip from every S seconds of a video on (default: the center clip)",
+    )
     add_size_flags(parser)
     add_clip_flags(parser)
     add_loader_flags(parser)
@@ -95,185 +125,355 @@ def get_parser() -> Parser:
     return parser
 
 
-def read_record(path: str) -> RunRecord:
-    """Return what a checkpoint records about its run; the defaults for one that records nothing.
-
-    Raises UserError for a file that cannot be read.
-    """
-    state = load(path, check=False, lazily=True)  # `load_encoder` compares the checksums
-    config = state.get("config")
-    if not isinstance(config, dict):
-        config = {}
-    flags = run_flags(state, (*CLIP_FLAGS, "static_clip"))
-    static_clip = flags.pop("static_clip", "exact")
-    global_pool = config.get("global_pool", True)
-    return RunRecord(config.get("classes"), global_pool, static_clip, flags)
+def read_source(args: argparse.Namespace) -> ModelSource:
+    """Return what the checkpoint says about its model. Raises UserError."""
+    given = given_sizes(args.num_heads, args.img_size, args.num_frames, args.t_patch_size)
+    return describe_checkpoint(args.checkpoint, given)
 
 
-def output_path(output: str | None, checkpoint: str, overwrite: bool) -> Path:
-    """Return the file to write. Raises UserError for another ending, and for an existing file."""
+def default_output(checkpoint: str) -> Path:
+    """Return CKPT_features.npz beside the checkpoint; of a remote one, in the current folder."""
+    if checkpoint.startswith("hf:"):
+        return Path(f"{checkpoint.rpartition('/')[2].removeprefix('hf:')}_features.npz")
     source = Path(checkpoint)
-    path = source.with_name(f"{source.stem}_features.npz")
-    if output is not None:
-        path = Path(output)
-    if path.suffix != ".npz":
-        raise UserError(f"--output {path} does not end in .npz. Choose such a name.")
-    if path.exists() and not overwrite:
-        raise UserError(f"{path} exists. Choose another --output, or pass --overwrite.")
+    return source.with_name(f"{source.stem}_features.npz")
+
+
+def output_path(args: argparse.Namespace) -> Path:
+    """Return the file or folder to write; a folder's name has no ending, or a / after it.
+
+    Raises UserError for other endings, and for an existing file.
+    """
+    if args.output is None:
+        path = default_output(args.checkpoint)
+    else:
+        path = Path(args.output)
+    if path.suffix == ".npz":
+        if path.exists() and not args.overwrite:
+            raise UserError(f"{path} exists. Choose another --output, or pass --overwrite.")
+        return path
+    is_folder = path.is_dir() or str(args.output).endswith("/")
+    if path.suffix and not is_folder:
+        raise UserError(
+            f"--output {path} does not end in .npz. Choose such a name, or a folder: {path}/"
+        )
+    if path.exists() and not path.is_dir():
+        raise UserError(f"--output {path} is a file, but not an .npz. Choose another name.")
+    if args.overwrite:
+        raise UserError(
+            f"--overwrite does not apply to a folder: complete files in {path} are kept. "
+            "Remove the folder, or choose another --output."
+        )
     return path
 
 
-def find_files(folder: str) -> tuple[list[str], list[str]]:
-    """Return all videos and images below a folder and their labels. Raises UserError for none.
+def choose_read_out(source: ModelSource, args: argparse.Namespace) -> ReadOut:
+    """Return what to take of the tokens. Raises UserError for a layer that the model lacks.
 
-    The label of a file is the name of the subfolder of `folder` that holds it, "" if none does.
+    A class token is read only by a classifier that was trained to.
     """
-    check_folder(folder, "--data_dir")
-    extensions = VIDEO_EXTENSIONS + IMAGE_EXTENSIONS
-    paths = walk(folder, extensions)
-    if not paths:
+    depth = source.sizes["depth"]
+    layer = depth if args.layer is None else args.layer
+    if layer > depth:
         raise UserError(
-            f"--data_dir {folder} has no videos and no images (looked for {' '.join(extensions)})"
+            f"--layer {layer}: {source.path} has {depth} blocks. "
+            f"Choose 0 (the embedding) to {depth} (the last block)."
         )
-    root = Path(folder).absolute()
-    labels = []
-    for path in paths:
-        subfolders = Path(path).relative_to(root).parts[:-1]
-        labels.append("".join(subfolders[:1]))
-    return paths, labels
-
-
-def check_kind(paths: list[str], source: str) -> bool:
-    """Return whether the files are images, not videos. Raises UserError for a mixture."""
-    images = [path for path in paths if path.lower().endswith(IMAGE_EXTENSIONS)]
-    if images and len(images) < len(paths):
-        raise UserError(
-            f"{source} has {len(images)} images (first: {images[0]}) and "
-            f"{len(paths) - len(images)} videos. Extract their features separately."
-        )
-    return bool(images)
-
-
-def list_samples(folder: str, csv: str, known_classes: list[str] | None) -> Samples:
-    """Return the files of a folder or a manifest with their class indices.
-
-    known_classes: the classes of a finetuned model. Labels index them, or the data's own classes
-    if a label is not among them. Raises UserError.
-    """
-    if csv:
-        paths, labels = read_manifest(csv)
-    else:
-        paths, labels = find_files(folder)
-    source = csv or folder
-    are_images = check_kind(paths, source)
-    distinct = sorted(set(labels) - {""})
-    classes = []
-    if distinct:
-        classes = class_names(distinct)
-    if known_classes is not None:
-        unknown = [name for name in distinct if name not in known_classes]
-        if not unknown:
-            classes = known_classes
-        else:
+    kind = args.tokens
+    if kind == "mean" and source.num_classes is not None:
+        if source.global_pool is None:
             print0(
-                f"note: {unknown[0]!r} is not a class of the checkpoint. "
-                f"The labels are indices of the {len(classes)} classes of {source}."
+                f"note: {source.path} does not record its read-out; the features are the mean of "
+                "the patch tokens."
             )
-    indices = dict(zip(distinct, class_indices(distinct, classes, source), strict=True))
-    return Samples(paths, [indices.get(label, -1) for label in labels], classes, are_images)
+        elif not source.global_pool and source.sizes["cls_embed"]:
+            kind = CLASS_TOKEN
+    repeats_frame = source.flags.get("static_clip", "exact") != "folded"
+    return ReadOut(kind, layer, repeats_frame)
 
 
-def pool(encoder: VideoEncoder, clips: Tensor, global_pool: bool) -> Tensor:
-    """Return features (B, D) of clips (B, 3, T, H, W) float: what enters a classifier's head."""
-    tokens = encoder.encode(clips)  # (B, [1 +] L, D)
-    if global_pool:
-        pooled = tokens[:, int(encoder.cls_embed) :].mean(dim=1)
+def read_tokens(encoder: VideoEncoder, clips: Tensor, read_out: ReadOut) -> Tensor:
+    """Return the features of clips (B, 3, T, H, W) uint8: (B, D), or all tokens (B, t', h, w, D).
+
+    After the last block the norm is applied as in the classifier: to the pooled token, or to all.
+    The tokens of earlier blocks are not normalized.
+    """
+    blocks = encoder.blocks[: read_out.layer]
+    x, delta = encoder.run_blocks(blocks, *encoder.embed(clips))
+    tokens = x + delta  # (B, [1 +] L, D)
+    patches = tokens[:, int(encoder.cls_embed) :]
+    if read_out.kind == "mean":
+        values = patches.mean(dim=1)
+    elif read_out.kind == CLASS_TOKEN:
+        values = tokens[:, 0]
     else:
-        pooled = tokens[:, 0]
-    return encoder.norm(pooled)
+        values = patches.unflatten(1, encoder.grid)
+    if read_out.layer == len(encoder.blocks):
+        values = encoder.norm(values)
+    return values
 
 
 def make_read_out(
-    encoder: VideoEncoder, record: RunRecord, are_images: bool
+    encoder: VideoEncoder, read_out: ReadOut, are_images: bool
 ) -> Callable[[Tensor], Tensor]:
-    """Return a function from clips (B, 3, T, H, W) uint8 to features (B, D); T = 1 for images."""
-    mean = encoder.config["mean"]
-    std = encoder.config["std"]
+    """Return a function from clips (B, 3, T, H, W) uint8 to features; T = 1 for images."""
     num_frames = encoder.config["num_frames"]
-    repeats_frame = are_images and record.static_clip == "exact"
+    repeats_frame = are_images and read_out.repeats_frame
 
-    def read_out(clips: Tensor) -> Tensor:
-        clips = normalize(clips, mean, std)
+    @torch.no_grad()
+    def read(clips: Tensor) -> Tensor:
         if repeats_frame:
             clips = clips.expand(-1, -1, num_frames, -1, -1)
-        return pool(encoder, clips, record.global_pool)
+        return read_tokens(encoder, clips, read_out)
 
-    return read_out
+    return read
 
 
-def save_features(path: Path, values: Tensor, samples: Samples) -> None:
-    """Write the features (n, D), with labels, paths and class names."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path) as temporary:
-        np.savez(
-            temporary,
-            features=values.numpy(),
-            labels=np.array(samples.labels, np.int64),
-            paths=np.array(samples.paths),
-            classes=np.array(samples.classes, str),
+class Extraction:
+    """Computes the features of files on this process.
+
+    unreadable: {file: reason} so far.
+    """
+
+    def __init__(
+        self,
+        *,
+        encoder: VideoEncoder,
+        read_out: ReadOut,
+        samples: Samples,
+        args: argparse.Namespace,
+        env: DistEnv,
+        quarantine: Path,
+    ):
+        self.config = encoder.config
+        self.read = make_read_out(encoder, read_out, samples.are_images)
+        self.samples = samples
+        self.args = args
+        self.env = env
+        self.amp = amp_dtype(args.amp, env.device)
+        self.workers = WorkerSettings(args.num_workers, True, args.read_timeout, quarantine)
+        self.unreadable: dict[int, str] = {}
+
+    @property
+    def clip_seconds(self) -> float:
+        """How long a clip lasts."""
+        return self.args.sampling_rate * self.config["num_frames"] / self.args.target_fps
+
+    def find_clips(self, files: list[int]) -> Clips:
+        """Return the clips of this process's share of the files."""
+        share = files[self.env.rank :: self.env.world_size]
+        stride = self.args.stride_seconds
+        if stride is None:
+            return one_clip_each(share, self.samples)
+        index = index_files(
+            share, self.samples, self.workers.num_workers, self.workers.read_timeout
+        )
+        return clips_along(share, index, self.clip_seconds, stride)
+
+    def rows(self, clips: Clips) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Yield (indices of some clips (b,), their features (b, ...) float32), in order.
+
+        Unreadable clips are left out. The device computes a batch while the one before is used.
+        """
+        self.unreadable |= clips.unreadable
+        total = len(clips.file)
+        if total == 0:
+            return
+
+        def note_unreadable(batch: dict) -> None:
+            for index, reason in batch["unreadable"].items():
+                if clips.spans is not None:
+                    reason = f"from {clips.spans[index, 0]:g} s on: {reason}"
+                self.unreadable.setdefault(int(clips.file[index]), reason)
+
+        batch_size = self.args.batch_size_per_gpu
+        alone = self.env._replace(rank=0, world_size=1)  # the clips are this process's own
+        dataset = self.make_dataset(clips)
+        batches = eval_loader(dataset, batch_size, self.workers, alone, collate_readable)()
+        progress = Progress("computing features", total)
+        done = 0
+        for row in one_ahead(
+            feature_rows(self.read, batches, batch_size, self.amp, note_unreadable)
+        ):
+            indices = row["index"].cpu().numpy()
+            yield indices, row["features"].cpu().numpy()
+            done = int(indices[-1]) + 1
+            progress.show(done)
+        if done < total:  # the last ones are unreadable
+            progress.show(total)
+
+    def make_dataset(self, clips: Clips) -> SampleDataset:
+        """Return the center crops of clips of videos, or of images, at the size of the model."""
+        paths = [self.samples.paths[file] for file in clips.file.tolist()]
+        if not self.samples.are_images:
+            reading = clip_reading(self.args)
+            return center_clips(paths, self.config, reading, clips.known, clips.spans)
+        return ImageDataset(
+            paths=paths,
+            labels=[-1] * len(paths),
+            transform=image_transform(self.config["img_size"], train=False),
+            seed=0,
+            substitutes=0,
         )
 
 
-def make_dataset(samples: Samples, config: dict, manifest: str, reading: dict) -> SampleDataset:
-    """Return center clips of videos, or center crops of images, at the size of the model.
-
-    manifest: where the paths come from, "" for none. reading: see `clip_reading`.
-    """
-    if not samples.are_images:
-        known = load_index(manifest, samples.paths)
-        return center_clips(samples.paths, config, reading, known)
-    return ImageDataset(
-        paths=samples.paths,
-        labels=samples.labels,
-        transform=image_transform(config["img_size"], train=False),
-        seed=0,
-        substitutes=0,
+def write_table(output: Path, extraction: Extraction) -> None:
+    """Write the features of all files to an .npz. Raises UserError if none can be read."""
+    samples = extraction.samples
+    clips = extraction.find_clips(list(range(len(samples.paths))))
+    keys = torch.from_numpy(clips.file * CLIPS_PER_FILE + clips.clip)
+    rows = (
+        {"index": keys[indices], "features": torch.from_numpy(values)}
+        for indices, values in extraction.rows(clips)
     )
+    table, unreadable = gather_readable(rows, extraction.unreadable)
+    check_any_readable(len(unreadable) < len(samples.paths), samples, unreadable)
+    file, clip = divmod(table["index"].numpy(), CLIPS_PER_FILE)
+    kept = ~np.isin(file, list(unreadable))
+    values = table["features"].numpy()[kept]
+    times = {}
+    if extraction.args.stride_seconds is not None:
+        times = {"stride": extraction.args.stride_seconds, "length": extraction.clip_seconds}
+    if extraction.env.rank == 0:
+        rows_to_save = ClipRows(file[kept], clip[kept], values)
+        save_table(output, rows_to_save, samples._asdict(), by_path(samples, unreadable), times)
+    print_unreadable(samples, unreadable)
+    shape = " x ".join(map(str, values.shape))
+    print0(f"wrote {output}: features {shape}, {len(samples.classes)} classes")
+
+
+def write_folder(folder: Path, extraction: Extraction, settings: dict) -> None:
+    """Write the features of each file to a folder. Raises UserError if none can be read."""
+    samples = extraction.samples
+    shape = tuple(settings["shape"])
+    names = file_names(samples.paths, extraction.args.data_dir)
+    dist.on_rank0(lambda: open_folder(folder, settings, INFORMATIVE))
+    pending = dist.on_rank0(lambda: find_pending(folder, names, shape))
+    clips = extraction.find_clips(pending)
+    rows = (
+        (int(clips.file[index]), features)
+        for indices, values in extraction.rows(clips)
+        for index, features in zip(indices, values, strict=True)
+    )
+    targets = {file: folder / names[file] for file in pending}
+    write_files(rows, Counter(clips.file.tolist()), targets)
+    _, unreadable = gather_readable([], extraction.unreadable)
+    listing = [
+        (path, name, samples.label(file))
+        for file, (path, name) in enumerate(zip(samples.paths, names, strict=True))
+    ]
+    count = dist.on_rank0(lambda: write_lists(folder, listing, shape, by_path(samples, unreadable)))
+    print_unreadable(samples, unreadable)
+    check_any_readable(count > 0, samples, unreadable)
+    present = len(set(names)) - len(pending)
+    print0(f"wrote {folder}: features of {count} files ({present} were there already)")
+
+
+def find_pending(folder: Path, names: list[str], shape: tuple[int, ...]) -> list[int]:
+    """Return the indices of the files whose features are not in the folder; duplicates once."""
+    first_of = {name: file for file, name in reversed(list(enumerate(names)))}
+    pending = [file for name, file in first_of.items() if count_clips(folder / name, shape) == 0]
+    return sorted(pending)
+
+
+def by_path(samples: Samples, unreadable: dict[int, str]) -> dict[str, str]:
+    """Return {path: reason} for {file: reason}."""
+    return {samples.paths[file]: reason for file, reason in unreadable.items()}
+
+
+def check_any_readable(readable: bool, samples: Samples, unreadable: dict[int, str]) -> None:
+    """Raise UserError if no file is readable."""
+    if readable:
+        return
+    file, reason = next(iter(unreadable.items()))
+    raise UserError(
+        f"none of the {len(samples.paths)} files can be read "
+        f"(first: {samples.paths[file]}: {reason}). Check --data_dir or --data_csv."
+    )
+
+
+def print_unreadable(samples: Samples, unreadable: dict[int, str]) -> None:
+    """Print the first unreadable files."""
+    if not unreadable:
+        return
+    print0(f"{len(unreadable)} of {len(samples.paths)} files cannot be read and are left out:")
+    for path, reason in list(by_path(samples, unreadable).items())[:MAX_LISTED]:
+        print0(f"  {path}: {reason}")
+    if len(unreadable) > MAX_LISTED:
+        print0(f"  ... and {len(unreadable) - MAX_LISTED} more, which the output lists")
+
+
+def sha256_of_weights(encoder: VideoEncoder) -> str:
+    """Return the SHA-256 of an encoder's weights, on the CPU, whatever file they come from."""
+    digest = hashlib.sha256()
+    for name, value in sorted(encoder.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def folder_settings(extraction: Extraction, read_out: ReadOut, weights: str) -> dict:
+    """Return the settings on which features depend. weights: their SHA-256."""
+    args = extraction.args
+    config = extraction.config
+    shape = [config["embed_dim"]]
+    if read_out.kind == "none":
+        shape = [*token_grid(*(config[name] for name in GRID_SIZES)), *shape]
+    return {
+        "checkpoint": args.checkpoint,
+        "weights": weights,
+        "layer": read_out.layer,
+        "tokens": read_out.kind,
+        "shape": shape,
+        "img_size": config["img_size"],
+        "num_frames": config["num_frames"],
+        "sampling_rate": args.sampling_rate,
+        "target_fps": args.target_fps,
+        "clip_seconds": extraction.clip_seconds,
+        "stride_seconds": args.stride_seconds,
+        "short_side": args.short_side or decode_short_side(config["img_size"]),
+        "amp": str(extraction.amp).removeprefix("torch."),
+    }
 
 
 def main(argv: list[str] | None = None) -> None:
     """Run the command line. Raises UserError for bad input."""
     parser = get_parser()
     args = parser.parse_args(argv)
-    path = args.checkpoint
-    record = read_record(path)
-    parser.set_defaults(**record.flags)
+    source = read_source(args)
+    recorded = {name: source.flags[name] for name in CLIP_FLAGS if name in source.flags}
+    parser.set_defaults(**recorded)
     args = parser.parse_args(argv)
     env = dist.setup(args.device)
-    output = dist.on_rank0(lambda: output_path(args.output, path, args.overwrite))
-    samples = dist.on_rank0(lambda: list_samples(args.data_dir, args.data_csv, record.classes))
+    output = dist.on_rank0(lambda: output_path(args))
+    samples = dist.on_rank0(lambda: list_samples(args.data_dir, args.data_csv, source.classes))
+    if samples.are_images and args.stride_seconds is not None:
+        raise UserError("--stride_seconds is for videos, but the files are images. Drop it.")
+    read_out = choose_read_out(source, args)
     encoder = load_encoder(
-        path,
+        args.checkpoint,
         num_heads=args.num_heads,
         img_size=args.img_size,
         num_frames=args.num_frames,
         t_patch_size=args.t_patch_size,
-    ).to(env.device)
-    dataset = make_dataset(samples, encoder.config, args.data_csv, clip_reading(args))
-    workers = WorkerSettings(
-        num_workers=args.num_workers,
-        pin_memory=True,
-        read_timeout=args.read_timeout,
-        quarantine=output.parent / "quarantine.csv",
     )
-    batches = eval_loader(dataset, args.batch_size_per_gpu, workers, env)()
-    read_out = make_read_out(encoder, record, samples.are_images)
-    amp = amp_dtype(args.amp, env.device)
-    values = features(read_out, batches, args.batch_size_per_gpu, amp)
-    if env.rank == 0:
-        save_features(output, values, samples)
-    count, width = values.shape
-    print0(f"wrote {output}: features {count} x {width}, {len(samples.classes)} classes")
+    in_table = output.suffix == ".npz"
+    weights = ""
+    if not in_table:
+        weights = dist.on_rank0(lambda: sha256_of_weights(encoder))
+    folder = output.parent if in_table else output
+    extraction = Extraction(
+        encoder=encoder.to(env.device),
+        read_out=read_out,
+        samples=samples,
+        args=args,
+        env=env,
+        quarantine=folder / "quarantine.csv",
+    )
+    if in_table:
+        write_table(output, extraction)
+    else:
+        write_folder(output, extraction, folder_settings(extraction, read_out, weights))
 
 
 if __name__ == "__main__":

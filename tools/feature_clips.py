@@ -1,0 +1,157 @@
+"""The clips to compute features of: which files, and where in each video."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from data.manifest import (
+    IMAGE_EXTENSIONS,
+    VIDEO_EXTENSIONS,
+    check_folder,
+    class_indices,
+    class_names,
+    read_manifest,
+    walk,
+)
+from data.spans import cut_into_spans, index_durations
+from data.video_index import UNKNOWN, VideoIndex, load_index, new_index
+from tools.data_doctor import probe_files
+from util.dist import UserError, print0
+
+
+class Samples(NamedTuple):
+    """The files to read."""
+
+    paths: list[str]
+    labels: list[int]  # class indices, -1: none
+    classes: list[str]
+    are_images: bool
+    manifest: str  # where the paths come from, "" for a folder
+
+    def label(self, index: int) -> str:
+        """Return the class name of a file, "" for none."""
+        if self.labels[index] < 0:
+            return ""
+        return self.classes[self.labels[index]]
+
+
+class Clips(NamedTuple):
+    """The clips of some files, in order."""
+
+    file: np.ndarray  # (m,) int64 index of the file of each clip
+    clip: np.ndarray  # (m,) int64 index of the clip in its file
+    spans: np.ndarray | None  # (m, 2) seconds, None for the center clips of whole files
+    known: VideoIndex | None  # a row per clip
+    unreadable: dict[int, str]  # reason by file, of files that have no clips
+
+
+def find_files(folder: str) -> tuple[list[str], list[str]]:
+    """Return all videos and images below a folder and their labels. Raises UserError for none.
+
+    The label of a file is the name of the subfolder of `folder` that holds it, "" if none does.
+    """
+    check_folder(folder, "--data_dir")
+    extensions = VIDEO_EXTENSIONS + IMAGE_EXTENSIONS
+    paths = walk(folder, extensions)
+    if not paths:
+        raise UserError(
+            f"--data_dir {folder} has no videos and no images (looked for {' '.join(extensions)})"
+        )
+    root = Path(folder).absolute()
+    labels = []
+    for path in paths:
+        subfolders = Path(path).relative_to(root).parts[:-1]
+        labels.append("".join(subfolders[:1]))
+    return paths, labels
+
+
+def check_kind(paths: list[str], source: str) -> bool:
+    """Return whether the files are images, not videos. Raises UserError for a mixture."""
+    images = [path for path in paths if path.lower().endswith(IMAGE_EXTENSIONS)]
+    if images and len(images) < len(paths):
+        raise UserError(
+            f"{source} has {len(images)} images (first: {images[0]}) and "
+            f"{len(paths) - len(images)} videos. Extract their features separately."
+        )
+    return bool(images)
+
+
+def list_samples(folder: str, csv: str, known_classes: list[str] | None) -> Samples:
+    """Return the files of a folder or a manifest with their class indices.
+
+    known_classes: the classes of a finetuned model. Labels index them, or the data's own classes
+    if a label is not among them. Raises UserError.
+    """
+    if csv:
+        paths, labels = read_manifest(csv)
+    else:
+        paths, labels = find_files(folder)
+    source = csv or folder
+    are_images = check_kind(paths, source)
+    distinct = sorted(set(labels) - {""})
+    classes = []
+    if distinct:
+        classes = class_names(distinct)
+    if known_classes is not None:
+        unknown = [name for name in distinct if name not in known_classes]
+        if not unknown:
+            classes = known_classes
+        else:
+            print0(
+                f"note: {unknown[0]!r} is not a class of the checkpoint. "
+                f"The labels are indices of the {len(classes)} classes of {source}."
+            )
+    indices = dict(zip(distinct, class_indices(distinct, classes, source), strict=True))
+    return Samples(paths, [indices.get(label, -1) for label in labels], classes, are_images, csv)
+
+
+def index_files(
+    files: list[int], samples: Samples, num_workers: int, read_timeout: float
+) -> VideoIndex:
+    """Return the video index of some files; those that the manifest's index lacks are opened.
+
+    num_workers processes open them, each file for at most read_timeout seconds.
+    """
+    paths = [samples.paths[file] for file in files]
+    index = new_index(paths, known_rows(files, samples))
+    unknown = np.flatnonzero(index.rows["state"] == UNKNOWN).tolist()
+    unknown_paths = [paths[row] for row in unknown]
+    for batch in probe_files(unknown_paths, num_workers, read_timeout):
+        for sample in batch:
+            reason = "".join(reason for _, reason in sample["bad"])
+            index.set_row(unknown[sample["index"]], sample["clips"], reason)
+    return index
+
+
+def known_rows(files: list[int], samples: Samples) -> VideoIndex | None:
+    """Return the rows of some files in the index of the manifest, None if it has none."""
+    if samples.are_images:
+        return None
+    known = load_index(samples.manifest, samples.paths)
+    if known is None:
+        return None
+    return VideoIndex(known.rows[files], known.all_times())
+
+
+def one_clip_each(files: list[int], samples: Samples) -> Clips:
+    """Return a clip of each file."""
+    file = np.array(files, dtype=np.int64)
+    known = known_rows(files, samples)
+    return Clips(file, np.zeros_like(file), None, known, {})
+
+
+def clips_along(files: list[int], index: VideoIndex, seconds: float, stride: float) -> Clips:
+    """Return clips of `seconds` from every `stride` seconds of each video on.
+
+    index: of the files.
+    """
+    row, spans = cut_into_spans(index_durations(index), seconds, stride)
+    absent = np.setdiff1d(np.arange(len(files)), row).tolist()
+    return Clips(
+        file=np.array(files, dtype=np.int64)[row],
+        clip=np.rint(spans[:, 0] / stride).astype(np.int64),
+        spans=spans,
+        known=VideoIndex(index.rows[row], index.all_times()),
+        unreadable={files[i]: index.rows["reason"][i].decode(errors="replace") for i in absent},
+    )
