@@ -5,8 +5,9 @@ dataset yields clips (R, C, T, H, W) uint8. A sample is a function of (seed, epo
 alone, so the numbers of workers and ranks do not change it.
 """
 
+import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -25,7 +26,7 @@ from data.clips import (
 from data.decode import open_video, warn_if_decord_missing
 from data.images import read_image
 from data.input_files import ReadError, error_summary
-from data.video import VideoInfo
+from data.video import VideoInfo, VideoReader
 from data.video_index import VideoIndex
 from data.watchdog import WorkerWatchdog
 from util.dist import UserError
@@ -313,7 +314,8 @@ class ViewDataset(SampleDataset):
         short_side: Short side of the decoded frames in pixels.
         noise_tokens: L of the mask noise, 0 for none. Samples with noise have one view.
         spans: The part (start, end) of its file that each sample consists of, in seconds (n, 2);
-            None for whole files. Samples may share a file. See data/clips.py.
+            None for whole files. Samples may share a file, which stays open from one to the next.
+            See data/clips.py.
     """
 
     def __init__(
@@ -336,6 +338,7 @@ class ViewDataset(SampleDataset):
         super().__init__(paths, labels, seed=0, substitutes=0, known=known)
         warn_if_decord_missing(decoder)
         self.spans = None
+        self.kept: tuple[str, VideoReader] | None = None  # the last file, open, and its path
         if spans is not None:
             self.spans = check_spans(spans, len(paths))
         self.spacing: dict = {
@@ -357,7 +360,7 @@ class ViewDataset(SampleDataset):
         span = None
         if self.spans is not None:
             span = tuple(self.spans[index].tolist())
-        with open_video(path, self.decoder, self.short_side, info) as video:
+        with self._open(path, info) as video:
             available = available_frames(video, span)
             slack = clip_slack(available, video.fps, **self.spacing)
             starts = [view_start(slack, view, self.num_views) for view in range(self.num_views)]
@@ -371,6 +374,29 @@ class ViewDataset(SampleDataset):
         positions = torch.from_numpy(inverse.reshape(indices.shape))  # in `frames`
         views = [self.transform(frames[clip]) for clip in positions]
         return ReadClips(torch.cat(views).transpose(1, 2), len(distinct), replaced)
+
+    @contextlib.contextmanager
+    def _open(self, path: str, info: VideoInfo | None) -> Iterator[VideoReader]:
+        """Yield an open video: with spans the one of the last sample, if it is the same file.
+
+        Opening a long file takes longer than reading a clip of it. Raises ReadError.
+        """
+        kept_path, video = self.kept or ("", None)
+        self.kept = None  # until it is known that this sample can be read
+        if video is not None and kept_path != path:
+            video.close()
+            video = None
+        if video is None:
+            video = open_video(path, self.decoder, self.short_side, info)
+        try:
+            yield video
+        except BaseException:
+            video.close()
+            raise
+        if self.spans is None or not video.restart():
+            video.close()
+        else:
+            self.kept = (path, video)
 
     def __getitem__(self, key: tuple[int, int]) -> dict:
         """Read sample (0, index), see `SampleDataset`; if asked for with its `fixed_noise` (1, L).

@@ -95,6 +95,7 @@ class PyAVVideo(VideoReader):
         self.retry_packets = MAX_RETRY_PACKETS  # that may still be decoded in further attempts
         try:
             self._read_properties(info)
+            self.had_all_packets = self.gops.all_packets is not None
         except NoPackets:
             self.container.close()
             raise ReadError("no frames") from None
@@ -119,6 +120,17 @@ class PyAVVideo(VideoReader):
                 self.gops.unseen = self._count_unseen()
             self.num_frames = self.gops.num_frames
         self.fps, self.times = self._frame_rate()
+
+    def restart(self) -> bool:
+        """Forget earlier reads. Returns False if one has found that the table contradicts the file.
+
+        That changes the frame indices. Packets that were read on demand are freed.
+        """
+        self.replaced = 0
+        self.conversion_error = ""
+        self.retry_packets = MAX_RETRY_PACKETS
+        self.gops.cache.clear()
+        return (self.gops.all_packets is not None) == self.had_all_packets
 
     def close(self) -> None:
         """Close the file."""

@@ -59,6 +59,13 @@ class VideoReader:
 
         return torch.from_numpy(self.read(indices)).permute(0, 3, 1, 2)
 
+    def restart(self) -> bool:
+        """Forget earlier reads, so that the next one gives what it would in a file just opened.
+
+        Saves opening the file again. Returns False if that is needed.
+        """
+        return False
+
     def close(self) -> None:
         """Close the file."""
         raise NotImplementedError

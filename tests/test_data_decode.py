@@ -436,3 +436,27 @@ def decode_as_player(path: Path) -> list[np.ndarray]:
             frames, _ = video._decode_packet(packet)
             images += [frame.to_ndarray(format="rgb24") for frame in frames]
     return images
+
+
+def test_a_restart_forgets_earlier_reads(tmp_path):
+    path = write_video(tmp_path / "v.mp4", frames=40)
+    with PyAVVideo(str(path), None) as video:
+        video.read(np.arange(40))
+        assert len(video.gops.cache) > 0
+        video.retry_packets = 0
+        video.replaced = 3
+        video.conversion_error = "of an earlier read"
+        assert video.restart()
+        fresh = PyAVVideo(str(path), None)
+        for name in ("retry_packets", "replaced", "conversion_error"):
+            assert getattr(video, name) == getattr(fresh, name)
+        fresh.close()
+        assert video.gops.cache == {}
+        video.gops._read_all()  # as after a packet that the table does not announce
+        assert not video.restart()
+
+
+def test_decord_opens_a_file_again(tmp_path):
+    path = str(write_video(tmp_path / "v.mp4", frames=40))
+    with open_video(path, "decord") as video:
+        assert video.restart() == isinstance(video, PyAVVideo)

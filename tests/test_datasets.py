@@ -2,13 +2,14 @@
 
 import math
 
+import av
 import numpy as np
 import pytest
 import torch
 from clip_dataset import SEED, clip_dataset
 from make_videos import write_folder, write_video
-from video_matrix import H264, IRREGULAR
-from video_writer import Case, number_of, write_case
+from video_matrix import H264, IRREGULAR, QUICK
+from video_writer import Case, NoEncoder, number_of, write_case
 
 from data import datasets
 from data.clips import frame_indices
@@ -152,6 +153,7 @@ def test_views_of_a_video_are_those_read_one_by_one(tmp_path):
         transform=transform,
     )
     sample = data[(0, 0)]
+    assert data.kept is None
     assert sample["clips"].shape == (15, 3, 4, 32, 32)
     assert sample["label"] == 3
     for view in range(5):
@@ -240,6 +242,66 @@ def test_a_span_costs_no_more_than_its_frames(tmp_path, monkeypatch):
     data = spans_dataset(path, [(3, 3 + 8 / 30)], "pyav")
     assert data[(0, 0)]["clips"] is not None
     assert opened[0].decoded < 24  # of 120: two GOPs
+
+
+def corrupt_video(path) -> str:
+    """Return a video of which each GOP has a corrupt packet."""
+    write_video(path, frames=120)
+    content = bytearray(path.read_bytes())
+    with av.open(str(path)) as container:
+        packets = [(packet.pos, packet.size) for packet in container.demux(video=0) if packet.size]
+    for position, size in packets[4::12]:
+        content[position + size // 2 : position + size] = bytes(size - size // 2)
+    path.write_bytes(content)
+    return str(path)
+
+
+def video_of_case(name: str, folder) -> str:
+    """Return a video of the matrix, or a corrupt one. Skip the test where PyAV cannot write it."""
+    if name == "corrupt.mp4":
+        return corrupt_video(folder / name)
+    (case,) = [case for case in QUICK if case.name == name]
+    try:
+        return str(write_case(case, folder))
+    except NoEncoder as error:
+        pytest.skip(str(error))
+
+
+@pytest.mark.parametrize("name", ["corrupt.mp4", *(case.name for case in QUICK)])
+@pytest.mark.parametrize("decoder", ["pyav", "decord"])
+def test_a_file_that_stays_open_reads_the_same(tmp_path, name, decoder):
+    path = video_of_case(name, tmp_path)
+    order = np.random.default_rng(0).permutation(8)
+    spans = [(start / 10, start / 10 + 8 / 30) for start in order]
+    kept = spans_dataset(path, spans, decoder)
+    for index, span in enumerate(spans):
+        sample = kept[(0, index)]
+        alone = spans_dataset(path, [span], decoder)[(0, 0)]
+        assert sample["bad"] == alone["bad"]
+        assert sample["replaced"] == alone["replaced"]
+        if alone["clips"] is not None:
+            assert torch.equal(sample["clips"], alone["clips"])
+
+
+def test_spans_of_one_file_open_it_once(tmp_path, monkeypatch):
+    paths = [str(write_video(tmp_path / name, frames=60)) for name in ("a.mp4", "b.mp4")]
+    opened = []
+    closed = []
+
+    def open_and_record(path, *arguments):
+        opened.append(path)
+        video = open_video(path, *arguments)
+        close = video.close
+        video.close = lambda: closed.append(path) or close()
+        return video
+
+    monkeypatch.setattr(datasets, "open_video", open_and_record)
+    data = spans_dataset(paths[0], [(0, 1), (1, 2), (9, 10), (0, 1), (0, 1)], "pyav")
+    data.paths = PackedStrings([*paths[:1] * 4, paths[1]])
+    samples = [data[(0, index)] for index in range(5)]
+    assert [sample["clips"] is None for sample in samples] == [False, False, True, False, False]
+    assert opened == [paths[0], paths[0], paths[1]]  # again after the error
+    assert closed == [paths[0], paths[0]]
 
 
 def test_packed_strings_are_a_list_of_strings():
