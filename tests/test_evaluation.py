@@ -19,12 +19,13 @@ from util import evaluation
 from util.dist import DistEnv, UserError
 from util.evaluation import (
     evaluate,
+    feature_rows,
     features,
+    gather_readable,
     knn_classes,
     linear_classes,
     mean_features,
     predict,
-    readable_features,
     validation_loss,
 )
 from util.pixels import VIDEO_MEAN, VIDEO_STD
@@ -227,7 +228,13 @@ def test_unreadable_samples_are_left_out_of_features(with_broken, tmp_path):
     expected = features(mean_colors, batches, 4, torch.float32)
     assert len(expected.unique(dim=0)) == 8
     batches = read_views(broken, tmp_path, collate_readable)
-    table, unreadable = readable_features(mean_colors, batches, 4, torch.float32)
+    skipped = {}
+
+    def skip(batch):
+        skipped.update(batch["unreadable"])
+
+    rows = feature_rows(mean_colors, batches, 4, torch.float32, skip)
+    table, unreadable = gather_readable(rows, skipped)
     assert torch.equal(table["features"], expected)
     assert table["index"].tolist() == [0, 2, 3, 4, 5, 9, 10, 11]
     assert list(unreadable) == [1, 6, 7, 8, 12]

@@ -289,26 +289,6 @@ def features(
         return gather_sorted(feature_rows(pool, batches, clips_per_forward, amp))["features"]
 
 
-@torch.no_grad()
-def readable_features(
-    pool: Callable[[Tensor], Tensor], batches, clips_per_forward: int, amp: torch.dtype
-) -> Readable:
-    """Return `features` (n, D) of all readable samples, see the function of that name.
-
-    batches: of `collate_readable`. Call it on every rank.
-    """
-    skipped: dict[int, str] = {}
-    rows = feature_rows(
-        pool,
-        batches,
-        clips_per_forward,
-        amp,
-        on_unreadable=lambda batch: skipped.update(batch["unreadable"]),
-    )
-    with torch.compiler.set_stance("force_eager"):
-        return gather_readable(rows, skipped)
-
-
 def mean_features(model: VideoEncoder, batches, amp: torch.dtype) -> Tensor:
     """Return features (n, D) of an encoder: the mean of the patch tokens, then the norm.
 
