@@ -45,12 +45,13 @@ def write_video(
     path: Path,
     *,
     frames: int = 40,
+    first: int = 0,
     size: tuple[int, int] = (96, 64),
     gop: int = 12,
     codec: str = "libx264",
     b_frames: int = 2,
 ) -> Path:
-    """Encode `frames` numbered frames of `size` (width, height) and return the path."""
+    """Encode `frames` frames of `size` (width, height), numbered from `first`; return the path."""
     path.parent.mkdir(parents=True, exist_ok=True)
     width, height = size
     with av.open(str(path), "w") as container:
@@ -60,7 +61,7 @@ def write_video(
         stream.pix_fmt = "yuv420p"
         stream.codec_context.gop_size = gop
         stream.codec_context.max_b_frames = b_frames
-        for number in range(frames):
+        for number in range(first, first + frames):
             image = numbered_frame(number, width, height)
             frame = av.VideoFrame.from_ndarray(image, format="rgb24")
             container.mux(stream.encode(frame))

@@ -1,0 +1,447 @@
+"""Classify unlabeled videos and images with a finetuned checkpoint of any family.
+
+python -m tools.predict --checkpoint CKPT VIDEOS IMAGES --output predictions.csv
+python -m tools.predict --checkpoint CKPT a.mp4 b.png list.csv --views 5x3
+python -m tools.predict --checkpoint CKPT long.mp4 --segment_seconds 10 --output segments.csv
+torchrun --standalone --nproc_per_node 8 -m tools.predict --checkpoint CKPT VIDEOS --output p.csv
+
+Folders are searched recursively; .csv and .txt files are manifests (path[,label] per line). Model,
+frame size and frame spacing are the checkpoint's unless given. Images become static clips.
+
+The five best classes of the first files are printed, as far as the terminal is wide. --output
+writes those of all files: path, [start, end,] top1, score1, ..., reason (why a file cannot be read,
+else empty). The file is the same on any number of processes. See docs/finetuning.md.
+"""
+
+import argparse
+import math
+import os
+import re
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from data.clips import Span, video_duration
+from data.datasets import ImageDataset, SampleDataset, ViewDataset
+from data.loader import WorkerSettings, collate_readable, eval_loader
+from data.manifest import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, read_manifest, walk
+from data.transforms import decode_short_side, image_transform, view_transform
+from data.video_index import VideoIndex, new_index
+from engine_finetune import model_input
+from models_vit import VisionTransformer
+from tools.data_doctor import Progress, probe_files
+from tools.prediction_tables import (
+    Prediction,
+    Sample,
+    prediction_table,
+    save_table,
+    table_lines,
+    unreadable_lines,
+)
+from tools.reading import (
+    CLIP_FLAGS,
+    add_clip_flags,
+    add_device_flags,
+    add_loader_flags,
+    add_size_flags,
+    positive_float,
+)
+from util import dist
+from util.checkpoint_formats import given_sizes
+from util.cli import Parser
+from util.dist import DistEnv, UserError, print0
+from util.evaluation import predict
+from util.model_source import ModelSource, describe_checkpoint, require_head
+from util.optim import amp_dtype
+from util.pretrained import load_classifier
+
+MANIFEST_EXTENSIONS = (".csv", ".txt")
+
+
+class Views(NamedTuple):
+    """The views of a video over which probabilities are averaged."""
+
+    windows: int  # spread over time
+    crops: int  # of each window
+
+
+class Samples(NamedTuple):
+    """All samples in the order of the input."""
+
+    rows: list[Sample]
+    known: VideoIndex | None = None  # of the samples' files, if they were looked at
+
+
+class Pass(NamedTuple):
+    """The videos or the images among the samples."""
+
+    label: str
+    indices: list[int]  # in the list of all samples
+    dataset: SampleDataset
+    views: int = 1  # clips per sample
+    still_frames: int = 1  # repeat each image to this many frames
+
+
+def parse_views(text: str) -> Views:
+    """Return Views(5, 3) for "5x3". Raises ArgumentTypeError."""
+    match = re.fullmatch(r"([1-9]\d*)x([13])", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not of the form CxK, such as 5x3: C time windows, K = 1 or 3 crops"
+        )
+    return Views(int(match[1]), int(match[2]))
+
+
+def get_parser() -> Parser:
+    """Return the flags of this tool."""
+    parser = Parser(__doc__, prog="python -m tools.predict")
+    parser.add_argument(
+        "source",
+        nargs="+",
+        metavar="FILE|FOLDER|CSV",
+        help="videos, images, folders of both, manifests (.csv, .txt); duplicates are kept once",
+    )
+    parser.add_argument(
+        "--checkpoint",
+        required=True,
+        metavar="CKPT",
+        help="a finetuned checkpoint of any family: a file, or a folder with model.safetensors",
+    )
+    parser.add_argument("--output", metavar="CSV", help="write all predictions to this file")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing file")
+    parser.add_argument(
+        "--views",
+        type=parse_views,
+        default=Views(1, 1),
+        metavar="CxK",
+        help="of videos: C time windows with K crops (1 or 3) each, averaged (default: 1x1)",
+    )
+    parser.add_argument(
+        "--segment_seconds",
+        type=positive_float,
+        metavar="S",
+        help="of videos: classify each S seconds; a last part shorter than S/2 joins the segment "
+        "before it (default: whole videos)",
+    )
+    parser.add_argument(
+        "--class_names",
+        default="",
+        metavar="FILE",
+        help="names of the classes, for files that do not record them",
+    )
+    parser.add_argument(
+        "--global_pool",
+        action="store_true",
+        default=None,
+        help="the classifier reads the mean of the patch tokens, for files that do not record it",
+    )
+    parser.add_argument(
+        "--cls_token",
+        action="store_false",
+        dest="global_pool",
+        help="the classifier reads the class token, for files that do not record it",
+    )
+    add_size_flags(parser)
+    add_clip_flags(parser)
+    add_loader_flags(parser)
+    add_device_flags(parser)
+    return parser
+
+
+def given_flags(args: argparse.Namespace) -> dict:
+    """Return the sizes and the read-out that the command line gives."""
+    given: dict = given_sizes(args.num_heads, args.img_size, args.num_frames, args.t_patch_size)
+    if args.global_pool is not None:
+        given["global_pool"] = args.global_pool
+    return given
+
+
+def check_output(output: Path | None, sources: list[str], overwrite: bool) -> None:
+    """Raise UserError unless the file to write ends in .csv and is new, and no input."""
+    if output is None:
+        return
+    if output.suffix != ".csv":
+        raise UserError(f"--output {output} does not end in .csv. Choose such a name.")
+    if not output.exists():
+        return
+    if any(os.path.exists(source) and output.samefile(source) for source in sources):
+        raise UserError(f"--output {output} is one of the inputs. Choose another name.")
+    if not overwrite or not output.is_file():
+        raise UserError(f"{output} exists. Choose another --output, or pass --overwrite.")
+
+
+def make_folder(output: Path | None) -> None:
+    """Make the folder of the file to write. Raises UserError if it cannot be written to."""
+    if output is None:
+        return
+    output.parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(output.parent, os.W_OK):
+        raise UserError(f"--output {output}: its folder cannot be written to. Choose another one.")
+
+
+def find_files(sources: list[str]) -> list[str]:
+    """Return the absolute paths of all files to classify, in the order given, each once.
+
+    Print a note about duplicates. Raises UserError for a source without files.
+    """
+    found = []
+    for source in sources:
+        found += [os.path.abspath(path) for path in files_of(source)]
+    distinct = list(dict.fromkeys(found))
+    duplicates = len(found) - len(distinct)
+    if duplicates:
+        print0(f"note: {duplicates} of {len(found)} files are duplicates; each file is kept once")
+    return distinct
+
+
+def files_of(source: str) -> list[str]:
+    """Return the files of a folder or a manifest, or the file itself. Raises UserError."""
+    if os.path.isdir(source):
+        extensions = VIDEO_EXTENSIONS + IMAGE_EXTENSIONS
+        paths = walk(source, extensions)
+        if not paths:
+            raise UserError(
+                f"folder {source} has no videos and no images (looked for {' '.join(extensions)})"
+            )
+        return paths
+    if not os.path.exists(source):
+        raise UserError(
+            f"{source} not found: give videos, images, folders of both, or manifests (.csv, .txt)"
+        )
+    if source.lower().endswith(MANIFEST_EXTENSIONS):
+        paths, _ = read_manifest(source)
+        return paths
+    return [source]
+
+
+def is_image(path: str) -> bool:
+    """Return whether a file's name is that of an image."""
+    return path.lower().endswith(IMAGE_EXTENSIONS)
+
+
+def split_duration(duration: float, length: float) -> list[Span]:
+    """Return the segments of `length` seconds of a video of `duration` seconds.
+
+    The last segment ends with the video: it is half to one and a half times as long. A shorter
+    video is one segment.
+    """
+    count = max(1, math.floor(duration / length + 0.5))
+    bounds = [index * length for index in range(count)] + [duration]
+    return list(zip(bounds[:-1], bounds[1:], strict=True))
+
+
+def look_at_videos(paths: list[str], args: argparse.Namespace, env: DistEnv) -> VideoIndex:
+    """Return the index of videos, each of which one rank describes. Call on every rank."""
+    share = range(env.rank, len(paths), env.world_size)
+    progress = Progress("looking at videos", len(share))
+    found = {}
+    batches = probe_files([paths[row] for row in share], args.num_workers, args.read_timeout)
+    for samples in batches:
+        for sample in samples:
+            reason = "".join(reason for _, reason in sample["bad"])
+            found[share[sample["index"]]] = (sample["clips"], reason)
+        progress.show(len(found))
+    index = new_index(paths, None)
+    for described in dist.all_gather_object(found):
+        for row, (info, reason) in described.items():
+            index.set_row(row, info, reason)
+    return index
+
+
+def split_videos(paths: list[str], length: float, index: VideoIndex) -> Samples:
+    """Return all segments of `length` seconds of the videos, and the images as they are.
+
+    index: of the videos. An unreadable video stays a single sample.
+    """
+    samples = []
+    rows = []  # of the index, for the segments
+    videos = 0
+    for path in paths:
+        if is_image(path):
+            samples.append(Sample(path))
+            continue
+        spans: list[Span | None] = [None]
+        info = index.info(videos, path)
+        if info is not None:
+            duration = video_duration(info.frames, info.fps, info.times)
+            spans = [*split_duration(duration, length)]
+        samples += [Sample(path, span) for span in spans]
+        rows += [videos] * len(spans)
+        videos += 1
+    return Samples(samples, VideoIndex(index.rows[np.array(rows, dtype=int)], index.all_times()))
+
+
+def list_samples(paths: list[str], args: argparse.Namespace, env: DistEnv) -> Samples:
+    """Return the files to classify, or the segments of the videos. Call on every rank."""
+    if args.segment_seconds is None:
+        return Samples([Sample(path) for path in paths])
+    videos = [path for path in paths if not is_image(path)]
+    return split_videos(paths, args.segment_seconds, look_at_videos(videos, args, env))
+
+
+def video_pass(samples: Samples, config: dict, args: argparse.Namespace) -> Pass:
+    """Return the views of the videos among the samples, at the size of the model."""
+    indices = [index for index, row in enumerate(samples.rows) if not is_image(row.path)]
+    videos = [samples.rows[index] for index in indices]
+    spans = None
+    if samples.known is not None:
+        spans = [video.span or (0.0, math.inf) for video in videos]
+    dataset = ViewDataset(
+        paths=[video.path for video in videos],
+        labels=[-1] * len(videos),
+        num_views=args.views.windows,
+        transform=view_transform(config["img_size"], args.views.crops),
+        num_frames=config["num_frames"],
+        sampling_rate=args.sampling_rate,
+        target_fps=args.target_fps,
+        decoder=args.decoder,
+        short_side=args.short_side or decode_short_side(config["img_size"]),
+        known=samples.known,
+        spans=spans,
+    )
+    return Pass("classifying videos", indices, dataset, views=args.views.windows * args.views.crops)
+
+
+def image_pass(samples: Samples, config: dict, static_clip: str) -> Pass:
+    """Return the images among the samples, at the size of the model.
+
+    static_clip: "folded": the model sees one frame, "exact": all.
+    """
+    indices = [index for index, row in enumerate(samples.rows) if is_image(row.path)]
+    dataset = ImageDataset(
+        paths=[samples.rows[index].path for index in indices],
+        labels=[-1] * len(indices),
+        transform=image_transform(config["img_size"], train=False),
+        seed=0,
+        substitutes=0,
+    )
+    still_frames = 1
+    if static_clip == "exact":
+        still_frames = config["num_frames"]
+    return Pass("classifying images", indices, dataset, still_frames=still_frames)
+
+
+def with_progress(batches: Iterator[dict], label: str, total: int, step: int) -> Iterator[dict]:
+    """Yield the batches and print the progress: `step` of `total` samples per batch."""
+    progress = Progress(label, total)
+    for done, batch in enumerate(batches, 1):
+        yield batch
+        progress.show(min(done * step, total))
+
+
+def classify(
+    model: VisionTransformer, data: Pass, args: argparse.Namespace, env: DistEnv
+) -> dict[int, Prediction]:
+    """Return the predictions of the samples of a pass by their indices. Call on every rank."""
+    if not data.indices:
+        return {}
+    workers = WorkerSettings(
+        num_workers=args.num_workers,
+        pin_memory=True,
+        read_timeout=args.read_timeout,
+        quarantine=None,
+    )
+    samples_per_batch = max(1, args.batch_size_per_gpu // data.views)
+    batches = eval_loader(data.dataset, samples_per_batch, workers, env, collate_readable)()
+    step = samples_per_batch * env.world_size
+    batches = with_progress(batches, data.label, len(data.indices), step)
+    prepare = partial(model_input, config=model.config, still_frames=data.still_frames)
+    amp = amp_dtype(args.amp, env.device)
+    table, unreadable = predict(model, batches, args.batch_size_per_gpu, prepare, amp)
+    classes = model.config["classes"]
+    predictions = {}
+    for index, reason in unreadable.items():
+        predictions[data.indices[index]] = Prediction([], [], reason)
+    if table:
+        columns = [table[name].tolist() for name in ("index", "top", "top_scores")]
+        for index, top, scores in zip(*columns, strict=True):
+            names = [classes[label] for label in top]
+            predictions[data.indices[index]] = Prediction(names, scores)
+    return predictions
+
+
+def check_any_readable(samples: list[Sample], predictions: list[Prediction]) -> None:
+    """Raise UserError if no sample could be read."""
+    if any(prediction.classes for prediction in predictions):
+        return
+    shown = f"{samples[0].path}: {predictions[0].reason}"
+    if len(samples) == 1:
+        raise UserError(f"{shown}. Pass a video or an image that can be read.")
+    raise UserError(f"none of the {len(samples)} files can be read. The first is {shown}")
+
+
+def describe_task(samples: list[Sample], config: dict, args: argparse.Namespace) -> list[str]:
+    """Return the lines that state what is classified, and how."""
+    images = sum(is_image(sample.path) for sample in samples)
+    unit = "videos"
+    if args.segment_seconds is not None:
+        unit = "segments of videos"
+    side = config["img_size"]
+    lines = [
+        f"{len(samples) - images} {unit}, {images} images; clips of {config['num_frames']} frames "
+        f"of {side} x {side} pixels, sampling rate {args.sampling_rate} at {args.target_fps:g} "
+        f"frames/s, {args.views.windows} x {args.views.crops} views"
+    ]
+    clip_seconds = config["num_frames"] * args.sampling_rate / args.target_fps
+    if args.segment_seconds is not None and args.segment_seconds < clip_seconds:
+        lines.append(
+            f"note: a clip takes {clip_seconds:.3g} s, longer than --segment_seconds "
+            f"{args.segment_seconds:g}; the last frame of a segment repeats"
+        )
+    return lines
+
+
+def report(
+    samples: list[Sample], predictions: list[Prediction], output: Path | None, segmented: bool
+) -> None:
+    """Write the predictions, and print the first ones and the unreadable files."""
+    if output is not None:
+        save_table(output, prediction_table(samples, predictions, segmented))
+    lines = table_lines(samples, predictions) + unreadable_lines(samples, predictions)
+    if output is not None:
+        lines.append(f"wrote {output}: {len(predictions)} rows")
+    print0(*lines, sep="\n")
+
+
+def parse_flags(argv: list[str] | None) -> tuple[argparse.Namespace, ModelSource]:
+    """Return the flags, by default those of the checkpoint's run, and what the checkpoint records.
+
+    Raises UserError for bad flags, and for a checkpoint without a classifier.
+    """
+    parser = get_parser()
+    args = parser.parse_args(argv)
+    source = describe_checkpoint(args.checkpoint, given_flags(args))
+    require_head(source)
+    parser.set_defaults(**{name: source.flags[name] for name in CLIP_FLAGS if name in source.flags})
+    return parser.parse_args(argv), source
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the command line. Raises UserError for bad input, before anything is written."""
+    args, source = parse_flags(argv)
+    output = Path(args.output) if args.output else None
+    env = dist.setup(args.device)
+    dist.on_rank0(lambda: check_output(output, args.source, args.overwrite))
+    paths = dist.on_rank0(lambda: find_files(args.source))
+    model = load_classifier(
+        args.checkpoint, given=given_flags(args), class_names=args.class_names
+    ).to(env.device)
+    config = model.config
+    dist.on_rank0(lambda: make_folder(output))
+    samples = list_samples(paths, args, env)
+    print0(*describe_task(samples.rows, config, args), sep="\n")
+
+    static_clip = source.flags.get("static_clip", "exact")
+    by_index = classify(model, video_pass(samples, config, args), args, env)
+    by_index |= classify(model, image_pass(samples, config, static_clip), args, env)
+    predictions = [by_index[index] for index in range(len(samples.rows))]
+    check_any_readable(samples.rows, predictions)
+    if env.rank == 0:
+        report(samples.rows, predictions, output, args.segment_seconds is not None)
+
+
+if __name__ == "__main__":
+    dist.run_script(main)

@@ -1,0 +1,122 @@
+"""Tables of predictions: the CSV file of tools.predict, and what it prints."""
+
+import os
+import shutil
+from pathlib import Path
+from typing import NamedTuple
+
+import pandas as pd
+
+from data.clips import Span
+from util.checkpoint import truncate
+from util.files import atomic_write
+
+MAX_LISTED = 20  # samples in the printed table, and unreadable files below it
+FILE_WIDTH = 40  # characters of a file's name in the printed table
+CLASS_WIDTH = 30  # characters of a class name in the printed table
+DEFAULT_WIDTH = 160  # characters of a line where the output is not a terminal
+
+
+class Sample(NamedTuple):
+    """A file to classify, or a segment of a video."""
+
+    path: str
+    span: Span | None = None
+
+
+class Prediction(NamedTuple):
+    """The best classes of a sample, or the reason why there are none."""
+
+    classes: list[str]  # best first
+    scores: list[float]  # probabilities
+    reason: str = ""  # why the file cannot be read
+
+
+def prediction_table(
+    samples: list[Sample], predictions: list[Prediction], segmented: bool
+) -> pd.DataFrame:
+    """Return the table to write; an unreadable sample has a path and a reason only."""
+    rows = []
+    for sample, prediction in zip(samples, predictions, strict=True):
+        row = {"path": sample.path, "reason": prediction.reason}
+        if sample.span:
+            row["start"], row["end"] = [f"{seconds:.3f}" for seconds in sample.span]
+        best = zip(prediction.classes, prediction.scores, strict=True)
+        for rank, (name, score) in enumerate(best, 1):
+            row[f"top{rank}"] = name
+            row[f"score{rank}"] = f"{score:.6f}"
+        rows.append(row)
+    columns = ["path"]
+    if segmented:
+        columns += ["start", "end"]
+    num_classes = max(len(prediction.classes) for prediction in predictions)
+    for rank in range(1, num_classes + 1):
+        columns += [f"top{rank}", f"score{rank}"]
+    return pd.DataFrame(rows, columns=[*columns, "reason"])
+
+
+def save_table(path: Path, table: pd.DataFrame) -> None:
+    """Write a table as CSV."""
+    with atomic_write(path) as temporary:
+        table.to_csv(temporary, index=False, errors="surrogateescape")
+
+
+def printable(text: str) -> str:
+    """Return a text with a question mark for each character that a terminal cannot show."""
+    return "".join(letter if letter.isprintable() else "?" for letter in text)
+
+
+def short_name(sample: Sample, folder: str) -> str:
+    """Return the name of a sample's file below `folder`, its end if it is long, and its segment."""
+    name = printable(os.path.relpath(sample.path, folder))
+    if len(name) > FILE_WIDTH:
+        name = "..." + name[3 - FILE_WIDTH :]
+    if sample.span:
+        start, end = sample.span
+        name += f" {round(start, 2):g}-{round(end, 2):g} s"
+    return name
+
+
+def align(rows: list[list[str]], width: int) -> list[str]:
+    """Return rows of cells as lines with aligned columns: two, and more as far as they fit."""
+    lines = [""] * len(rows)
+    for index, cells in enumerate(zip(*rows, strict=True)):
+        cell_width = max(len(cell) for cell in cells)
+        if index >= 2 and len(lines[0]) + cell_width > width:
+            break
+        pairs = zip(lines, cells, strict=True)
+        lines = [line + cell.ljust(cell_width + 2) for line, cell in pairs]
+    return [line.rstrip() for line in lines]
+
+
+def table_lines(samples: list[Sample], predictions: list[Prediction]) -> list[str]:
+    """Return the printed table of the first readable samples, as wide as the terminal."""
+    folder = os.path.commonpath([os.path.dirname(sample.path) for sample in samples])
+    pairs = zip(samples, predictions, strict=True)
+    readable = [pair for pair in pairs if pair[1].classes]
+    rows = [["file", *(f"top {rank}" for rank in range(1, len(readable[0][1].classes) + 1))]]
+    for sample, prediction in readable[:MAX_LISTED]:
+        row = [short_name(sample, folder)]
+        for name, score in zip(prediction.classes, prediction.scores, strict=True):
+            row.append(f"{truncate(printable(name), CLASS_WIDTH)} {score:.1%}")
+        rows.append(row)
+    width = shutil.get_terminal_size((DEFAULT_WIDTH, 0)).columns
+    lines = align(rows, width)
+    if len(readable) > MAX_LISTED:
+        lines.append(f"... {len(readable) - MAX_LISTED} more (--output FILE.csv writes all)")
+    return lines
+
+
+def unreadable_lines(samples: list[Sample], predictions: list[Prediction]) -> list[str]:
+    """Return the lines that list the unreadable files with their reasons; [] for none."""
+    lines = []
+    for sample, prediction in zip(samples, predictions, strict=True):
+        if prediction.reason:
+            lines.append(printable(f"  {sample.path}: {prediction.reason}"))
+    lines = list(dict.fromkeys(lines))  # a file may have several segments
+    if not lines:
+        return []
+    shown = [f"unreadable: {len(lines)}", *lines[:MAX_LISTED]]
+    if len(lines) > MAX_LISTED:
+        shown.append(f"  ... {len(lines) - MAX_LISTED} more (--output FILE.csv writes all)")
+    return shown
