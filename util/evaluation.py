@@ -231,6 +231,26 @@ def percent(correct: Tensor) -> float:
     return 100 * correct.double().mean().item()
 
 
+def clip_losses(
+    model: MaskedAutoencoderViT,
+    clips: Tensor,
+    noise: Tensor,
+    mask_ratio: float,
+    mask_type: str,
+    amp: torch.dtype,
+) -> Tensor:
+    """Return the reconstruction loss (B,) of each clip: mean squared error of its hidden tokens.
+
+    clips: (B, C, T, H, W) uint8. noise: (B, L), see `make_mask`.
+    """
+    with autocast(clips.device, amp):
+        _, pred, mask = model(clips, mask_ratio, mask_type, noise)
+    # the hidden tokens first, in token order; nonzero() would wait for the device
+    order = mask.byte().argsort(dim=1, descending=True, stable=True)  # (B, L)
+    hidden = order[:, : pred.shape[1]]  # (B, K)
+    return model.squared_errors(pred, clips, hidden).mean(dim=(1, 2))
+
+
 @torch.no_grad()
 def validation_loss(
     model: MaskedAutoencoderViT, batches, mask_ratio: float, mask_type: str, amp: torch.dtype
@@ -243,12 +263,7 @@ def validation_loss(
     model.eval()
 
     def compute_losses(clips: Tensor, noise: Tensor) -> Tensor:
-        with autocast(clips.device, amp):
-            _, pred, mask = model(clips, mask_ratio, mask_type, noise)
-        # the hidden tokens first, in token order; nonzero() would wait for the device
-        order = mask.byte().argsort(dim=1, descending=True, stable=True)  # (B, L)
-        hidden = order[:, : pred.shape[1]]  # (B, K)
-        return model.squared_errors(pred, clips, hidden).mean(dim=(1, 2))
+        return clip_losses(model, clips, noise, mask_ratio, mask_type, amp)
 
     outputs = padded_batches(batches, EVAL_CLIPS_PER_FORWARD, compute_losses, ("clips", "noise"))
     with torch.compiler.set_stance("force_eager"):

@@ -43,7 +43,13 @@ def mask_noise(seeds: Iterable[int], tokens: int) -> Tensor:
     return torch.stack(rows)
 
 
-def fixed_noise(indices: Iterable[int], tokens: int) -> Tensor:
-    """Return mask noise (n, L) for the validation of n samples, the same in every run."""
-    seeds = [derive_seed(index, VALIDATION_NOISE_STREAM) for index in indices]
+def fixed_noise(indices: Iterable[int], tokens: int, draw: int = 0) -> Tensor:
+    """Return mask noise (n, L) for the validation of n samples, the same in every run.
+
+    draw: 0 is the validation's own noise; every other number gives another one.
+    """
+    stream: tuple[int, ...] = (VALIDATION_NOISE_STREAM,)
+    if draw > 0:
+        stream = (draw, VALIDATION_NOISE_STREAM)
+    seeds = [derive_seed(index, *stream) for index in indices]
     return mask_noise(seeds, tokens)
