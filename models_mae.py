@@ -66,6 +66,25 @@ def unpatchify(tokens: Tensor, grid: tuple[int, int, int], u: int, p: int) -> Te
     return x.permute(0, 7, 1, 4, 2, 5, 3, 6).reshape(len(tokens), 3, t * u, h * p, w * p)
 
 
+def normalize_colors(values: Tensor, pixel_std: tuple[float, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    """Return VideoMAE's targets (B, N, P), and the mean and std (B, N, P) that normalize them.
+
+    Each color of a patch is normalized by its own mean and unbiased std + 1e-6, which is meant for
+    pixels in [0, 1]. values: pixels (B, N, P) that were divided by pixel_std, so 1e-6 is too.
+    Tong et al. 2022, arXiv 2203.12602, and its released code.
+    """
+    colors = values.unflatten(2, (-1, 3))  # (B, N, u p p, C)
+    epsilon = 1e-6 / values.new_tensor(pixel_std)
+    mean = colors.mean(dim=2, keepdim=True)
+    std = colors.std(dim=2, keepdim=True) + epsilon
+    normalized = (colors - mean) / std
+    return (
+        normalized.flatten(2),
+        mean.expand_as(colors).flatten(2),
+        std.expand_as(colors).flatten(2),
+    )
+
+
 def hidden_mask(visible: Tensor, num_tokens: int) -> Tensor:
     """Return the mask (B, L) bool, True = hidden, for the indices of visible tokens (B, V)."""
     mask = torch.ones(len(visible), num_tokens, dtype=torch.bool, device=visible.device)
@@ -158,6 +177,11 @@ class MaskedAutoencoderViT(VideoEncoder):
         num_values = self.pred_frames_per_tubelet * self.patch_size**2 * 3  # P
         self.decoder_pred = Linear(width, num_values)
 
+    @property
+    def normalizes_targets(self) -> bool:
+        """Whether each target patch is normalized by its own statistics, see `patch_targets`."""
+        return self.norm_pix_loss or self.config.get("targets") == "videomae"
+
     def check_mask(self, mask_ratio: float, mask_type: str) -> None:
         """Raise ValueError for a mask that this model cannot make."""
         self.mask_sizes(mask_ratio, mask_type)
@@ -242,6 +266,8 @@ class MaskedAutoencoderViT(VideoEncoder):
         ids: indices (B, N) of the tokens; None: all. With norm_pix_loss the pixels are normalized
         by that mean and std. Without it they are the plain pixels, and mean and std are 0 and 1.
         arXiv 2111.06377, section 3 ("Reconstruction target").
+
+        For VideoMAE's decoders (config["targets"] is "videomae") see `normalize_colors`.
         """
         frames = self.target_frames(clips)
         values = self.normalize(
@@ -249,6 +275,9 @@ class MaskedAutoencoderViT(VideoEncoder):
         )
         values = values.permute(0, 1, 3, 4, 5, 2).flatten(2)  # (B, N, C, u, p, p) -> (B, N, P)
         values = values.to(torch.promote_types(values.dtype, torch.float32))
+        if self.config.get("targets") == "videomae":
+            assert self.pixel_stats is not None  # whoever sets the targets sets both
+            return normalize_colors(values, self.pixel_stats[1])
         if not self.norm_pix_loss:
             zero = values.new_zeros(1, 1, 1)
             return values, zero, zero + 1
@@ -310,8 +339,8 @@ class MaskedAutoencoderViT(VideoEncoder):
         """Return original, predicted and hidden frames, each (B, C, pred_t_dim, H, W).
 
         All tokens are predicted, the visible ones too. hidden is bool, True where the encoder saw
-        nothing. With norm_pix_loss the predicted patches get the mean and std of the true patches;
-        true_statistics=False leaves them as predicted, with mean 0 and std 1.
+        nothing. Where targets are normalized, the predicted patches get the mean and std of the
+        true patches; true_statistics=False leaves them as predicted, with mean 0 and std 1.
         """
         x, delta, visible, hidden = self.encode_and_decode(clips, mask_ratio, mask_type, noise)
         decoded = (x + delta)[:, int(self.cls_embed) :]

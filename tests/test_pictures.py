@@ -8,7 +8,7 @@ from tiny import tiny_mae
 from models_mae import make_mask, unpatchify
 from models_vit import normalize
 from util import pictures
-from util.pixels import VIDEO_MEAN, VIDEO_STD, denormalize
+from util.pixels import IMAGE_MEAN, IMAGE_STD, VIDEO_MEAN, VIDEO_STD, denormalize
 
 
 def random_pixels(*shape: int) -> torch.Tensor:
@@ -72,6 +72,88 @@ def test_true_statistics_turn_one_prediction_into_the_other():
     std = (patches.var(-1, keepdim=True) + 1e-6).sqrt()
     expected = predictions[False] * std + mean
     torch.testing.assert_close(predictions[True], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_pictures_have_the_pixel_statistics_of_the_model():
+    model = tiny_mae()
+    model.pixel_stats = (IMAGE_MEAN, IMAGE_STD)
+    clips = random_pixels(1, 3, 8, 32, 32)
+    noise = torch.rand(1, 64)
+    rows = pictures.reconstructions(model, clips, noise, 0.75, "random", torch.float32)
+    original, masked, predicted, _ = rows.values()
+    assert torch.equal(original, clips)
+    hidden = (masked != clips).any(1)
+    gray = (torch.tensor(IMAGE_MEAN) * 255).round().byte()
+    assert torch.equal(masked[0, :, hidden[0]], gray[:, None].expand(3, int(hidden.sum())))
+    floats = normalize(clips, IMAGE_MEAN, IMAGE_STD)
+    _, expected, _ = model.reconstruct(floats, 0.75, "random", noise)
+    assert torch.equal(predicted, denormalize(expected, IMAGE_MEAN, IMAGE_STD))
+
+
+def as_colors(frames: torch.Tensor) -> torch.Tensor:
+    """Return frames (1, 3, 8, 32, 32) as tokens with colors last (1, L, 2 x 8 x 8, 3)."""
+    return as_patches(frames).flatten(1, 3).unflatten(2, (3, -1)).transpose(2, 3)
+
+
+def videomae_statistics(clips: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return mean and std (1, L, 1, 3) of pixels in [0, 1] for each token and color."""
+    patches = as_colors(clips / 255)
+    return patches.mean(2, keepdim=True), patches.std(2, keepdim=True) + 1e-6
+
+
+def videomae_model():
+    """Return a model with the targets and the pixel statistics of VideoMAE's."""
+    model = tiny_mae()
+    model.pixel_stats = (IMAGE_MEAN, IMAGE_STD)
+    model.config["targets"] = "videomae"
+    return model
+
+
+@pytest.mark.parametrize("as_float", [False, True])
+def test_videomae_targets_are_normalized_by_color(as_float):
+    model = videomae_model()
+    clips = random_pixels(1, 3, 8, 32, 32)
+    clips[:, :, :2, :8, :8] = 3  # a patch of such low contrast that the 1e-6 matters
+    clips[:, :, 0, :8, :8] = 4
+    mean, std = videomae_statistics(clips)
+    patches = as_colors(clips / 255)
+    given = normalize(clips, IMAGE_MEAN, IMAGE_STD) if as_float else clips
+    targets, _, _ = model.patch_targets(given)
+    expected = ((patches - mean) / std).flatten(2)
+    torch.testing.assert_close(targets, expected, rtol=1e-4, atol=1e-5)
+    ids = torch.tensor([[3, 40]])
+    some, _, _ = model.patch_targets(given, ids)
+    assert torch.equal(some, targets[:, ids[0]])
+
+
+def test_pictures_undo_the_normalization_of_videomae():
+    model = videomae_model()
+    clips = random_pixels(1, 3, 8, 32, 32)
+    noise = torch.rand(1, 64)
+    rows = pictures.reconstructions(model, clips, noise, 0.75, "random", torch.float32)
+    assert list(rows)[2:] == [
+        "prediction\n(normalized)",
+        "prediction\n+ true mean, std",
+        "pasted\n+ true mean, std",
+    ]
+    floats = normalize(clips, IMAGE_MEAN, IMAGE_STD)
+    _, normalized, _ = model.reconstruct(floats, 0.75, "random", noise, true_statistics=False)
+    mean, std = videomae_statistics(clips)
+    pred = as_colors(normalized)
+    pixels = unpatchify((pred * std + mean).flatten(2), model.grid, 2, 8)
+    expected = (255 * pixels).round().clamp(0, 255).byte()
+    difference = rows["prediction\n+ true mean, std"].int() - expected.int()
+    assert difference.abs().max() <= 1
+    assert len(expected.unique()) > 100
+
+
+def test_true_targets_of_videomae_give_the_frames_back():
+    model = videomae_model()
+    clips = random_pixels(1, 3, 8, 32, 32)
+    clips[:, :, :2, :8, :8] = 77  # a patch of std 0
+    targets, mean, std = model.patch_targets(clips)
+    frames = unpatchify(targets * std + mean, model.grid, 2, 8)
+    assert torch.equal(denormalize(frames, IMAGE_MEAN, IMAGE_STD), clips)
 
 
 def as_patches(frames: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Pictures: reconstructions of a pretrained model, and confusion matrices.
+"""Pictures: reconstructions of a pretrained model, grids of frames, and confusion matrices.
 
 A picture is a tensor (3, H', W') uint8. Other shapes as in models_mae.py; F predicted frames,
 M x N cells of a grid. matplotlib is imported where it is used, which keeps --help fast.
@@ -15,9 +15,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from models_mae import MaskedAutoencoderViT
-from models_vit import normalize
 from util.optim import autocast
-from util.pixels import VIDEO_MEAN, VIDEO_STD, denormalize
+from util.pixels import denormalize
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -40,12 +39,14 @@ def reconstructions(
 ) -> dict[str, Tensor]:
     """Return frames (B, 3, F, H, W) uint8 on the CPU by label: original, masked, predicted, pasted.
 
-    model: without DDP. clips (B, 3, T, H, W) uint8 and noise (B, L) are on
-    its device. A model with norm_pix_loss predicts patches of mean 0 and std 1. They are shown as
+    model: without DDP, with `pixel_stats`. clips (B, 3, T, H, W) uint8 and noise (B, L) are on its
+    device. A model of normalized targets predicts patches of mean 0 and std 1. They are shown as
     they are, on a fixed scale, and with the true mean and std (ground-truth statistics).
     """
     model.eval()
-    clips = normalize(clips, VIDEO_MEAN, VIDEO_STD)
+    clips = model.normalize(clips)
+    assert model.pixel_stats is not None  # else `normalize` has raised
+    mean, std = model.pixel_stats
     rows = {}
     with autocast(clips.device, amp), torch.compiler.set_stance("force_eager"):
         original, predicted, hidden = model.reconstruct(clips, mask_ratio, mask_type, noise)
@@ -53,7 +54,7 @@ def reconstructions(
         masked = original.where(~hidden, torch.zeros_like(original))
         rows[f"{mask_type} mask\n{mask_ratio:.0%} hidden"] = masked
         statistics = ""
-        if model.norm_pix_loss:
+        if model.normalizes_targets:
             statistics = "\n+ true mean, std"
             _, normalized, _ = model.reconstruct(
                 clips, mask_ratio, mask_type, noise, true_statistics=False
@@ -61,9 +62,7 @@ def reconstructions(
             rows["prediction\n(normalized)"] = normalized
     rows["prediction" + statistics] = predicted
     rows["pasted" + statistics] = predicted.where(hidden, original)
-    return {
-        label: denormalize(frames, VIDEO_MEAN, VIDEO_STD).cpu() for label, frames in rows.items()
-    }
+    return {label: denormalize(frames, mean, std).cpu() for label, frames in rows.items()}
 
 
 def contact_sheet(rows: dict[str, Tensor], max_frames: int | None = None) -> Tensor:
