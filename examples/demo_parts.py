@@ -20,12 +20,12 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.learning import DIRECTIONS, Sprites, encode, moving_clip, pictures
-from data.datasets import ViewDataset
-from data.transforms import view_transform
-from tools import visualize
+from tools.reading import center_clips
 from util import pictures as recon_pictures
 from util.cli import nonnegative_int, positive_int
 from util.dist import print0, run_script
+from util.model_source import describe_checkpoint
+from util.pretrained import load_autoencoder
 from util.seeds import fixed_noise
 
 SPRITES = Sprites(count=5, radii=(5.0, 9.0), tint=0.25)
@@ -107,19 +107,9 @@ def make_images(out: Path, split: str, indices: range) -> None:
 
 def draw_picture(checkpoint: str, path: Path, videos: list[str]) -> None:
     """Draw for each video the original, the visible patches, and the prediction among them."""
-    model, of_run = visualize.load_model(checkpoint)
-    size = model.config["img_size"]
-    dataset = ViewDataset(
-        paths=videos,
-        labels=[-1] * len(videos),
-        num_frames=model.config["num_frames"],
-        sampling_rate=of_run["sampling_rate"],
-        target_fps=of_run["target_fps"],
-        num_views=1,
-        transform=view_transform(size, 1),
-        decoder=of_run["decoder"],
-        short_side=of_run["short_side"],
-    )
+    of_run = describe_checkpoint(checkpoint, {}).flags
+    model = load_autoencoder(checkpoint)
+    dataset = center_clips(videos, model.config, of_run)
     clips = torch.cat([dataset[(0, index)]["clips"] for index in range(len(videos))])
     noise = fixed_noise(range(len(videos)), model.num_tokens)
     rows = recon_pictures.reconstructions(

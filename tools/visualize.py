@@ -1,10 +1,21 @@
-"""Draw what a pretrained model predicts: original, masked input, prediction, prediction pasted in.
+"""Show what a model does: its reconstructions, where it looks, and how well it reconstructs videos.
 
 python -m tools.visualize CKPT --data_dirs UNSEEN --output_dir pictures
 python -m tools.visualize CKPT --data_dirs UNSEEN --masks random:0.9 tube:0.75 --clips 4
+python -m tools.visualize CKPT --data_dirs UNSEEN --attention --layers 6 12 --heads all
+torchrun --nproc_per_node 8 -m tools.visualize CKPT --data_dirs UNSEEN --losses losses.csv
 
-Model, frame spacing and mask are those of the checkpoint's run unless given. The tool writes
-{save_prefix}_gallery_{mask}_{ratio}.png (all frames side by side) and .webp (4 frames per second).
+Reconstructions: original, masked input, prediction, prediction pasted in. CKPT must have a decoder.
+The files are {save_prefix}_gallery_{mask}_{ratio}.png (all frames side by side) and .webp (4 frames
+per second).
+
+--attention: the attention weights over the frames, for a checkpoint of any family. The files are
+{save_prefix}_attention_layer{N}.png and .webp.
+
+--losses: the reconstruction loss of each video, a measure of surprise. Seed 0 has the masks of
+pretraining's validation loss. Seeds do not change the masks temporal and boundary.
+
+Model, frame spacing and mask are those of the checkpoint's run unless given.
 """
 
 import argparse
@@ -14,31 +25,55 @@ import torch
 from torch import Tensor
 
 from data.datasets import ViewDataset
+from data.loader import WorkerSettings, collate_readable, eval_loader
 from data.manifest import find_videos, read_manifest
+from data.video_index import load_index
 from models_mae import MASK_TYPES, MaskedAutoencoderViT
+from models_vit import VideoEncoder
 from tools.reading import (
     CLIP_FLAGS,
     add_clip_flags,
     add_device_flags,
+    add_loader_flags,
+    add_size_flags,
     center_clips,
     clip_reading,
 )
-from util import checkpoint, dist
+from tools.reconstruction_losses import Masks, reconstruction_losses, save_losses
+from util import dist
+from util.attention_maps import attention_maps, draw_maps, label_maps
 from util.cli import Parser, positive_int
-from util.dist import UserError, print0
+from util.dist import DistEnv, UserError, print0
 from util.files import atomic_write
+from util.model_source import ModelSource, describe_checkpoint
 from util.optim import amp_dtype
 from util.pictures import animation, contact_sheet, reconstructions
+from util.pretrained import load_autoencoder, load_encoder
 from util.seeds import fixed_noise
 
 MASK_FLAGS = ("mask_ratio", "mask_type")
+FLAGS_OF_OUTPUTS = {  # flags that have no effect on the other outputs
+    "clips": ("reconstructions", "attention"),
+    "masks": ("reconstructions", "losses"),
+    "layers": ("attention",),
+    "heads": ("attention",),
+    "query": ("attention",),
+    "percentile": ("attention",),
+    "mask_seeds": ("losses",),
+}
+DEFAULT_CLIPS = 4
 MILLISECONDS_PER_FRAME = 250
 
 
 def get_parser() -> Parser:
     """Return the flags of this tool."""
     parser = Parser(__doc__, prog="python -m tools.visualize")
-    parser.add_argument("checkpoint", metavar="CKPT", help="checkpoint of a pretraining run")
+    parser.add_argument("positional", metavar="CKPT", nargs="?", help="the same as --checkpoint")
+    parser.add_argument(
+        "--checkpoint",
+        metavar="CKPT",
+        help="a checkpoint of any family: a file, or a folder with model.safetensors",
+    )
     parser.add_argument(
         "--data_dirs", nargs="+", default=[], help="folders of videos, searched recursively"
     )
@@ -46,26 +81,9 @@ def get_parser() -> Parser:
         "--data_csv", default="", help="a manifest (path[,label] per line) instead of --data_dirs"
     )
     parser.add_argument(
-        "--masks",
-        nargs="+",
-        default=[],
-        metavar="TYPE:RATIO",
-        help="masks to draw (default: --mask_type:--mask_ratio)",
-    )
-    parser.add_argument(
-        "--mask_type", choices=MASK_TYPES, default="random", help="(default: the run's)"
-    )
-    parser.add_argument(
-        "--mask_ratio",
-        type=float,
-        default=0.9,
-        help="share of tokens hidden (default: the run's)",
-    )
-    parser.add_argument(
         "--clips",
         type=positive_int,
-        default=4,
-        help="videos to draw, evenly spread (default: %(default)s)",
+        help=f"videos to draw, evenly spread (default: {DEFAULT_CLIPS})",
     )
     parser.add_argument(
         "--output_dir", default=".", help="folder of the pictures (default: the current one)"
@@ -73,10 +91,126 @@ def get_parser() -> Parser:
     parser.add_argument(
         "--save_prefix", default="", help="start of the file names (default: the checkpoint's name)"
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace existing pictures")
+    parser.add_argument("--overwrite", action="store_true", help="replace existing files")
+    add_mask_flags(parser)
+    add_attention_flags(parser)
+    add_size_flags(parser)
+    parser.add_argument(
+        "--decoder_num_heads",
+        type=positive_int,
+        help="attention heads of the decoder, for files that do not record them",
+    )
     add_clip_flags(parser)
+    add_loader_flags(parser)
     add_device_flags(parser)
     return parser
+
+
+def add_mask_flags(parser: Parser) -> None:
+    """Add the flags of reconstructions and their losses."""
+    parser.add_argument(
+        "--masks",
+        nargs="+",
+        metavar="TYPE:RATIO",
+        help="masks to use (default: --mask_type:--mask_ratio)",
+    )
+    parser.add_argument(
+        "--mask_type",
+        choices=MASK_TYPES,
+        default="random",
+        help="(default: the run's, else random)",
+    )
+    parser.add_argument(
+        "--mask_ratio",
+        type=float,
+        default=0.9,
+        help="share of tokens hidden (default: the run's, else %(default)s)",
+    )
+    parser.add_argument(
+        "--losses",
+        metavar="FILE.csv",
+        help="write the reconstruction loss of each video and mask, instead of pictures",
+    )
+    parser.add_argument(
+        "--mask_seeds",
+        type=positive_int,
+        help="number of masks per video for --losses (default: 1)",
+    )
+
+
+def add_attention_flags(parser: Parser) -> None:
+    """Add the flags of attention maps."""
+    parser.add_argument(
+        "--attention", action="store_true", help="draw attention weights instead of reconstructions"
+    )
+    parser.add_argument(
+        "--layers",
+        nargs="+",
+        metavar="N",
+        help='blocks to draw, from 1 on, or "all" (default: the last)',
+    )
+    parser.add_argument(
+        "--heads",
+        nargs="+",
+        metavar="N",
+        help='heads to draw, from 1 on, or "all" (default: the mean of all heads)',
+    )
+    parser.add_argument(
+        "--query",
+        choices=("class", "mean"),
+        help="whose attention: the class token's, or the mean over all patch tokens "
+        "(default: class if the model has one)",
+    )
+    parser.add_argument(
+        "--percentile",
+        type=percentile,
+        help="of a map's weights, drawn in the brightest color (default: 100, the maximum)",
+    )
+
+
+def percentile(text: str) -> float:
+    """Return a number in (0, 100]. Raises ArgumentTypeError."""
+    value = float(text)
+    if not 0 < value <= 100:
+        raise argparse.ArgumentTypeError(f"{text} is not in (0, 100]")
+    return value
+
+
+def checkpoint_path(args: argparse.Namespace) -> str:
+    """Return the checkpoint, which is given with or without its flag. Raises UserError."""
+    given = [path for path in (args.positional, args.checkpoint) if path is not None]
+    if len(given) != 1:
+        raise UserError(
+            f"{len(given)} checkpoints given. Pass one: python -m tools.visualize --checkpoint CKPT"
+        )
+    return given[0]
+
+
+def chosen_output(args: argparse.Namespace) -> str:
+    """Return a key of FLAGS_OF_OUTPUTS. Raises UserError for flags that have no effect on it."""
+    output = "reconstructions"
+    if args.attention and args.losses is not None:
+        raise UserError("--attention and --losses are two runs. Pass one of them.")
+    if args.attention:
+        output = "attention"
+    if args.losses is not None:
+        output = "losses"
+    for name, outputs in FLAGS_OF_OUTPUTS.items():
+        if output not in outputs and getattr(args, name) is not None:
+            raise UserError(f"--{name} has no effect on {output}, only on {', '.join(outputs)}")
+    return output
+
+
+def given_sizes(args: argparse.Namespace) -> dict[str, int]:
+    """Return the sizes of the model that were given as flags, by name."""
+    sizes = {
+        "num_heads": args.num_heads,
+        "img_size": args.img_size,
+        "num_frames": args.num_frames,
+        "t_patch_size": args.t_patch_size,
+        "decoder_num_heads": args.decoder_num_heads,
+    }
+    return {name: size for name, size in sizes.items() if size is not None}
 
 
 def run_flags(state: dict, names: tuple[str, ...]) -> dict:
@@ -89,30 +223,27 @@ def run_flags(state: dict, names: tuple[str, ...]) -> dict:
     return {name: args[name] for name in names if name in args}
 
 
-def load_model(path: str) -> tuple[MaskedAutoencoderViT, dict]:
-    """Return the model of a pretraining checkpoint and the flags of its run that a gallery uses.
-
-    Raises UserError for a file that is not a checkpoint of a pretraining run.
-    """
-    state = checkpoint.load(path)
-    parts = [state.get(key) for key in ("config", "args", "model")]
-    complete = all(isinstance(part, dict) for part in parts)
-    if not complete or "decoder_embed_dim" not in state["config"]:
+def load_with_decoder(source: ModelSource, args: argparse.Namespace) -> MaskedAutoencoderViT:
+    """Return the model of a pretraining checkpoint. Raises UserError for any other one."""
+    if not source.decoder:
         raise UserError(
-            f"{path} is not a pretraining checkpoint (no config with a decoder, or no args). "
-            "Pass a checkpoint that pretrain.py wrote."
+            f"{source.path} has no decoder that can be run: {source.family}, finetuned or without "
+            "one. Pass a pretraining checkpoint, or draw where it looks with --attention."
         )
-    config = state["config"]
-    checkpoint.check_config_sizes(path, config, state["model"])
-    arguments = {key: config[key] for key in config if key not in ("model", "mean", "std")}
-    try:
-        model = MaskedAutoencoderViT(**arguments)
-    except (TypeError, ValueError) as error:
-        raise UserError(
-            f"{path} has a config that does not describe a model ({checkpoint.first_line(error)})"
-        ) from None
-    checkpoint.load_weights(path, model, state["model"])
-    return model, run_flags(state, CLIP_FLAGS + MASK_FLAGS)
+    return load_autoencoder(source.path, given=given_sizes(args))
+
+
+def chosen_masks(args: argparse.Namespace, model: MaskedAutoencoderViT) -> list[tuple[str, float]]:
+    """Return the type and ratio of each mask. Raises UserError for one that does not suit."""
+    masks = [(args.mask_type, args.mask_ratio)]
+    if args.masks is not None:
+        masks = [parse_mask(text) for text in dict.fromkeys(args.masks)]
+    for mask_type, ratio in masks:
+        try:
+            model.check_mask(ratio, mask_type)
+        except ValueError as error:
+            raise UserError(f"--masks {mask_type}:{ratio}: {error}") from error
+    return masks
 
 
 def parse_mask(text: str) -> tuple[str, float]:
@@ -126,29 +257,39 @@ def parse_mask(text: str) -> tuple[str, float]:
         ) from None
 
 
-def check_masks(model: MaskedAutoencoderViT, masks: list[tuple[str, float]]) -> None:
-    """Raise UserError for a mask that the model does not support."""
-    for mask_type, ratio in masks:
-        try:
-            model.check_mask(ratio, mask_type)
-        except ValueError as error:
-            raise UserError(f"--masks {mask_type}:{ratio}: {error}") from error
+def parse_choice(texts: list[str], count: int, flag: str) -> list[int]:
+    """Return the indices, from 0 on, of the numbers from 1 to `count` in a flag, sorted.
+
+    "all" stands for all of them. Raises UserError.
+    """
+    if texts == ["all"]:
+        return list(range(count))
+    for text in texts:
+        if not (text.isdecimal() and 1 <= int(text) <= count):
+            raise UserError(
+                f"--{flag} {text}: the encoder has {count} {flag}. Pass numbers from 1 to {count}, "
+                'or "all".'
+            )
+    return sorted({int(text) - 1 for text in texts})
 
 
-def gallery_files(folder: Path, prefix: str, masks: list[tuple[str, float]]) -> list[Path]:
-    """Return the .png of each mask; the .webp beside it has the same stem."""
-    return [folder / f"{prefix}_gallery_{mask_type}_{ratio:g}.png" for mask_type, ratio in masks]
+def refuse_existing(files: list[Path], overwrite: bool, flags: str) -> None:
+    """Raise UserError if a file exists that must not be overwritten. flags: those that name it."""
+    for path in files:
+        if path.exists() and not overwrite:
+            raise UserError(f"{path} exists. Choose another {flags}, or pass --overwrite.")
 
 
-def check_absent(files: list[Path]) -> None:
-    """Raise UserError if a gallery exists."""
-    for file in files:
-        for path in (file, file.with_suffix(".webp")):
-            if path.exists():
-                raise UserError(
-                    f"{path} exists. Choose another --output_dir or --save_prefix, "
-                    "or pass --overwrite."
-                )
+def picture_file(args: argparse.Namespace, content: str) -> Path:
+    """Return the .png of some content; the .webp beside it has the same stem.
+
+    Raises UserError if one of them exists and must not be overwritten.
+    """
+    prefix = args.save_prefix or Path(checkpoint_path(args)).stem
+    still = Path(args.output_dir, f"{prefix}_{content}.png")
+    files = [still, still.with_suffix(".webp")]
+    refuse_existing(files, args.overwrite, "--output_dir or --save_prefix")
+    return still
 
 
 def find_paths(folders: list[str], csv: str) -> list[str]:
@@ -161,9 +302,9 @@ def find_paths(folders: list[str], csv: str) -> list[str]:
     return find_videos(folders, "--data_dirs")
 
 
-def evenly_spread(count: int, most: int) -> Tensor:
+def evenly_spread(count: int, most: int) -> list[int]:
     """Return the indices of at most `most` of `count` items, ends included."""
-    return torch.linspace(0, count - 1, min(most, count)).long()
+    return torch.linspace(0, count - 1, min(most, count)).long().tolist()
 
 
 def read_clips(dataset: ViewDataset, indices: list[int]) -> Tensor:
@@ -180,8 +321,19 @@ def read_clips(dataset: ViewDataset, indices: list[int]) -> Tensor:
     return torch.cat(clips)
 
 
-def save_gallery(rows: dict[str, Tensor], still: Path) -> None:
-    """Write `reconstructions` as a contact sheet and, beside it, as an animation that repeats."""
+def drawn_clips(args: argparse.Namespace, model: VideoEncoder) -> tuple[Tensor, list[int]]:
+    """Return the clips to draw (B, 3, T, H, W) uint8, and the indices of their videos."""
+    paths = find_paths(args.data_dirs, args.data_csv)
+    indices = evenly_spread(len(paths), args.clips or DEFAULT_CLIPS)
+    dataset = center_clips(paths, model.config, clip_reading(args))
+    return read_clips(dataset, indices), indices
+
+
+def save_pictures(rows: dict[str, Tensor], still: Path) -> None:
+    """Write frames by label as a contact sheet and, beside it, as an animation that repeats.
+
+    rows: {label: (B, 3, F, H, W) uint8}.
+    """
     from torchvision.transforms.functional import to_pil_image
 
     still.parent.mkdir(parents=True, exist_ok=True)
@@ -202,33 +354,104 @@ def save_gallery(rows: dict[str, Tensor], still: Path) -> None:
     print0(f"wrote {moving}")
 
 
+def draw_reconstructions(args: argparse.Namespace, source: ModelSource, env: DistEnv) -> None:
+    """Draw a gallery for each mask. Raises UserError for bad input, before anything is written."""
+    model = load_with_decoder(source, args)
+    masks = chosen_masks(args, model)
+    files = [picture_file(args, f"gallery_{kind}_{ratio:g}") for kind, ratio in masks]
+    clips, indices = drawn_clips(args, model)
+    model.to(env.device)
+    clips = clips.to(env.device)
+    noise = fixed_noise(indices, model.num_tokens).to(env.device)
+    amp = amp_dtype(args.amp, env.device)
+    for (mask_type, ratio), file in zip(masks, files, strict=True):
+        save_pictures(reconstructions(model, clips, noise, ratio, mask_type, amp), file)
+
+
+def draw_attention(args: argparse.Namespace, source: ModelSource, env: DistEnv) -> None:
+    """Draw attention maps. Raises UserError for bad input, before anything is written."""
+    model = load_encoder(
+        source.path,
+        num_heads=args.num_heads,
+        img_size=args.img_size,
+        num_frames=args.num_frames,
+        t_patch_size=args.t_patch_size,
+    )
+    class_query = args.query == "class" or (args.query is None and model.cls_embed)
+    if class_query and not model.cls_embed:
+        raise UserError("--query class: the model has no class token. Use --query mean.")
+    depth = model.config["depth"]
+    layers = parse_choice(args.layers or [str(depth)], depth, "layers")
+    heads = None
+    if args.heads is not None:
+        heads = parse_choice(args.heads, model.config["num_heads"], "heads")
+    file = picture_file(args, attention_name(layers, heads, args.query))
+    clips, _ = drawn_clips(args, model)
+    model.to(env.device)
+    amp = amp_dtype(args.amp, env.device)
+    maps = []
+    for clip in clips.split(1):  # the weights of one clip can be large
+        maps.append(attention_maps(model, clip.to(env.device), layers, class_query, amp).cpu())
+    by_label = label_maps(torch.cat(maps), layers, heads)
+    save_pictures(draw_maps(clips, by_label, args.percentile or 100), file)
+
+
+def attention_name(layers: list[int], heads: list[int] | None, query: str | None) -> str:
+    """Return the file name of attention maps, such as attention_layer6-12_head1-2."""
+    name = "attention_layer" + "-".join(str(layer + 1) for layer in layers)
+    if heads is not None:
+        name += "_head" + "-".join(str(head + 1) for head in heads)
+    if query is not None:
+        name += f"_{query}"
+    return name
+
+
+def measure_losses(args: argparse.Namespace, source: ModelSource, env: DistEnv) -> None:
+    """Write the reconstruction losses. Raises UserError for bad input. Call it on every rank."""
+    output = Path(args.losses)
+    if output.suffix != ".csv":
+        raise UserError(f"--losses {output} does not end in .csv. Choose such a name.")
+    dist.on_rank0(lambda: refuse_existing([output], args.overwrite, "--losses"))
+    model = load_with_decoder(source, args)
+    masks = Masks(chosen_masks(args, model), args.mask_seeds or 1)
+    paths = dist.on_rank0(lambda: find_paths(args.data_dirs, args.data_csv))
+    known = load_index(args.data_csv, paths)
+    dataset = center_clips(paths, model.config, clip_reading(args), known)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    workers = WorkerSettings(
+        num_workers=args.num_workers,
+        pin_memory=True,
+        read_timeout=args.read_timeout,
+        quarantine=None,
+    )
+    batches = eval_loader(dataset, args.batch_size_per_gpu, workers, env, collate_readable)()
+    amp = amp_dtype(args.amp, env.device)
+    model.to(env.device)
+    found = reconstruction_losses(model, batches, args.batch_size_per_gpu, masks, amp)
+    if env.rank == 0:
+        save_losses(output, found, paths, masks)
+
+
 def main(argv: list[str] | None = None) -> None:
     """Run the command line. Raises UserError for bad input, before anything is written."""
     parser = get_parser()
     args = parser.parse_args(argv)
-    path = args.checkpoint
-    model, defaults = load_model(path)
-    parser.set_defaults(**defaults)
+    output = chosen_output(args)
+    source = describe_checkpoint(checkpoint_path(args), given_sizes(args))
+    recorded = {
+        name: source.flags[name] for name in CLIP_FLAGS + MASK_FLAGS if name in source.flags
+    }
+    parser.set_defaults(**recorded)
     args = parser.parse_args(argv)
-
-    masks = [parse_mask(text) for text in args.masks] or [(args.mask_type, args.mask_ratio)]
-    check_masks(model, masks)
-    prefix = args.save_prefix or Path(path).stem
-    files = gallery_files(Path(args.output_dir), prefix, masks)
-    if not args.overwrite:
-        check_absent(files)
-
     env = dist.setup(args.device)
-    paths = find_paths(args.data_dirs, args.data_csv)
-    indices = evenly_spread(len(paths), args.clips).tolist()
-    dataset = center_clips(paths, model.config, clip_reading(args))
-    clips = read_clips(dataset, indices).to(env.device)
-    noise = fixed_noise(indices, model.num_tokens).to(env.device)
-    model.to(env.device)
-    if env.rank == 0:
-        amp = amp_dtype(args.amp, env.device)
-        for (mask_type, ratio), file in zip(masks, files, strict=True):
-            save_gallery(reconstructions(model, clips, noise, ratio, mask_type, amp), file)
+    if output == "losses":
+        measure_losses(args, source, env)
+    elif env.rank > 0:
+        return  # one process draws
+    elif output == "attention":
+        draw_attention(args, source, env)
+    else:
+        draw_reconstructions(args, source, env)
 
 
 if __name__ == "__main__":

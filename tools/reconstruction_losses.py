@@ -1,0 +1,98 @@
+"""The reconstruction loss of each video under some masks, as a table. See `tools.visualize`.
+
+Shapes as in models_mae.py; M masks: each type and ratio with each seed.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from models_mae import MaskedAutoencoderViT
+from util.dist import UserError, print0
+from util.evaluation import Readable, clip_losses, gather_readable, padded_batches
+from util.files import atomic_write
+from util.seeds import fixed_noise
+
+
+class Masks(NamedTuple):
+    """The masks under which a loss is measured: each kind with each seed."""
+
+    kinds: list[tuple[str, float]]  # mask type and ratio
+    num_seeds: int
+
+
+def with_noise(batches, num_tokens: int, num_seeds: int) -> Iterator[dict]:
+    """Yield the batches with their mask noise (B, 1, seeds, L) on the device of the clips.
+
+    It depends on the seed and the video's index in the list. Seed 0 is the noise of pretraining's
+    validation loss.
+    """
+    for batch in batches:
+        if batch["clips"] is not None:
+            indices = batch["index"].tolist()
+            draws = [fixed_noise(indices, num_tokens, seed) for seed in range(num_seeds)]
+            noise = torch.stack(draws, dim=1)[:, None]
+            batch["noise"] = noise.to(batch["clips"].device)
+        yield batch
+
+
+@torch.no_grad()
+def reconstruction_losses(
+    model: MaskedAutoencoderViT,
+    batches,
+    clips_per_forward: int,
+    masks: Masks,
+    amp: torch.dtype,
+) -> Readable:
+    """Return `loss` (n, M) of all readable videos; M counts the seeds of a kind before the next.
+
+    batches: of `collate_readable`, one view per video. Call it on every rank.
+    """
+    model.eval()
+    skipped: dict[int, str] = {}
+
+    def compute_losses(clips: Tensor, noise: Tensor) -> Tensor:
+        losses = []
+        for mask_type, ratio in masks.kinds:
+            for draw in noise.unbind(dim=1):
+                losses.append(clip_losses(model, clips, draw, ratio, mask_type, amp))
+        return torch.stack(losses, dim=1)
+
+    outputs = padded_batches(
+        with_noise(batches, model.num_tokens, masks.num_seeds),
+        clips_per_forward,
+        compute_losses,
+        ("clips", "noise"),
+        on_unreadable=lambda batch: skipped.update(batch["unreadable"]),
+    )
+    rows = ({"index": batch["index"], "loss": losses[:, 0]} for batch, losses in outputs)
+    return gather_readable(rows, skipped)
+
+
+def save_losses(path: Path, found: Readable, paths: list[str], masks: Masks) -> None:
+    """Write a row for each video, kind of mask and seed; print the means and the unreadable videos.
+
+    Raises UserError if no video is readable.
+    """
+    import pandas as pd
+
+    for index, reason in found.unreadable.items():
+        print0(f"left out: {paths[index]} cannot be read ({reason})")
+    if not found.table:
+        raise UserError(f"none of the {len(paths)} videos can be read. Check the data.")
+    rows = []
+    for index, losses in zip(found.table["index"].tolist(), found.table["loss"], strict=True):
+        losses_of_kinds = losses.unflatten(0, (-1, masks.num_seeds)).tolist()
+        for (mask_type, ratio), losses_of_seeds in zip(masks.kinds, losses_of_kinds, strict=True):
+            for seed, loss in enumerate(losses_of_seeds):
+                rows.append((paths[index], seed, mask_type, ratio, loss))
+    table = pd.DataFrame(rows, columns=["path", "seed", "mask_type", "mask_ratio", "loss"])
+    with atomic_write(path) as temporary:
+        table.to_csv(temporary, index=False)
+    means = table.groupby(["mask_type", "mask_ratio"], sort=False)["loss"].mean()
+    for (mask_type, ratio), mean in means.items():
+        print0(f"mean loss with {mask_type}:{ratio:g}: {mean:.6g}")
+    print0(f"wrote {path}: {len(rows)} rows, {len(found.table['index'])} of {len(paths)} videos")
