@@ -155,6 +155,7 @@ class MaskedAutoencoderViT(VideoEncoder):
     def add_decoder(self, attn: str) -> None:
         """Register the modules and parameters of the decoder that `config` describes.
 
+        Its blocks have the encoder's MLP ratio, as those of VideoMAE v2 (arXiv 2303.16727).
         Optimizer states index parameters in the order of registration: do not change it.
         """
         c = self.config

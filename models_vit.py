@@ -12,7 +12,6 @@ N tokens in a sequence, D width, A attention heads, K = D/A.
 Feichtenhofer et al. 2022, "Masked Autoencoders As Spatiotemporal Learners", arXiv 2205.09113.
 """
 
-import re
 from typing import Any
 
 import torch
@@ -34,7 +33,10 @@ SIZES = {  # name: (width, depth, heads); weights are only valid with their numb
     "base": (768, 12, 12),
     "large": (1024, 24, 16),
     "huge": (1280, 32, 16),
+    "giant": (1408, 40, 16),
 }
+MLP_RATIOS = {"giant": 48 / 11}  # hidden width / width, of all other sizes 4
+PATCH_SIZES = {"huge": (14, 16), "giant": (14,)}  # in the models' names, of all other sizes 16
 
 SDPA_BACKENDS = {  # --attn: the kernels that PyTorch may use, in order of priority
     "sdpa": [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH],
@@ -61,25 +63,34 @@ FASTEST_ATTENTION = {
 PixelStats = tuple[tuple[float, ...], tuple[float, ...]]  # mean and std of each color
 
 
-def named_size(name: str, patch_size: int | None = None) -> dict[str, int]:
+def model_names() -> list[str]:
+    """Return the names of all models, without the prefix mae_."""
+    names = []
+    for size in SIZES:
+        names += [f"vit_{size}_patch{patch_size}" for patch_size in PATCH_SIZES.get(size, (16,))]
+    return names
+
+
+def named_size(name: str, patch_size: int | None = None) -> dict[str, Any]:
     """Return the constructor arguments of a model name such as "vit_large_patch16".
 
     "mae_vit_large_patch16" gives the same. patch_size overrides the one in the name. Raises
     ValueError, with the known names, for an unknown one.
     """
-    match = re.fullmatch(rf"(?:mae_)?vit_({'|'.join(SIZES)})_patch(14|16)", name)
-    if not match or (match[2] == "14" and match[1] != "huge"):
-        known = [f"vit_{size}_patch16" for size in SIZES] + ["vit_huge_patch14"]
+    known = model_names()
+    if name.removeprefix("mae_") not in known:
         raise ValueError(
             f"unknown model {name!r}. Choose one of {', '.join(known)} "
             "(with the prefix mae_ for pretraining)."
         )
-    embed_dim, depth, num_heads = SIZES[match[1]]
+    _, size, patch = name.removeprefix("mae_").split("_")
+    embed_dim, depth, num_heads = SIZES[size]
     return {
-        "patch_size": patch_size or int(match[2]),
+        "patch_size": patch_size or int(patch.removeprefix("patch")),
         "embed_dim": embed_dim,
         "depth": depth,
         "num_heads": num_heads,
+        "mlp_ratio": MLP_RATIOS.get(size, 4.0),
     }
 
 
@@ -304,6 +315,14 @@ class Mlp(nn.Module):
         return self.fc2(F.gelu(self.fc1(x)))
 
 
+def mlp_hidden(width: int, mlp_ratio: float) -> int:
+    """Return the hidden width of an MLP: width * mlp_ratio, truncated.
+
+    Rounding first keeps a ratio that was computed as hidden / width from losing one by truncation.
+    """
+    return int(round(width * mlp_ratio, 6))
+
+
 class Block(nn.Module):
     """Pre-norm transformer block.
 
@@ -316,7 +335,7 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(width, eps=1e-6)
         self.attn = Attention(width, num_heads, qkv_bias, attn)
         self.norm2 = nn.LayerNorm(width, eps=1e-6)
-        self.mlp = Mlp(width, int(width * mlp_ratio))
+        self.mlp = Mlp(width, mlp_hidden(width, mlp_ratio))
 
     def forward(
         self, x: Tensor, delta: Tensor, branch_scales: Tensor | None = None
@@ -442,7 +461,8 @@ def pad_tokens(x: Tensor, before: int, after: int = 0) -> Tensor:
 
 def block_flops(tokens: int, width: int, depth: int, mlp_ratio: float) -> float:
     """Return the FLOPs of forward and backward of `depth` blocks per sequence of N tokens."""
-    weight_products = 6 * tokens * width**2 * (4 + 2 * mlp_ratio)
+    weights = 4 * width**2 + 2 * width * mlp_hidden(width, mlp_ratio)
+    weight_products = 6 * tokens * weights
     attention_products = 12 * tokens**2 * width  # q k^T and its product with v
     return depth * (weight_products + attention_products)
 

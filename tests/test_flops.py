@@ -11,7 +11,13 @@ from models_vit import named_size
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"pred_t_dim": 4}, {"cls_embed": False, "sep_pos_embed": False}, {"mlp_ratio": 2.0}],
+    [
+        {},
+        {"pred_t_dim": 4},
+        {"cls_embed": False, "sep_pos_embed": False},
+        {"mlp_ratio": 2.0},
+        {"mlp_ratio": 48 / 11},
+    ],
 )
 @pytest.mark.parametrize("ratio", [0.5, 0.9])
 def test_masked_autoencoder_counts_as_torch_does(changes, ratio):

@@ -15,8 +15,11 @@ from models_vit import (
     SDPA_BACKENDS,
     SIZES,
     LinearFunction,
+    VideoEncoder,
     choose_attention,
     drop_path_scales,
+    mlp_hidden,
+    model_names,
     named_size,
     normalize,
     patchify,
@@ -33,17 +36,41 @@ def test_named_models_have_the_sizes_of_the_table():
         "embed_dim": 1280,
         "depth": 32,
         "num_heads": 16,
+        "mlp_ratio": 4.0,
     }
-    for size, (width, depth, heads) in SIZES.items():
-        assert named_size(f"vit_{size}_patch16", 8) == {
-            "patch_size": 8,
-            "embed_dim": width,
-            "depth": depth,
-            "num_heads": heads,
-        }
-    for wrong in ("vit_giant_patch14", "vit_large_patch14", "resnet50"):
-        with pytest.raises(ValueError, match="vit_large_patch16"):
+    for name in model_names():
+        _, size, patch = name.split("_")
+        sizes = named_size(name)
+        assert (sizes["embed_dim"], sizes["depth"], sizes["num_heads"]) == SIZES[size]
+        assert patch == f"patch{sizes['patch_size']}"
+        assert named_size(f"mae_{name}", 8) == sizes | {"patch_size": 8}
+    assert len(model_names()) == len(SIZES) + 1  # huge has two patch sizes
+    for wrong in ("vit_giant_patch16", "vit_large_patch14", "resnet50", "large", "vit_patch16"):
+        with pytest.raises(ValueError, match="vit_large_patch16, .*vit_giant_patch14"):
             named_size(wrong)
+
+
+def test_the_giant_has_the_published_layers():
+    """Compare with VideoMAE v2's: a billion parameters, arXiv 2303.16727."""
+    clip = {"img_size": 224, "num_frames": 16, "t_patch_size": 2}
+    decoder = {"decoder_embed_dim": 512, "decoder_depth": 4, "decoder_num_heads": 8}
+    with torch.device("meta"):
+        giant = VideoEncoder(**named_size("vit_giant_patch14"), **clip)
+        autoencoder = MaskedAutoencoderViT(
+            **named_size("mae_vit_giant_patch14"), **clip, **decoder, pred_t_dim=16
+        )
+    assert giant.blocks[39].mlp.fc1.weight.shape == (6144, 1408)
+    assert autoencoder.decoder_blocks[3].mlp.fc1.weight.shape == (2234, 512)
+    assert giant.num_tokens == 2048
+    assert giant.blocks[0].attn.head_dim == 88
+    assert round(sum(p.numel() for p in giant.parameters()) / 1e9, 2) == 1.01
+
+
+def test_a_ratio_from_shapes_gives_the_same_hidden_width():
+    for width in (176, 208, 512, 1408):
+        for hidden in range(width, 6 * width, 16):
+            assert mlp_hidden(width, hidden / width) == hidden
+    assert mlp_hidden(512, 48 / 11) == 2234  # truncated, as in VideoMAE v2's decoder
 
 
 def test_published_configuration_has_the_counted_parameters():

@@ -165,7 +165,7 @@ NEEDS_NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a 
 @pytest.mark.parametrize(
     ("flags", "named"),
     [
-        ("--model mae_vit_giant_patch14", "mae_vit_giant_patch14"),
+        ("--model mae_vit_giant_patch16", "mae_vit_giant_patch16"),
         ("--img_size 30", "img_size 30"),
         ("--num_frames 5", "num_frames 5"),
         ("--pred_t_dim 3", "pred_t_dim 3"),
