@@ -103,6 +103,9 @@ def test_flags_for_names_what_fits_the_checkpoint():
     assert flags_for(["depth", "embed_dim"], sizes) == "--model vit_huge_patch14"
     assert flags_for(["patch_size", "cls_embed"], sizes) == "--patch_size 14 --no-cls_embed"
     assert flags_for(["no_qkv_bias"], sizes) == "no --no_qkv_bias"
+    giant = sizes | {"embed_dim": 1408, "depth": 40}
+    assert flags_for(["depth"], giant) == "--model vit_giant_patch14"
+    assert flags_for(["depth"], giant | {"patch_size": 16}) == "--model vit_giant_patch14"
     assert flags_for(["depth"], sizes | {"depth": 7}) == "num_heads in your own code"
 
 

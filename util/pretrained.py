@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models_mae import MaskedAutoencoderViT
-from models_vit import SIZES, VideoEncoder, VisionTransformer
+from models_vit import SIZES, VideoEncoder, VisionTransformer, model_names
 from util.checkpoint import load
 from util.checkpoint_formats import (
     NON_ENCODER,
@@ -202,10 +202,10 @@ def _model_flag(sizes: dict) -> str:
     wanted = (sizes["embed_dim"], sizes["depth"], sizes["num_heads"])
     for name, size in SIZES.items():
         if size == wanted:
-            patch_size = 16
-            if name == "huge" and sizes["patch_size"] == 14:
-                patch_size = 14
-            return f"--model vit_{name}_patch{patch_size}"
+            model = f"vit_{name}_patch{sizes['patch_size']}"
+            if model not in model_names():
+                model = next(known for known in model_names() if known.startswith(f"vit_{name}_"))
+            return f"--model {model}"
     return "num_heads in your own code"
 
 
