@@ -1,15 +1,19 @@
 """Checkpoint files survive crashes (T05); corrupt and hostile ones are refused (T19)."""
 
 import argparse
+import json
 import os
 import pickle
 import signal
+import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from corrupt_files import Payload, corrupted
 from foreign_models import INSTALL, SIZE
+from PIL import Image
 from tiny import same, tiny_vit
 
 from models_vit import VideoEncoder
@@ -130,14 +134,110 @@ def test_rename_aside_never_replaces_a_file(tmp_path):
 def test_load_names_what_is_wrong_with_a_file(tmp_path):
     with pytest.raises(UserError, match="nowhere.pth not found"):
         load(tmp_path / "nowhere.pth")
-    with pytest.raises(UserError, match="model.safetensors not found"):
-        load(tmp_path)
     torch.save([1], tmp_path / "list.pth")
     with pytest.raises(UserError, match="holds a list, not a dictionary"):
         load(tmp_path / "list.pth")
-    (tmp_path / "text.pth").write_text("text")
-    with pytest.raises(CorruptCheckpoint, match="text.pth cannot be read"):
-        load(tmp_path / "text.pth")
+
+
+def test_a_folder_without_weights_names_its_files(tmp_path):
+    with pytest.raises(UserError, match="is a folder without model.safetensors. Pass a file"):
+        load(tmp_path)
+    for name in ("b.pth", "a.pth", "log.txt"):
+        (tmp_path / name).touch()
+    with pytest.raises(UserError, match=r"Pass one of its files \(a.pth, b.pth\)"):
+        load(tmp_path)
+
+
+def write_zip(path: Path, names: tuple[str, ...] = ("a.txt",)) -> None:
+    """Write an archive that is not one of torch.save."""
+    with zipfile.ZipFile(path, "w") as archive:
+        for name in names:
+            archive.writestr(name, "text")
+
+
+def write_script(path: Path) -> None:
+    """Write an archive with the records that make torch.load see TorchScript."""
+    write_zip(path, ("a/data.pkl", "a/constants.pkl", "a/version"))
+
+
+def write_half(path: Path) -> None:
+    """Write the first half of a checkpoint."""
+    torch.save({"w": torch.ones(100)}, path)
+    path.write_bytes(path.read_bytes()[:600])
+
+
+# What writes the file, the words of the message, and whether a run resumes from an older file
+NO_CHECKPOINTS = {
+    "text": (lambda path: path.write_text("path,label\n"), "a text file", True),
+    "unicode": (lambda path: path.write_text("a" + "ä" * 5000), "a text file", True),
+    "page": (lambda path: path.write_text("<!DOCTYPE html>"), "a web page", True),
+    "pointer": (lambda path: path.write_text("version https://git-lfs.x"), "Git LFS", True),
+    "empty": (lambda path: path.write_bytes(b""), "an empty file", True),
+    "picture": (lambda path: write_picture(path), "a PNG image", True),
+    "video": (lambda path: path.write_bytes(b"\0\0\0\x20ftypisom\0\1"), "an MP4 video", True),
+    "noise": (lambda path: path.write_bytes(b"\xc3\1\xff" * 99), "not tensors and plain", True),
+    "control": (lambda path: path.write_bytes(b"\1\2\3" * 99), "not tensors and plain", True),
+    "pickle": (lambda path: path.write_bytes(pickle.dumps({1: 2})), "not tensors and plain", True),
+    "half": (write_half, "its end is missing", True),
+    "zip": (write_zip, "a zip archive", False),
+    "numpy": (lambda path: torch.save({"a": np.ones(2)}, path), "it contains numpy", False),
+    "scalar": (lambda path: torch.save({"a": np.float64(2)}, path), "it contains numpy", False),
+    "module": (lambda path: torch.save(torch.nn.ReLU(), path), "contains torch.nn.mod", False),
+    "script": (write_script, "a TorchScript program", False),
+}
+
+
+def write_picture(path: Path) -> None:
+    """Write a PNG image of one pixel."""
+    Image.new("RGB", (1, 1)).save(path, "PNG")
+
+
+@pytest.mark.parametrize("kind", NO_CHECKPOINTS)
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_what_is_not_a_checkpoint_is_one_plain_line(kind, suffix, tmp_path):
+    write, words, corrupt = NO_CHECKPOINTS[kind]
+    path = tmp_path / f"file{suffix}"
+    write(path)
+    if suffix == ".safetensors":
+        pytest.importorskip("safetensors", reason=INSTALL)
+        if words.startswith(("not tensors", "it contains", "contains", "its end")):
+            words = "cannot be read"  # in the words of safetensors
+    with pytest.raises(UserError, match=f"file{suffix} cannot be read .*") as error:
+        load(path)
+    message = str(error.value)
+    assert words in message
+    assert "\n" not in message and "weights_only" not in message
+    assert isinstance(error.value, CorruptCheckpoint) == corrupt
+
+
+def test_a_failing_disk_is_not_a_corrupt_file(tmp_path, monkeypatch):
+    save_step(tmp_path, 1, 1)
+
+    def fail(*arguments, **options):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(torch, "load", fail)
+    with pytest.raises(UserError, match="check memory, disk and permissions") as error:
+        load(tmp_path / "run.pth")
+    assert not isinstance(error.value, CorruptCheckpoint)
+
+
+@pytest.mark.parametrize("content", ["{", "[1]", "\xff"])
+def test_a_bad_config_beside_the_weights_is_named(content, tmp_path):
+    safetensors_torch = pytest.importorskip("safetensors.torch", reason=INSTALL)
+    safetensors_torch.save_file({"w": torch.ones(2)}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(content, encoding="latin-1")
+    with pytest.raises(UserError, match="config.json .* Repair it"):
+        load(tmp_path)
+
+
+def test_a_folder_with_pytorch_model_bin_has_its_config(tmp_path):
+    torch.save({"w": torch.ones(2)}, tmp_path / "pytorch_model.bin")
+    described = {"model_type": "videomae", "image_size": 32, "num_attention_heads": 4}
+    (tmp_path / "config.json").write_text(json.dumps(described))
+    state = load(tmp_path)
+    assert torch.equal(state["model"]["w"], torch.ones(2))
+    assert state["config"] == {"img_size": 32, "num_heads": 4}
 
 
 def test_only_checking_reads_the_checksums(tmp_path):

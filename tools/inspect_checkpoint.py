@@ -13,7 +13,7 @@ from pathlib import Path
 from torch import Tensor
 
 from tools.convert_checkpoint import RUN_STATE, add_size_flags
-from util.checkpoint import load, truncate
+from util.checkpoint import file_of, load, truncate
 from util.checkpoint_formats import given_sizes, parse_checkpoint
 from util.cli import Parser
 from util.dist import UserError, print0, run_script
@@ -25,26 +25,25 @@ def inspect(path: str | Path, given: dict) -> Rows:
     """Return the contents of a checkpoint as rows. Raises UserError if it cannot be read."""
     checkpoint = load(path)
     return [
-        ("file", describe_file(Path(path))),
+        ("file", describe_file(path)),
         *encoder_rows(checkpoint, given, path),
         *entry_rows(checkpoint),
     ]
 
 
-def describe_file(path: Path) -> str:
-    """Return the name and size of a file that `load` accepted, and the checksums compared."""
-    if path.is_dir():
-        path = path / "model.safetensors"
-    sidecar = path.with_name("config.json")
-    if path.suffix != ".safetensors" and zipfile.is_zipfile(path):
+def describe_file(path: str | Path) -> str:
+    """Return the path and size of a file that `load` accepted, and the checksums compared."""
+    file = file_of(path)
+    sidecar = file.with_name("config.json")
+    if file.suffix != ".safetensors" and zipfile.is_zipfile(file):
         checked = "checksums of all records are right"
-    elif path.suffix != ".safetensors":
+    elif file.suffix != ".safetensors":
         checked = "old format, without checksums"
     elif sidecar.is_file() and "sha256" in sidecar.read_text():
         checked = "sha256 is right"
     else:
         checked = "no checksum"
-    return f"{path}, {path.stat().st_size / 1e6:.1f} MB, {checked}"
+    return f"{path}, {file.stat().st_size / 1e6:.1f} MB, {checked}"
 
 
 def encoder_rows(checkpoint: dict, given: dict, path: str | Path) -> Rows:

@@ -10,6 +10,8 @@ import contextlib
 import json
 import os
 import pickle
+import re
+import warnings
 import zipfile
 import zlib
 from collections.abc import Iterable
@@ -22,7 +24,9 @@ import torch
 from torch import nn
 
 from util.dist import UserError
+from util.file_kind import ZIP_START, kind_of_file
 from util.files import fsync_path, sha256_of
+from util.hub import PREFERRED, WEIGHT_SUFFIXES, local_path
 
 # Errors raised for truncated or corrupt files.
 CORRUPTION_ERRORS = (zipfile.BadZipFile, zlib.error, EOFError, pickle.UnpicklingError)
@@ -122,34 +126,55 @@ def rename_aside(path: Path, ending: str) -> Path:
 
 
 def load(path: str | Path, check: bool = True, lazily: bool = False) -> dict:
-    """Read a checkpoint onto the CPU: a .pth or .safetensors file, or a folder with the latter.
+    """Read a checkpoint onto the CPU: a file, a folder, or hf:OWNER/REPO[/FILE][@REVISION].
 
+    The file is of torch.save or .safetensors; for folders see `file_of`, for hf: util/hub.py.
     check: compare the file's checksums first. lazily: leave the tensors of a .pth file on the
-    disk until they are used. A .safetensors file gives {"model": tensors} and the entries of
-    config.json beside it. Only tensors and plain data are read: no code of the file is run.
+    disk until they are used. A .safetensors file, and pytorch_model.bin, gives {"model": tensors}
+    and the entries of config.json beside it. Only tensors and plain data are read: no code of the
+    file is run.
     Raises UserError if the file is missing, unreadable or not a dictionary; CorruptCheckpoint, a
     UserError, if it is truncated or corrupt.
     """
-    path = Path(path)
-    if path.is_dir():
-        path = path / "model.safetensors"
-    if not path.is_file():
-        raise UserError(f"checkpoint {path} not found: check the path")
+    file = file_of(path)
     try:
-        if path.suffix == ".safetensors":
-            state = _read_safetensors(path, check)
+        if file.suffix == ".safetensors":
+            state = _read_safetensors(file, check)
         else:
-            state = _read_pth(path, check, lazily)
+            state = _read_pth(file, check, lazily)
+        if isinstance(state, dict) and file.name == "pytorch_model.bin":  # of Hugging Face
+            state = _read_sidecar(file) | {"model": state}
     except UserError:
         raise
     except Exception as error:  # unpickling or parsing garbage can raise anything
-        raise _unreadable(path, error) from error
+        raise _unreadable(path, file, error) from error
     if not isinstance(state, dict):
         raise UserError(
             f"checkpoint {path} holds a {type(state).__name__}, not a dictionary. "
             "Pass a checkpoint of a model."
         )
     return state
+
+
+def file_of(path: str | Path) -> Path:
+    """Return the file of a checkpoint that is given as a file, a folder or hf:...
+
+    In a folder it is the first of util.hub.PREFERRED that exists. Raises UserError if there is no
+    such file.
+    """
+    file = local_path(path)
+    if file.is_dir():
+        names = [name for name in PREFERRED if (file / name).is_file()]
+        if not names:
+            others = sorted(each.name for each in file.iterdir() if each.suffix in WEIGHT_SUFFIXES)
+            cure = "Pass a file of weights."
+            if others:
+                cure = f"Pass one of its files ({truncate(', '.join(others))})."
+            raise UserError(f"checkpoint {path} is a folder without {PREFERRED[0]}. {cure}")
+        file = file / names[0]
+    if not file.is_file():
+        raise UserError(f"checkpoint {path} not found: check the path")
+    return file
 
 
 def _read_pth(path: Path, check: bool, lazily: bool) -> Any:
@@ -160,20 +185,38 @@ def _read_pth(path: Path, check: bool, lazily: bool) -> Any:
             corrupt_record = archive.testzip()
         if corrupt_record:
             raise zipfile.BadZipFile(f"the checksum of {corrupt_record} is wrong")
-    with torch.serialization.safe_globals([argparse.Namespace]):  # the ancestors' `args`
+    with (
+        torch.serialization.safe_globals([argparse.Namespace]),  # the ancestors' `args`
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("ignore", UserWarning)  # what fails is reported as an error
         return torch.load(path, map_location="cpu", weights_only=True, mmap=lazily and zipped)
 
 
 def _read_safetensors(path: Path, check: bool) -> dict:
     """Read a .safetensors file and config.json beside it. Raises ValueError if a hash is wrong."""
     safetensors_torch = import_safetensors(str(path))
-    described = {}
-    sidecar = path.with_name("config.json")
-    if sidecar.is_file():
-        described = json.loads(sidecar.read_text())
+    described = _read_sidecar(path)
     expected_hash = described.pop("sha256", None)
     if check and expected_hash is not None and expected_hash != sha256_of(path):
         raise ValueError("its sha256 is not the one in config.json")
+    return described | {"model": safetensors_torch.load_file(path)}
+
+
+def _read_sidecar(path: Path) -> dict:
+    """Return the entries of config.json beside a file of weights, {} if there is none.
+
+    Raises UserError if it does not contain a JSON object.
+    """
+    sidecar = path.with_name("config.json")
+    if not sidecar.is_file():
+        return {}
+    try:
+        described = json.loads(sidecar.read_text())
+    except ValueError as error:
+        raise UserError(f"{sidecar} is not valid JSON ({first_line(error)}). Repair it.") from None
+    if not isinstance(described, dict):
+        raise UserError(f"{sidecar} holds a {type(described).__name__}, not an object. Repair it.")
     if described.get("model_type") == "videomae":  # written by Hugging Face transformers
         described = {"config": _translate_videomae_config(described)}
     config = described.get("config")
@@ -181,7 +224,7 @@ def _read_safetensors(path: Path, check: bool) -> dict:
         for key in ("mean", "std"):
             if key in config:
                 config[key] = tuple(config[key])  # JSON has no tuples
-    return described | {"model": safetensors_torch.load_file(path)}
+    return described
 
 
 def _translate_videomae_config(described: dict) -> dict:
@@ -213,18 +256,51 @@ def import_safetensors(needed_by: str) -> ModuleType:
     return safetensors_torch
 
 
-def _unreadable(path: Path, error: Exception) -> UserError:
+def _unreadable(path: str | Path, file: Path, error: Exception) -> UserError:
     """Return the error to raise for a failed read: CorruptCheckpoint if the bytes are at fault.
 
-    Lack of memory and failures of the disk or network do not mean that the file is corrupt.
+    path: as given, of this file. Lack of memory and failures of the disk or network do not mean
+    that the file is corrupt, nor do objects in it that are not loaded.
     """
-    message = f"checkpoint {path} cannot be read ({first_line(error)}): corrupt or not a checkpoint"
+    message = f"checkpoint {path} cannot be read"
     if isinstance(error, (OSError, MemoryError)):
+        return UserError(f"{message} ({first_line(error)}): check memory, disk and permissions")
+    intact = zipfile.is_zipfile(file)
+    refused = _refused_class(error)
+    kind = kind_of_file(file)
+    if refused:
+        message += (
+            f" (it contains {refused}, which is not loaded for safety): "
+            "save its weights again, as tensors and plain data"
+        )
+    elif kind:
+        message += f" ({kind}): not a checkpoint"
+    else:
+        message += f" ({_reason(file, error)}): corrupt or not a checkpoint"
+        intact &= not isinstance(error, CORRUPTION_ERRORS)
+        intact &= "PytorchStreamReader" not in str(error)
+    if intact:
         return UserError(message)
-    corrupt = isinstance(error, CORRUPTION_ERRORS) or "PytorchStreamReader" in str(error)
-    if corrupt or not zipfile.is_zipfile(path):
-        return CorruptCheckpoint(message)
-    return UserError(message)
+    return CorruptCheckpoint(message)
+
+
+def _refused_class(error: Exception) -> str | None:
+    """Return the class or function that torch.load refused to load with weights_only, or None."""
+    match = re.search(r"GLOBAL ([\w.]+)", str(error))
+    if match is None or not isinstance(error, pickle.UnpicklingError):
+        return None
+    return match[1]
+
+
+def _reason(file: Path, error: Exception) -> str:
+    """Return why a file cannot be read, without the advice that torch adds."""
+    with open(file, "rb") as opened:
+        truncated = opened.read(len(ZIP_START)) == ZIP_START and not zipfile.is_zipfile(file)
+    if truncated:
+        return "its end is missing"
+    if isinstance(error, pickle.UnpicklingError):
+        return "not tensors and plain data that torch.save wrote"
+    return first_line(error)
 
 
 def first_line(error: Exception) -> str:
