@@ -3,7 +3,8 @@
 python -m tools.convert_checkpoint IN OUT.pth --to native
 python -m tools.convert_checkpoint IN FOLDER --to safetensors
 
-See docs/checkpoints.md.
+FOLDER can be uploaded to the Hugging Face Hub: it has a model card, README.md. See
+docs/checkpoints.md.
 """
 
 import json
@@ -11,13 +12,17 @@ import os
 import shutil
 from pathlib import Path
 
-from util.checkpoint import import_safetensors, load, save
+from torch import Tensor
+
+from tools.model_card import model_card, without_folders
+from util.checkpoint import first_line, import_safetensors, load, save
 from util.checkpoint_formats import given_sizes, parse_checkpoint
 from util.cli import Parser
 from util.dist import UserError, print0, run_script
 from util.files import fsync_path, sha256_of
 
 RUN_STATE = ("optimizer", "scaler")  # not part of a converted file
+UNPUBLISHED = ("model", "unreadable")  # not part of config.json; the latter names the user's files
 
 
 def to_our_layout(path: str | Path, given: dict) -> dict:
@@ -49,27 +54,46 @@ def to_our_layout(path: str | Path, given: dict) -> dict:
     }
 
 
-def write_safetensors(folder: Path, checkpoint: dict) -> None:
-    """Write a folder with model.safetensors and config.json, completely or not at all.
-
-    config.json holds everything but the tensors, and the SHA-256 of model.safetensors. Raise
-    UserError if safetensors is not installed.
-    """
+def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write a .safetensors file. Raises UserError, also if safetensors is not installed."""
     safetensors_torch = import_safetensors("--to safetensors")
-    temporary = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
+    from safetensors import SafetensorError
+
+    try:
+        safetensors_torch.save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:  # for example a full disk
+        raise UserError(f"{path} cannot be written ({first_line(error)})") from error
+
+
+def write_safetensors(folder: Path, checkpoint: dict, card: str) -> None:
+    """Write a folder with model.safetensors, config.json and README.md, or nothing.
+
+    config.json holds everything but the tensors, and the SHA-256 of model.safetensors. Paths in
+    it, which are flags of the run, lose their folders. card: the text of README.md. Raises OSError
+    and UserError.
+    """
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     temporary.mkdir(parents=True)
-    weights_path = temporary / "model.safetensors"
-    config_path = temporary / "config.json"
-    weights = checkpoint["model"].items()
-    tensors = {name: value.contiguous().clone() for name, value in weights}  # share no memory
-    safetensors_torch.save_file(tensors, weights_path, metadata={"format": "pt"})
-    described = {key: value for key, value in checkpoint.items() if key != "model"}
-    described["sha256"] = sha256_of(weights_path)
-    config_path.write_text(json.dumps(described, indent=1) + "\n")
-    for path in (weights_path, config_path, temporary):
-        fsync_path(path)
-    os.replace(temporary, folder)
+    try:
+        weights_path = temporary / "model.safetensors"
+        config_path = temporary / "config.json"
+        card_path = temporary / "README.md"
+        weights = checkpoint["model"].items()
+        tensors = {name: value.contiguous().clone() for name, value in weights}  # share no memory
+        save_tensors(weights_path, tensors)
+        described = {key: value for key, value in checkpoint.items() if key not in UNPUBLISHED}
+        if "args" in described:
+            described["args"] = without_folders(described["args"])
+        described["sha256"] = sha256_of(weights_path)
+        config_path.write_text(json.dumps(described, indent=1, default=str) + "\n")
+        card_path.write_text(card)
+        shutil.copymode(config_path, weights_path)  # safetensors leaves the umask out
+        for path in (weights_path, config_path, card_path, temporary):
+            fsync_path(path)
+        os.replace(temporary, folder)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
 
 
 def add_size_flags(parser: Parser) -> None:
@@ -90,7 +114,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "source",
         metavar="IN",
-        help="a checkpoint of any family: a file, or a folder with model.safetensors",
+        help="a checkpoint of any family: a file, a folder with model.safetensors, or hf:...",
     )
     parser.add_argument(
         "target", metavar="OUT", help="the .pth to write, or for safetensors the folder"
@@ -103,14 +127,21 @@ def main(argv: list[str] | None = None) -> None:
     target = Path(args.target)
     if target.exists():
         raise UserError(f"{target} exists. Use another name: nothing is overwritten.")
-    target.parent.mkdir(parents=True, exist_ok=True)
+    if args.to == "native" and target.suffix == ".safetensors":
+        raise UserError(f"{target} would be a file of torch.save. Use a name that ends in .pth.")
     given = given_sizes(args.num_heads, args.img_size, args.num_frames, args.t_patch_size)
     checkpoint = to_our_layout(args.source, given)
-    if args.to == "safetensors":
-        write_safetensors(target, checkpoint)
-    else:
-        save(target, checkpoint)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if args.to == "safetensors":
+            write_safetensors(target, checkpoint, model_card(checkpoint, args.source))
+        else:
+            save(target, checkpoint)
+    except OSError as error:
+        raise UserError(f"{target} cannot be written ({first_line(error)})") from error
     print0(f"{target}: {len(checkpoint['model'])} tensors")
+    if args.to == "safetensors":
+        print0(f"fill in the license in {target / 'README.md'} before you publish the folder")
 
 
 if __name__ == "__main__":

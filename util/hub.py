@@ -70,6 +70,7 @@ def parse_address(text: str) -> HubAddress:
 
     An @ inside the name of a file, as in model@448.pth, does not start a revision.
     """
+    revision: str | None
     location, at, revision = text.removeprefix(PREFIX).rpartition("@")
     if not at or revision.endswith(WEIGHT_SUFFIXES):
         location = text.removeprefix(PREFIX)
