@@ -7,6 +7,7 @@ See docs/checkpoints.md.
 """
 
 import argparse
+import contextlib
 import zipfile
 from pathlib import Path
 
@@ -14,21 +15,34 @@ from torch import Tensor
 
 from tools.convert_checkpoint import RUN_STATE, add_size_flags
 from util.checkpoint import file_of, load, truncate
-from util.checkpoint_formats import given_sizes, parse_checkpoint
+from util.checkpoint_formats import (
+    ImportedModel,
+    find_num_heads,
+    given_sizes,
+    parse_checkpoint,
+    read_layout,
+)
 from util.cli import Parser
 from util.dist import UserError, print0, run_script
+from util.model_source import read_out_name
 
 Rows = list[tuple[str, str]]  # (heading, text)
+# Sizes for files that do not record them: what differs between the two is not known.
+GUESSED = {"img_size": 224, "num_frames": 16, "t_patch_size": 2, "num_heads": 1}
+OTHER_GUESS = {"img_size": 448, "num_frames": 64, "t_patch_size": 4, "num_heads": 1}
+SHOWN_TENSORS = 10  # of an unknown layout
 
 
 def inspect(path: str | Path, given: dict) -> Rows:
     """Return the contents of a checkpoint as rows. Raises UserError if it cannot be read."""
     checkpoint = load(path)
-    return [
-        ("file", describe_file(path)),
-        *encoder_rows(checkpoint, given, path),
-        *entry_rows(checkpoint),
-    ]
+    rows = [("file", describe_file(path))]
+    try:
+        rows += model_rows(checkpoint, given, path)
+    except UserError as error:
+        rows.append(("model", f"not recognized: {str(error).removeprefix(f'{path}: ')}"))
+        rows += tensor_rows(checkpoint)
+    return rows + entry_rows(checkpoint)
 
 
 def describe_file(path: str | Path) -> str:
@@ -46,23 +60,98 @@ def describe_file(path: str | Path) -> str:
     return f"{path}, {file.stat().st_size / 1e6:.1f} MB, {checked}"
 
 
-def encoder_rows(checkpoint: dict, given: dict, path: str | Path) -> Rows:
-    """Return the family, sizes and tensors of the encoder in a checkpoint, if there is one."""
-    try:
-        found = parse_checkpoint(checkpoint, given, path)
-    except UserError as error:
-        return [("encoder", f"none read: {error}")]
-    rows = [("family", found.family), ("heads", found.num_heads_source)]
-    for name, size in found.sizes.items():
-        if name != "num_heads":
-            rows.append((name, str(size)))
+def model_rows(checkpoint: dict, given: dict, path: str | Path) -> Rows:
+    """Return the family, sizes and tensors of the model in a checkpoint.
+
+    given: sizes by name that the file may not record. Those that are missing are named in their
+    rows. Raises UserError if there is no model of a supported family.
+    """
+    layout = read_layout(checkpoint, path)
+    found, other = (
+        parse_checkpoint(checkpoint, guess | given, path) for guess in (GUESSED, OTHER_GUESS)
+    )
+    heads = f"not recorded; pass {flag_of('num_heads')}"
+    with contextlib.suppress(UserError):
+        num_heads, source = find_num_heads(layout.encoder, layout.config, given, path)
+        heads = f"{num_heads} attention heads ({source})"
+    rows = [("family", found.family), ("heads", heads)]
+    rows += size_rows(found.sizes, other.sizes)
+    rows += size_rows(found.decoder_sizes, other.decoder_sizes)
+    if found.decoder and "decoder_num_heads" not in found.decoder_sizes:
+        rows.append(("decoder_num_heads", "not recorded"))
     rows += [
         ("mean, std", f"{found.pixel_stats['mean']}, {found.pixel_stats['std']}"),
         ("encoder", describe_tensors(found.weights)),
-        ("beside it", describe_tensors(found.unused)),
+        ("decoder", describe_tensors(found.decoder)),
+        *head_rows(found),
+        ("beside them", describe_tensors(found.unused)),
     ]
-    rows += [(f"  {name}", f"not in the file: {what}") for name, what in found.synthesized.items()]
+    for name, what in found.synthesized.items():
+        if other.synthesized[name] == what:
+            rows.append((f"  {name}", f"not in the file: {what}"))
     return rows
+
+
+def size_rows(sizes: dict, other_sizes: dict) -> Rows:
+    """Return sizes as rows. Those that differ from `other_sizes` are not recorded."""
+    rows = []
+    for name, size in sizes.items():
+        text = str(size)
+        if other_sizes[name] != size:
+            text = f"not recorded; pass {flag_of(name)}"
+        if name != "num_heads":
+            rows.append((name, text))
+    return rows
+
+
+def flag_of(name: str) -> str:
+    """Return the flag for a size that is not recorded."""
+    if name in GUESSED:
+        return f"--{name}"
+    return "--num_frames"  # the number of predicted frames depends on it
+
+
+def head_rows(found: ImportedModel) -> Rows:
+    """Return the shape, read-out and class names of a classifier's head, [] if there is none."""
+    if not found.head:
+        return []
+    weight = found.head["head.weight"]
+    read_out = "not recorded; pass --global_pool or --cls_token where it is used"
+    if found.global_pool is not None:
+        read_out = f"reads the {read_out_name(found.global_pool)}"
+    classes = found.config.get("classes")
+    names = "not recorded"
+    if isinstance(classes, list):
+        names = truncate(", ".join(str(name) for name in classes), 200)
+    return [
+        ("head", f"{len(weight)} classes, weight {tuple(weight.shape)}"),
+        ("read-out", read_out),
+        ("classes", names),
+    ]
+
+
+def tensor_rows(checkpoint: dict) -> Rows:
+    """Return the keys of an unknown layout, and its first tensors with their shapes."""
+    tensors = named_tensors(checkpoint)
+    rows = [("keys", truncate(", ".join(str(key) for key in checkpoint), 200))]
+    rows.append(("tensors", describe_tensors(tensors)))
+    for name in list(tensors)[:SHOWN_TENSORS]:
+        rows.append((f"  {name}", str(tuple(tensors[name].shape))))
+    if len(tensors) > SHOWN_TENSORS:
+        rows.append(("  ...", f"{len(tensors) - SHOWN_TENSORS} more"))
+    return rows
+
+
+def named_tensors(entries: dict) -> dict[str, Tensor]:
+    """Return all tensors in a dictionary and the dictionaries in it, by their keys with dots."""
+    tensors = {}
+    for key, value in entries.items():
+        if isinstance(value, Tensor):
+            tensors[str(key)] = value
+        elif isinstance(value, dict):
+            inner = named_tensors(value)
+            tensors |= {f"{key}.{name}": tensor for name, tensor in inner.items()}
+    return tensors
 
 
 def entry_rows(checkpoint: dict) -> Rows:
@@ -94,7 +183,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "source",
         metavar="FILE",
-        help="a checkpoint of any family: a file, or a folder with model.safetensors",
+        help="a checkpoint of any family: a file, a folder with model.safetensors, or hf:...",
     )
     add_size_flags(parser)
     args = parser.parse_args(argv)
