@@ -37,7 +37,6 @@ IMAGE_FAMILY = "image MAE or timm ViT"
 VJEPA_KEYS = ("encoder", "target_encoder", "ema_encoder")
 OPTIMIZED_STMAE_FLAGS = {"save_prefix", "datafile_dir"}  # which mae_st does not have
 USUAL_NUM_HEADS = {embed_dim: num_heads for embed_dim, _, num_heads in SIZES.values()}
-USUAL_NUM_HEADS[1408] = 16  # VideoMAE v2's giant
 USUAL_DECODER_HEADS = {512: 16}  # by width, of mae_st and optimized-stmae
 VIDEOMAE_DECODER_HEAD_WIDTH = 64
 VIDEO_PIXELS = {"mean": VIDEO_MEAN, "std": VIDEO_STD}
@@ -264,13 +263,10 @@ def parse_checkpoint(
         raise UserError(
             f"{path} looks like {family.name}, but {error} is missing or of another shape"
         ) from error
-    name = family.name
-    if "embed_dim" in config:
-        name = "ours"
+    if is_ours(config):
         check_config_sizes(config, sizes | decoder_sizes, path)
-    recorded_pixels = {key: config[key] for key in ("mean", "std") if key in config}
     return ImportedModel(
-        family=name,
+        family="ours" if is_ours(config) else family.name,
         weights=layout.encoder,
         decoder=layout.decoder,
         head=layout.head,
@@ -282,7 +278,7 @@ def parse_checkpoint(
         config=config,
         flags=layout.flags,
         global_pool=layout.global_pool,
-        pixel_stats=family.pixel_stats | recorded_pixels,
+        pixel_stats={key: config.get(key, family.pixel_stats[key]) for key in ("mean", "std")},
         targets=config.get("targets", family.targets),
         num_heads_source=f"{num_heads} attention heads ({source})",
     )
@@ -509,6 +505,11 @@ def decoder_sizes_of(layout: Layout, sizes: dict, given: dict) -> dict:
     if num_heads:
         found["decoder_num_heads"] = num_heads
     return found
+
+
+def is_ours(config: dict) -> bool:
+    """Return whether a checkpoint with this config was written by this repository."""
+    return "embed_dim" in config
 
 
 def check_config_sizes(config: dict, sizes: dict, path: str | Path) -> None:

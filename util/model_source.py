@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import NamedTuple
 
-from models_vit import SIZES
+from models_vit import SIZES, model_names
 from util.checkpoint import load
 from util.checkpoint_formats import IMAGE_FAMILY, ImportedModel, parse_checkpoint
 from util.dist import UserError
@@ -69,12 +69,17 @@ def describe(found: ImportedModel, path: str | Path) -> ModelSource:
 
 
 def model_name(sizes: dict) -> str:
-    """Return the name of a model of these sizes, such as vit_large_patch16."""
+    """Return the name of a model of these sizes, such as vit_large_patch16.
+
+    The patch in the name is another one if no named model has it.
+    """
     wanted = (sizes["embed_dim"], sizes["depth"], sizes["num_heads"])
     for name, size in SIZES.items():
-        if size[:3] == wanted:
-            patch_size = 14 if sizes["patch_size"] == 14 else 16
-            return f"vit_{name}_patch{patch_size}"
+        if size == wanted:
+            model = f"vit_{name}_patch{sizes['patch_size']}"
+            if model in model_names():
+                return model
+            return next(known for known in model_names() if known.startswith(f"vit_{name}_"))
     return f"vit_{wanted[0]}x{wanted[1]}x{wanted[2]}_patch{sizes['patch_size']}"
 
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models_mae import MaskedAutoencoderViT
-from models_vit import SIZES, VideoEncoder, VisionTransformer, model_names
+from models_vit import VideoEncoder, VisionTransformer, model_names
 from util.checkpoint import load
 from util.checkpoint_formats import (
     NON_ENCODER,
@@ -23,7 +23,13 @@ from util.checkpoint_formats import (
 )
 from util.class_names import class_list
 from util.dist import UserError, print0
-from util.model_source import IMAGE_CLIP, describe, require_head, require_read_out
+from util.model_source import (
+    IMAGE_CLIP,
+    describe,
+    model_name,
+    require_head,
+    require_read_out,
+)
 
 VALUE_FLAGS = ("patch_size", "t_patch_size", "decoder_num_heads")
 BOOL_FLAGS = ("cls_embed", "sep_pos_embed", "global_pool")
@@ -199,13 +205,9 @@ def flags_for(names: list[str], sizes: dict) -> str:
 
 def _model_flag(sizes: dict) -> str:
     """Return the --model flag for a width, depth and number of heads."""
-    wanted = (sizes["embed_dim"], sizes["depth"], sizes["num_heads"])
-    for name, size in SIZES.items():
-        if size == wanted:
-            model = f"vit_{name}_patch{sizes['patch_size']}"
-            if model not in model_names():
-                model = next(known for known in model_names() if known.startswith(f"vit_{name}_"))
-            return f"--model {model}"
+    name = model_name(sizes)
+    if name in model_names():
+        return f"--model {name}"
     return "num_heads in your own code"
 
 
