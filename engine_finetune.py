@@ -248,20 +248,26 @@ def build_model(
         return model.to(env.device)
     model.config |= source.mean_std
     if start.path is None:
-        load_pretrained(source.path, model, keeps_head(args, source, classes))
+        load_pretrained(source.path, model, keeps_head(args, start, classes))
     return model.to(env.device)
 
 
-def keeps_head(args: argparse.Namespace, source: ModelSource, classes: list[str]) -> bool:
+def keeps_head(args: argparse.Namespace, start: Start, classes: list[str]) -> bool:
     """Return whether finetuning starts with the checkpoint's head; print it if it has one."""
-    if source.num_classes is None:
+    source = start.source
+    if source is None or source.num_classes is None:
         return False
-    same = has_classes(source, classes) and source.num_classes == args.num_classes
-    if same:
+    if source.global_pool is None and "global_pool" not in start.given:
+        print0(
+            f"the head is new: {source.path} does not record its read-out "
+            "(pass --global_pool or --cls_token to keep its head)"
+        )
+        return False
+    if has_classes(source, classes) and source.num_classes == args.num_classes:
         print0(f"the head of {source.path} is kept: it has the same {len(classes)} classes")
-    else:
-        print0(f"the head is new: {source.path} has other classes ({source.num_classes})")
-    return same
+        return True
+    print0(f"the head is new: {source.path} has other classes ({source.num_classes})")
+    return False
 
 
 def run(

@@ -204,9 +204,9 @@ FAMILIES: dict[str, Callable[[Path], dict | Path]] = {
 NEEDED = {  # flags that a family's files need, because nothing in them tells
     "hvm-1, finetuned": "--cls_token",
     "VideoMAE v2, distilled": "--img_size 32 --num_frames 4",
-    "image MAE, pretrained": "--num_frames 4",
-    "timm ViT, class token": "--num_frames 4",
-    "timm ViT, mean": "--num_frames 4",
+    "image MAE, pretrained": "--num_frames 4 --t_patch_size 2",
+    "timm ViT, class token": "--num_frames 4 --t_patch_size 2",
+    "timm ViT, mean": "--num_frames 4 --t_patch_size 2",
 }
 
 
@@ -246,6 +246,7 @@ def write_family(name: str, folder: Path) -> Path:
 
 def init_from(path: Path, flags: list[str], sample: Sample) -> str:
     """Pretrain one update from the file."""
+    flags = sizes_only(flags)
     out = ["--output_dir", str(sample.new_folder()), "--data_dirs", str(sample.videos)]
     system = ["--recon_every", "0", "--decoder_embed_dim", "32", "--decoder_num_heads", "2"]
     if has_decoder(path, flags):
@@ -291,7 +292,7 @@ def classify(path: Path, flags: list[str], sample: Sample) -> str:
 def extract(path: Path, flags: list[str], sample: Sample) -> str:
     """Extract the features of videos."""
     out = sample.new_folder()
-    flags = [flag for flag in flags if flag not in ("--cls_token", "--global_pool")]
+    flags = sizes_only(flags)
     source = [str(path), "--data_dir", str(sample.videos)]
     extract_features.main([*source, "--output", f"{out}/features.npz", *READ, *flags])
     return "yes"
@@ -300,7 +301,7 @@ def extract(path: Path, flags: list[str], sample: Sample) -> str:
 def draw(path: Path, flags: list[str], sample: Sample) -> str:
     """Draw predictions of hidden patches."""
     out = sample.new_folder()
-    flags = [flag for flag in flags if flag not in ("--cls_token", "--global_pool")]
+    flags = sizes_only(flags)
     source = [str(path), "--data_dirs", str(sample.videos), "--clips", "1"]
     visualize.main([*source, "--output_dir", str(out), "--device", "cpu", *flags])
     assert len(list(out.glob("*.png"))) == 1
@@ -316,7 +317,7 @@ def inspect(path: Path, flags: list[str], sample: Sample) -> str:
 
 def convert(path: Path, flags: list[str], sample: Sample) -> str:
     """Convert the file to our layout, to safetensors, and back: encoders and heads stay equal."""
-    flags = [flag for flag in flags if flag not in ("--cls_token", "--global_pool")]
+    flags = sizes_only(flags)
     folder = sample.new_folder()
     native = folder / "native.pth"
     back = folder / "back.pth"
@@ -398,6 +399,11 @@ def given_by(flags: list[str]) -> dict:
         elif flag.startswith("--"):
             given[flag.removeprefix("--")] = int(flags[i + 1])
     return given
+
+
+def sizes_only(flags: list[str]) -> list[str]:
+    """Return flags without the read-out of a classifier."""
+    return [flag for flag in flags if flag not in ("--cls_token", "--global_pool")]
 
 
 def describe_file(path: Path, flags: list[str]):

@@ -100,9 +100,10 @@ def videomae_file(reference: VideoEncoder, prefix: str) -> dict[str, torch.Tenso
         weights[f"{attn}.k.bias"].zero_()
         for part in "qv":
             tensors[f"{prefix}{attn}.{part}_bias"] = weights[f"{attn}.{part}.bias"]
-    position = np.arange(32)[:, None]
-    column = np.arange(32)[None]
-    angle = position / np.power(10000, 2 * (column // 2) / 32)
+    _, count, width = weights["pos_embed"].shape
+    position = np.arange(count)[:, None]
+    column = np.arange(width)[None]
+    angle = position / np.power(10000, 2 * (column // 2) / width)
     sinusoids = np.where(column % 2, np.cos(angle), np.sin(angle))
     weights["pos_embed"].copy_(torch.from_numpy(sinusoids[None]))
     decoder = {

@@ -1,5 +1,7 @@
 """A checkpoint says what its model is: the scripts need no model flags beside it."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from runs import (
@@ -215,3 +217,17 @@ def test_an_image_classifier_needs_no_model_flags(tmp_path, capsys):
         + ["--output_dir", str(tmp_path / "c")]
     )
     assert f"top-1 {log_records(tmp_path / 'a')[0]['test_acc1']:.2f} %" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flags", ["", "--cls_token"])
+def test_a_head_of_unknown_read_out_is_kept_on_request(flags, finetuned, videos, tmp_path, capsys):
+    weights = torch.load(finetuned, weights_only=True)["model"]
+    torch.save(weights, tmp_path / "bare.pth")
+    manifest = tmp_path / "list.csv"
+    paths = sorted(map(str, Path(videos).glob("*/*.mp4")))
+    manifest.write_text("".join(f"{path},{index % 2}\n" for index, path in enumerate(paths)))
+    data = ["--train_csv", str(manifest), "--val_csv", str(manifest), *output_flags(tmp_path)]
+    finetune.main([*FINETUNE, *data, *flags.split(), "--finetune", f"{tmp_path}/bare.pth"])
+    printed = capsys.readouterr().out
+    assert ("is kept: it has the same 2 classes" in printed) == bool(flags)
+    assert ("does not record its read-out" in printed) != bool(flags)

@@ -249,12 +249,10 @@ def parse_checkpoint(
     layout = read_layout(checkpoint, path)
     family = layout.family
     config = layout.config
-    recorded = _recorded_sizes(layout)
     if family.name == IMAGE_FAMILY:
         given = (image_clip or {}) | given
     try:
-        require_sizes(recorded, recorded.keys(), path)
-        known = require_sizes(given | recorded, family.required_sizes, path)
+        known = known_sizes(layout, given, path)
         synthesized, resized = family.fill_missing(layout, known)
         num_heads, source = find_num_heads(layout.encoder, config, given, path)
         sizes = sizes_of(layout.encoder, known, path) | {"num_heads": num_heads}
@@ -354,21 +352,20 @@ def _dictionary(value: object) -> dict:
     return value if isinstance(value, dict) else {}
 
 
-def _recorded_sizes(layout: Layout) -> dict:
-    """Return the sizes that a file records beside its tensors: in its config, or its flags.
+def known_sizes(layout: Layout, given: dict, path: str | Path) -> dict:
+    """Return the sizes that a file records beside its tensors, completed by those that are given.
 
-    VideoMAE's files record them as flags only.
+    VideoMAE's files record them as flags of their run. Raises UserError without those that the
+    family requires.
     """
-    recorded = {
-        name: layout.config[name]
-        for name in ("num_heads", "img_size", "num_frames")
-        if name in layout.config
-    }
+    names = ("num_heads", "img_size", "num_frames")
+    recorded = {name: layout.config[name] for name in names if name in layout.config}
     if layout.family.name == "VideoMAE":
         for name, flag in (("img_size", "input_size"), ("num_frames", "num_frames")):
             if flag in layout.flags:
                 recorded.setdefault(name, layout.flags[flag])
-    return recorded
+    require_sizes(recorded, recorded.keys(), path)
+    return require_sizes(given | recorded, layout.family.required_sizes, path)
 
 
 def _tensors_of(checkpoint: dict) -> dict[str, Tensor]:
@@ -532,6 +529,7 @@ def require_sizes(known: dict, names: Iterable[str], path: str | Path) -> dict:
     missing = [name for name in names if not isinstance(known.get(name), int) or known[name] < 1]
     if missing:
         raise UserError(
-            f"{path} does not record its {' and '.join(missing)}. Pass {', '.join(missing)}."
+            f"{path} does not record its {' and '.join(missing)}. "
+            f"Pass {' and '.join('--' + name for name in missing)}."
         )
     return known
