@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -316,7 +317,7 @@ def test_an_interrupted_folder_is_continued(pretrained, mixed, tmp_path, monkeyp
 
     def counted(self, epoch, index, path, info):
         reads.append(path)
-        if len(reads) == 11:
+        if len(reads) == 10:
             raise KeyboardInterrupt
         return read_clips(self, epoch, index, path, info)
 
@@ -326,10 +327,10 @@ def test_an_interrupted_folder_is_continued(pretrained, mixed, tmp_path, monkeyp
     left = contents(tmp_path / "parts")
     assert sorted(left) == [".lock", "features.json", "long.mp4.npy"]
     extract(pretrained, *flags, tmp_path / "parts")
-    assert set(reads[11:]) == {str(mixed / "short.mp4"), str(mixed / "a/long.mp4")}
+    assert set(reads[10:]) == {str(mixed / "short.mp4"), str(mixed / "a/long.mp4")}
     assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
     extract(pretrained, *flags, tmp_path / "parts")
-    assert len(reads) == 11 + 1 + 3  # nothing is read again
+    assert len(reads) == 10 + 1 + 3  # nothing is read again
 
 
 def test_two_processes_fill_the_same_folder(pretrained, mixed, tmp_path):
@@ -401,6 +402,30 @@ def test_the_class_token_is_read_at_every_layer(finetuned, videos, tmp_path):
     assert_close(np.load(tmp_path / "out.npz")["features"][0], (x + delta)[0, 0])
 
 
+@pytest.mark.parametrize(
+    ("num_classes", "global_pool", "cls_embed", "kind"),
+    [
+        (5, False, True, extract_features.CLASS_TOKEN),
+        (5, True, True, "mean"),
+        (5, None, True, "mean"),  # with a note
+        (None, False, True, "mean"),  # pretrained
+        (None, None, False, "mean"),
+    ],
+)
+def test_only_a_classifier_reads_its_class_token(num_classes, global_pool, cls_embed, kind, capsys):
+    source = SimpleNamespace(
+        path="a.pth",
+        sizes={"depth": 2, "cls_embed": cls_embed},
+        num_classes=num_classes,
+        global_pool=global_pool,
+        flags={},
+    )
+    args = extract_features.get_parser().parse_args(["a.pth", "--data_dir", "videos"])
+    assert extract_features.choose_read_out(source, args).kind == kind
+    noted = "does not record its read-out" in capsys.readouterr().out
+    assert noted == (num_classes is not None and global_pool is None)
+
+
 def test_images_have_tokens_too(pretrained, images, tmp_path):
     flags = ["--data_dir", images, "--tokens", "none", "--output", tmp_path / "folder"]
     extract(pretrained, *flags)
@@ -425,6 +450,13 @@ def test_an_index_saves_opening_the_files(pretrained, mixed, tmp_path, monkeypat
     flags = [*STRIDE, "--output"]
     extract(pretrained, "--data_dir", mixed, *flags, tmp_path / "opened.npz")
     monkeypatch.setattr(feature_clips, "probe_files", lambda paths, *_: [] if not paths else None)
+    read_clips = ViewDataset.read_clips
+
+    def with_info(self, epoch, index, path, info):
+        assert info is not None
+        return read_clips(self, epoch, index, path, info)
+
+    monkeypatch.setattr(ViewDataset, "read_clips", with_info)
     extract(pretrained, "--data_csv", manifest, *flags, tmp_path / "indexed.npz")
     opened = np.load(tmp_path / "opened.npz")
     indexed = np.load(tmp_path / "indexed.npz")
@@ -482,6 +514,7 @@ BAD_OUTPUT = [
     ("is not empty, and has no features.json", ["others"]),
     ("--overwrite does not apply to a folder", ["empty", "--overwrite"]),
     ("exists. Choose another", ["exists.npz"]),
+    ("folder.npz is a folder", ["folder.npz", "--overwrite"]),
 ]
 
 
@@ -490,7 +523,8 @@ def test_a_wrong_output_is_refused(message, flags, pretrained, videos, tmp_path)
     for name in ("taken", "exists.npz", "others/notes.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("kept")
-    (tmp_path / "empty").mkdir()
+    for name in ("empty", "folder.npz"):
+        (tmp_path / name).mkdir()
     before = contents(tmp_path)
     output, *more = flags
     with pytest.raises(UserError, match=message):

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from data.datasets import ImageDataset, SampleDataset
-from data.loader import WorkerSettings, collate_readable, eval_loader, one_ahead
+from data.loader import WorkerSettings, collate_readable, eval_loader
 from data.transforms import decode_short_side, image_transform
 from models_vit import VideoEncoder, token_grid
 from tools.data_doctor import Progress
@@ -148,10 +148,12 @@ def output_path(args: argparse.Namespace) -> Path:
         path = default_output(args.checkpoint)
     else:
         path = Path(args.output)
-    if path.suffix == ".npz":
+    if path.suffix == ".npz" and not path.is_dir():
         if path.exists() and not args.overwrite:
             raise UserError(f"{path} exists. Choose another --output, or pass --overwrite.")
         return path
+    if path.suffix == ".npz":
+        raise UserError(f"--output {path} is a folder. Choose a name without .npz for a folder.")
     is_folder = path.is_dir() or str(args.output).endswith("/")
     if path.suffix and not is_folder:
         raise UserError(
@@ -273,7 +275,7 @@ class Extraction:
     def rows(self, clips: Clips) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Yield (indices of some clips (b,), their features (b, ...) float32), in order.
 
-        Unreadable clips are left out. The device computes a batch while the one before is used.
+        Unreadable clips are left out; `unreadable` names their files.
         """
         self.unreadable |= clips.unreadable
         total = len(clips.file)
@@ -292,9 +294,7 @@ class Extraction:
         batches = eval_loader(dataset, batch_size, self.workers, alone, collate_readable)()
         progress = Progress("computing features", total)
         done = 0
-        for row in one_ahead(
-            feature_rows(self.read, batches, batch_size, self.amp, note_unreadable)
-        ):
+        for row in feature_rows(self.read, batches, batch_size, self.amp, note_unreadable):
             indices = row["index"].cpu().numpy()
             yield indices, row["features"].cpu().numpy()
             done = int(indices[-1]) + 1
@@ -366,7 +366,9 @@ def write_folder(folder: Path, extraction: Extraction, settings: dict) -> None:
     print_unreadable(samples, unreadable)
     check_any_readable(count > 0, samples, unreadable)
     present = len(set(names)) - len(pending)
-    print0(f"wrote {folder}: features of {count} files ({present} were there already)")
+    print0(
+        f"wrote {folder}: features of {count} of {len(names)} files ({present} were there already)"
+    )
 
 
 def find_pending(folder: Path, names: list[str], shape: tuple[int, ...]) -> list[int]:
