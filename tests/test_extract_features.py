@@ -465,8 +465,14 @@ def test_an_index_saves_opening_the_files(pretrained, mixed, tmp_path, monkeypat
 
 
 def test_the_default_output_is_beside_the_checkpoint():
-    assert extract_features.default_output("runs/a.pth") == Path("runs/a_features.npz")
-    assert extract_features.default_output("hf:owner/name") == Path("name_features.npz")
+    names = {
+        "runs/a.pth": "runs/a_features.npz",
+        "runs/folder/": "runs/folder_features.npz",
+        "hf:owner/name-1.5": "name-1.5_features.npz",
+        "hf:owner/name/sub/b.pth@v1": "b_features.npz",
+    }
+    for checkpoint, output in names.items():
+        assert extract_features.default_output(checkpoint) == Path(output)
 
 
 BAD_INPUT = [

@@ -64,6 +64,7 @@ from util.checkpoint_formats import given_sizes
 from util.cli import Parser, nonnegative_int
 from util.dist import DistEnv, UserError, print0
 from util.evaluation import feature_rows, gather_readable
+from util.hub import is_hub_path, parse_address
 from util.model_source import ModelSource, describe_checkpoint
 from util.optim import amp_dtype
 from util.pretrained import load_encoder
@@ -89,7 +90,7 @@ def get_parser() -> Parser:
     parser.add_argument(
         "checkpoint",
         metavar="CKPT",
-        help="a checkpoint of any family: a file, or a folder with model.safetensors",
+        help="a checkpoint of any family: a file, a folder with model.safetensors, or hf:...",
     )
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--data_dir", default="", help="folder of videos or of images")
@@ -132,11 +133,13 @@ def read_source(args: argparse.Namespace) -> ModelSource:
 
 
 def default_output(checkpoint: str) -> Path:
-    """Return CKPT_features.npz beside the checkpoint; of a remote one, in the current folder."""
-    if checkpoint.startswith("hf:"):
-        return Path(f"{checkpoint.rpartition('/')[2].removeprefix('hf:')}_features.npz")
-    source = Path(checkpoint)
-    return source.with_name(f"{source.stem}_features.npz")
+    """Return CKPT_features.npz beside the checkpoint, or for hf:... in the current folder."""
+    if not is_hub_path(checkpoint):
+        source = Path(checkpoint)
+        return source.with_name(f"{source.stem}_features.npz")
+    address = parse_address(checkpoint)
+    name = Path(address.file).stem or Path(address.repository).name
+    return Path(f"{name}_features.npz")
 
 
 def output_path(args: argparse.Namespace) -> Path:
