@@ -114,11 +114,11 @@ def count_and_signal(monkeypatch, module, name: str, at: int) -> list[int]:
     original = getattr(module, name)
     calls = []
 
-    def call(*arguments):
+    def call(*arguments, **options):
         calls.append(len(calls) + 1)
         if len(calls) == at:
             os.kill(os.getpid(), signal.SIGTERM)
-        return original(*arguments)
+        return original(*arguments, **options)
 
     monkeypatch.setattr(module, name, call)
     return calls
