@@ -32,7 +32,7 @@ def add_size_flags(parser: Parser) -> None:
 
 
 def add_clip_flags(parser: Parser) -> None:
-    """Add the flags that choose frames of videos; `run_flags` returns a run's values of them."""
+    """Add the flags that choose frames of videos. CLIP_FLAGS lists them."""
     parser.add_argument(
         "--sampling_rate",
         type=positive_int,

@@ -213,16 +213,6 @@ def given_sizes(args: argparse.Namespace) -> dict[str, int]:
     return {name: size for name, size in sizes.items() if size is not None}
 
 
-def run_flags(state: dict, names: tuple[str, ...]) -> dict:
-    """Return those of the named flags that a checkpoint's run recorded."""
-    args = state.get("args")
-    if isinstance(args, argparse.Namespace):  # of the ancestors
-        args = vars(args)
-    if not isinstance(args, dict):
-        return {}
-    return {name: args[name] for name in names if name in args}
-
-
 def load_with_decoder(source: ModelSource, args: argparse.Namespace) -> MaskedAutoencoderViT:
     """Return the model of a pretraining checkpoint. Raises UserError for any other one."""
     if not source.decoder:

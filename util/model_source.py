@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from models_vit import SIZES, model_names
 from util.checkpoint import load
-from util.checkpoint_formats import IMAGE_FAMILY, ImportedModel, parse_checkpoint
+from util.checkpoint_formats import ImportedModel, parse_checkpoint
 from util.dist import UserError
 
 IMAGE_CLIP = {"num_frames": 2, "t_patch_size": 2}  # one tubelet: the tokens of the image itself
@@ -25,11 +25,6 @@ class ModelSource(NamedTuple):
     flags: dict  # of the run that wrote the file, {} if it has none
     mean_std: dict  # "mean" and "std" of the pixels that it was trained on
     name: str  # for --model
-
-    @property
-    def is_image_model(self) -> bool:
-        """Whether it was trained on images alone: frames per clip are not its own then."""
-        return self.family == IMAGE_FAMILY
 
 
 def describe_checkpoint(
