@@ -1,10 +1,10 @@
 """Choosing the frames of a clip: index arithmetic, for constant and variable frame rates.
 
-T is the number of frames of a clip, N that of a video. A clip spans sampling_rate * num_frames
+T is the number of frames of a clip, N that of a video. A clip lasts sampling_rate * num_frames
 frames at target_fps, whatever the frame rate of the video is.
 
-A span (start, end) is a part of a video in seconds: that of the frames that are shown in it, its
-end excluded. Clips of a span are chosen as if the part were a video of its own.
+A span (start, end) is a part of a video, in seconds. It has the frames that are shown from its
+start until its end, and clips are chosen from it as if it were a video of its own.
 """
 
 import math
@@ -20,7 +20,9 @@ Span = tuple[float, float]  # start and end in seconds
 TIME_TOLERANCE = 1e-9  # seconds: a frame that starts at an instant counts as shown at it
 
 
-def clip_span(fps: float, *, num_frames: int, sampling_rate: int, target_fps: float = 30) -> float:
+def clip_length(
+    fps: float, *, num_frames: int, sampling_rate: int, target_fps: float = 30
+) -> float:
     """Return the length of a clip in frames of a video with a rate of `fps`."""
     return sampling_rate * num_frames * fps / target_fps
 
@@ -29,8 +31,10 @@ def clip_slack(
     available: float, fps: float, *, num_frames: int, sampling_rate: int, target_fps: float = 30
 ) -> float:
     """Return by how many frames a video of `available` frames is longer than a clip, at least 0."""
-    span = clip_span(fps, num_frames=num_frames, sampling_rate=sampling_rate, target_fps=target_fps)
-    return max(available - span, 0)
+    length = clip_length(
+        fps, num_frames=num_frames, sampling_rate=sampling_rate, target_fps=target_fps
+    )
+    return max(available - length, 0)
 
 
 def clip_positions(
@@ -44,13 +48,15 @@ def clip_positions(
 ) -> np.ndarray:
     """Return the positions (T,) of a clip in a video of constant rate, in frames, not rounded.
 
-    The clip spans s = sampling_rate * num_frames * fps / target_fps source frames.
+    The clip lasts s = sampling_rate * num_frames * fps / target_fps frames of the video.
     It begins at start * max(available - s, 0), with `start` in [0, 1].
-    The positions are evenly spread over the span, ends included.
+    The positions are evenly spread over the clip, ends included.
     """
-    span = clip_span(fps, num_frames=num_frames, sampling_rate=sampling_rate, target_fps=target_fps)
-    first = start * max(available - span, 0)
-    return np.linspace(first, first + span - 1, num_frames)
+    length = clip_length(
+        fps, num_frames=num_frames, sampling_rate=sampling_rate, target_fps=target_fps
+    )
+    first = start * max(available - length, 0)
+    return np.linspace(first, first + length - 1, num_frames)
 
 
 def frame_indices(
@@ -101,7 +107,7 @@ def frame_indices_by_time(
     distance of two frames. The video lasts D = its last time stamp + d. The clip begins at
     start * max(D - S, 0). The frame of each instant is the last one shown by then.
 
-    span: takes the place of (0, D), within which it must be.
+    span: within (0, D), which it replaces in the formula.
     """
     duration = frame_duration(times)
     last_index = len(times) - 1
@@ -118,7 +124,7 @@ def frame_indices_by_time(
 
 
 def video_duration(num_frames: int, fps: float, times: np.ndarray | None) -> float:
-    """Return how long a video lasts, in seconds; its last frame as long as the median one.
+    """Return the duration of a video in seconds. Its last frame lasts as long as the median one.
 
     times: display times (num_frames,) in seconds, None if the frame rate is constant.
     """
@@ -128,7 +134,7 @@ def video_duration(num_frames: int, fps: float, times: np.ndarray | None) -> flo
 
 
 def span_in_video(video: VideoReader, span: Span) -> Span:
-    """Return the part of a span that an open video has.
+    """Return a span of an open video, cut off at the end of the video.
 
     Raises ReadError if the video ends before the span starts.
     """
@@ -140,7 +146,7 @@ def span_in_video(video: VideoReader, span: Span) -> Span:
 
 
 def available_frames(video: VideoReader, span: Span | None) -> float:
-    """Return the number of frames of an open video, or how many a span takes at the mean rate.
+    """Return the number of frames of an open video, or that of a span of it at the mean rate.
 
     Raises ReadError if the video ends before the span starts.
     """
@@ -203,8 +209,8 @@ def _frame_indices_of_span(video: VideoReader, span: Span, spacing: dict) -> np.
 def check_spans(spans: list[Span] | np.ndarray, count: int) -> np.ndarray:
     """Return the spans of `count` samples as an array (count, 2) float64, in seconds.
 
-    The end may be infinite. Raises UserError for another number of spans, and for a span that is
-    none.
+    The end may be infinite. Raises UserError for another number of spans, and for one without
+    0 <= start < end.
     """
     table = np.array(spans, dtype=np.float64).reshape(-1, 2)
     if len(table) != count:

@@ -334,7 +334,7 @@ class ViewDataset(SampleDataset):
         known: VideoIndex | None = None,
         spans: list[Span] | np.ndarray | None = None,
     ):
-        """Raise UserError for spans that are none, or not as many as the paths."""
+        """Raise UserError for spans that `check_spans` refuses."""
         super().__init__(paths, labels, seed=0, substitutes=0, known=known)
         warn_if_decord_missing(decoder)
         self.spans = None
@@ -377,7 +377,7 @@ class ViewDataset(SampleDataset):
 
     @contextlib.contextmanager
     def _open(self, path: str, info: VideoInfo | None) -> Iterator[VideoReader]:
-        """Yield an open video: with spans the one of the last sample, if it is the same file.
+        """Yield the open video of a file. With spans it stays open for the next sample.
 
         Opening a long file takes longer than reading a clip of it. Raises ReadError.
         """
