@@ -22,7 +22,7 @@ from data.decode import open_video
 from data.transforms import image_transform, view_transform
 from models_vit import VisionTransformer, normalize
 from tools import predict
-from tools.prediction_tables import Prediction, Sample, table_lines, unreadable_lines
+from tools.prediction_tables import Prediction, Sample, table_lines, unreadable_files
 from util.dist import UserError
 from util.pixels import IMAGE_MEAN, IMAGE_STD, VIDEO_MEAN, VIDEO_STD
 
@@ -232,7 +232,7 @@ def test_two_processes_write_the_same_file(finetuned, videos, images, broken, tm
         timeout=120,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.count("unreadable: 3") == 1
+    assert done.stdout.count("3 of 23 files cannot be read") == 1
     assert (tmp_path / "one.csv").read_bytes() == (tmp_path / "two.csv").read_bytes()
     table = pd.read_csv(tmp_path / "one.csv")
     segments = [predict.split_duration(frames / 30, 0.4) for frames in range(20, 52, 4)]
@@ -263,7 +263,7 @@ def test_unreadable_files_are_listed_with_reasons(finetuned, videos, broken, tmp
     assert table.loc[~readable, ["top1", "score1", "top2", "score2"]].isna().all(axis=None)
     assert table.loc[readable, ["top1", "score1", "top2", "score2"]].notna().all(axis=None)
     printed = capsys.readouterr().out
-    _, listed = printed.split("unreadable: 5\n")
+    _, listed = printed.split("5 of 7 files cannot be read:\n")
     for name, reason in zip(table["path"], table["reason"], strict=True):
         assert (f"  {name}: {reason}\n" in listed) == isinstance(reason, str)
     assert f"{broken}/empty.mp4: empty file" in listed
@@ -307,14 +307,14 @@ def test_the_exit_code_is_0_if_any_file_is_readable(finetuned, videos, broken):
     done = run_program("--checkpoint", finetuned, broken, video_paths(videos)[0])
     assert (done.returncode, done.stderr) == (0, "")
     assert "clip_0.mp4  class_" in done.stdout
-    assert "unreadable: 3" in done.stdout
+    assert "3 of 4 files cannot be read" in done.stdout
 
 
 def test_the_exit_code_is_2_if_no_file_is_readable(finetuned, broken, tmp_path):
     output = tmp_path / "predictions.csv"
     done = run_program("--checkpoint", finetuned, broken, "--output", output)
     assert done.returncode == 2
-    expected = f"error: none of the 3 files can be read. The first is {broken}/empty.mp4: empty"
+    expected = f"error: none of the 3 files can be read (first: {broken}/empty.mp4: empty"
     assert done.stderr.startswith(expected)
     assert done.stderr.count("\n") == 1
     assert not output.exists()
@@ -453,10 +453,7 @@ def test_the_printed_table_fits_and_shows_file_names(monkeypatch):
         "pushing something from left... 50.0%  c1 20.0%  c2 10.0%  c3 10.0%  c4 10.0%"
     )
     assert lines[21] == "... 11 more (--output FILE.csv writes all)"
-    assert unreadable_lines(samples, predictions) == [
-        "unreadable: 1",
-        "  /data/bad.mp4: not a video",
-    ]
+    assert unreadable_files(samples, predictions) == {"/data/bad.mp4": "not a video"}
     for width in (95, 60, 10):
         monkeypatch.setenv("COLUMNS", str(width))
         lines = table_lines(samples, predictions)

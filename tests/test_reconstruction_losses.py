@@ -113,7 +113,7 @@ def test_two_processes_write_the_same_rows(run, videos, tmp_path):
         timeout=300,
     )
     assert process.returncode == 0, process.stderr[-2000:]
-    assert process.stdout.count("text.mp4 cannot be read") == 1
+    assert process.stdout.count("text.mp4: not a video") == 1
     with open(tmp_path / "two.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert [{**row, "loss": None} for row in rows] == [{**row, "loss": None} for row in expected]
@@ -127,13 +127,13 @@ def test_unreadable_videos_are_listed_and_left_out(run, videos, tmp_path, capsys
     assert [row["path"] for row in rows] == [row["path"] for row in expected]
     assert losses(rows) != losses(expected)  # the masks depend on the index in the list
     printed = capsys.readouterr().out
-    assert f"left out: {tmp_path / 'a_text.mp4'} cannot be read (not a video" in printed
+    assert f"1 of 6 files cannot be read:\n  {tmp_path / 'a_text.mp4'}: not a video" in printed
     assert "5 of 6 videos" in printed
 
 
 def test_no_readable_video_is_an_error(run, tmp_path):
     (tmp_path / "text.mp4").write_text("not a video")
-    with pytest.raises(UserError, match="none of the 1 videos can be read"):
+    with pytest.raises(UserError, match="none of the 1 files can be read"):
         measure(run, tmp_path / "losses.csv", "--data_dirs", tmp_path)
     assert not (tmp_path / "losses.csv").exists()
 

@@ -57,7 +57,9 @@ from tools.reading import (
     add_size_flags,
     center_clips,
     clip_reading,
+    nothing_readable,
     positive_float,
+    print_unreadable,
 )
 from util import dist
 from util.checkpoint_formats import given_sizes
@@ -72,7 +74,6 @@ from util.pretrained import load_encoder
 INFORMATIVE = ("checkpoint",)  # settings of a folder that may differ: the weights are compared
 GRID_SIZES = ("img_size", "patch_size", "num_frames", "t_patch_size")  # of `token_grid`
 CLASS_TOKEN = "class token"  # a read-out that no flag names
-MAX_LISTED = 20  # unreadable files that are printed
 CLIPS_PER_FILE = 1 << 32  # more than any file has, for one number per clip
 
 
@@ -330,7 +331,9 @@ def write_table(output: Path, extraction: Extraction) -> None:
         for indices, values in extraction.rows(clips)
     )
     table, unreadable = gather_readable(rows, extraction.unreadable)
-    check_any_readable(len(unreadable) < len(samples.paths), samples, unreadable)
+    reasons = by_path(samples, unreadable)
+    if len(unreadable) == len(samples.paths):
+        raise nothing_readable(reasons, len(samples.paths))
     file, clip = divmod(table["index"].numpy(), CLIPS_PER_FILE)
     kept = ~np.isin(file, list(unreadable))
     values = table["features"].numpy()[kept]
@@ -339,8 +342,8 @@ def write_table(output: Path, extraction: Extraction) -> None:
         times = {"stride": extraction.args.stride_seconds, "length": extraction.clip_seconds}
     if extraction.env.rank == 0:
         rows_to_save = ClipRows(file[kept], clip[kept], values)
-        save_table(output, rows_to_save, samples._asdict(), by_path(samples, unreadable), times)
-    print_unreadable(samples, unreadable)
+        save_table(output, rows_to_save, samples._asdict(), reasons, times)
+    print_unreadable(reasons, len(samples.paths))
     shape = " x ".join(map(str, values.shape))
     print0(f"wrote {output}: features {shape}, {len(samples.classes)} classes")
 
@@ -365,9 +368,11 @@ def write_folder(folder: Path, extraction: Extraction, settings: dict) -> None:
         (path, name, samples.label(file))
         for file, (path, name) in enumerate(zip(samples.paths, names, strict=True))
     ]
-    count = dist.on_rank0(lambda: write_lists(folder, listing, shape, by_path(samples, unreadable)))
-    print_unreadable(samples, unreadable)
-    check_any_readable(count > 0, samples, unreadable)
+    reasons = by_path(samples, unreadable)
+    count = dist.on_rank0(lambda: write_lists(folder, listing, shape, reasons))
+    print_unreadable(reasons, len(samples.paths))
+    if count == 0:
+        raise nothing_readable(reasons, len(samples.paths))
     present = len(set(names)) - len(pending)
     print0(
         f"wrote {folder}: features of {count} of {len(names)} files ({present} were there already)"
@@ -384,28 +389,6 @@ def find_pending(folder: Path, names: list[str], shape: tuple[int, ...]) -> list
 def by_path(samples: Samples, unreadable: dict[int, str]) -> dict[str, str]:
     """Return {path: reason} for {file: reason}."""
     return {samples.paths[file]: reason for file, reason in unreadable.items()}
-
-
-def check_any_readable(readable: bool, samples: Samples, unreadable: dict[int, str]) -> None:
-    """Raise UserError if no file is readable."""
-    if readable:
-        return
-    file, reason = next(iter(unreadable.items()))
-    raise UserError(
-        f"none of the {len(samples.paths)} files can be read "
-        f"(first: {samples.paths[file]}: {reason}). Check --data_dir or --data_csv."
-    )
-
-
-def print_unreadable(samples: Samples, unreadable: dict[int, str]) -> None:
-    """Print the first unreadable files."""
-    if not unreadable:
-        return
-    print0(f"{len(unreadable)} of {len(samples.paths)} files cannot be read and are left out:")
-    for path, reason in list(by_path(samples, unreadable).items())[:MAX_LISTED]:
-        print0(f"  {path}: {reason}")
-    if len(unreadable) > MAX_LISTED:
-        print0(f"  ... and {len(unreadable) - MAX_LISTED} more, which the output lists")
 
 
 def sha256_of_weights(encoder: VideoEncoder) -> str:

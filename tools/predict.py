@@ -39,7 +39,7 @@ from tools.prediction_tables import (
     prediction_table,
     save_table,
     table_lines,
-    unreadable_lines,
+    unreadable_files,
 )
 from tools.reading import (
     CLIP_FLAGS,
@@ -47,7 +47,9 @@ from tools.reading import (
     add_device_flags,
     add_loader_flags,
     add_size_flags,
+    nothing_readable,
     positive_float,
+    print_unreadable,
 )
 from util import dist
 from util.checkpoint_formats import given_sizes
@@ -363,16 +365,6 @@ def classify(
     return predictions
 
 
-def check_any_readable(samples: list[Sample], predictions: list[Prediction]) -> None:
-    """Raise UserError if no sample could be read."""
-    if any(prediction.classes for prediction in predictions):
-        return
-    shown = f"{samples[0].path}: {predictions[0].reason}"
-    if len(samples) == 1:
-        raise UserError(f"{shown}. Pass a video or an image that can be read.")
-    raise UserError(f"none of the {len(samples)} files can be read. The first is {shown}")
-
-
 def describe_task(samples: list[Sample], config: dict, args: argparse.Namespace) -> list[str]:
     """Return the lines that state what is classified, and how."""
     images = sum(is_image(sample.path) for sample in samples)
@@ -397,13 +389,20 @@ def describe_task(samples: list[Sample], config: dict, args: argparse.Namespace)
 def report(
     samples: list[Sample], predictions: list[Prediction], output: Path | None, segmented: bool
 ) -> None:
-    """Write the predictions, and print the first ones and the unreadable files."""
+    """Write the predictions, and print the first ones and the unreadable files.
+
+    Raises UserError if no file can be read.
+    """
+    num_files = len({sample.path for sample in samples})
+    unreadable = unreadable_files(samples, predictions)
+    if all(prediction.reason for prediction in predictions):
+        raise nothing_readable(unreadable, num_files)
     if output is not None:
         save_table(output, prediction_table(samples, predictions, segmented))
-    lines = table_lines(samples, predictions) + unreadable_lines(samples, predictions)
+    print0(*table_lines(samples, predictions), sep="\n")
+    print_unreadable(unreadable, num_files)
     if output is not None:
-        lines.append(f"wrote {output}: {len(predictions)} rows")
-    print0(*lines, sep="\n")
+        print0(f"wrote {output}: {len(predictions)} rows")
 
 
 def parse_flags(argv: list[str] | None) -> tuple[argparse.Namespace, ModelSource]:
@@ -438,9 +437,8 @@ def main(argv: list[str] | None = None) -> None:
     by_index = classify(model, video_pass(samples, config, args), args, env)
     by_index |= classify(model, image_pass(samples, config, static_clip), args, env)
     predictions = [by_index[index] for index in range(len(samples.rows))]
-    check_any_readable(samples.rows, predictions)
-    if env.rank == 0:
-        report(samples.rows, predictions, output, args.segment_seconds is not None)
+    segmented = args.segment_seconds is not None
+    dist.on_rank0(lambda: report(samples.rows, predictions, output, segmented))
 
 
 if __name__ == "__main__":

@@ -8,10 +8,11 @@ from typing import NamedTuple
 import pandas as pd
 
 from data.clips import Span
+from tools.reading import printable
 from util.checkpoint import truncate
 from util.files import atomic_write
 
-MAX_LISTED = 20  # samples in the printed table, and unreadable files below it
+MAX_LISTED = 20  # samples in the printed table
 FILE_WIDTH = 40  # characters of a file's name in the printed table
 CLASS_WIDTH = 30  # characters of a class name in the printed table
 DEFAULT_WIDTH = 160  # characters of a line where the output is not a terminal
@@ -61,11 +62,6 @@ def save_table(path: Path, table: pd.DataFrame) -> None:
         table.to_csv(temporary, index=False, errors="surrogateescape")
 
 
-def printable(text: str) -> str:
-    """Return a text with a question mark for each character that a terminal cannot show."""
-    return "".join(letter if letter.isprintable() else "?" for letter in text)
-
-
 def short_name(sample: Sample, folder: str) -> str:
     """Return the name of a sample's file below `folder`, its end if it is long, and its segment."""
     name = printable(os.path.relpath(sample.path, folder))
@@ -107,16 +103,10 @@ def table_lines(samples: list[Sample], predictions: list[Prediction]) -> list[st
     return lines
 
 
-def unreadable_lines(samples: list[Sample], predictions: list[Prediction]) -> list[str]:
-    """Return the lines that list the unreadable files with their reasons; [] for none."""
-    lines = []
+def unreadable_files(samples: list[Sample], predictions: list[Prediction]) -> dict[str, str]:
+    """Return {path: reason} of the files that cannot be read, or not in all of their segments."""
+    reasons = {}
     for sample, prediction in zip(samples, predictions, strict=True):
         if prediction.reason:
-            lines.append(printable(f"  {sample.path}: {prediction.reason}"))
-    lines = list(dict.fromkeys(lines))  # a file may have several segments
-    if not lines:
-        return []
-    shown = [f"unreadable: {len(lines)}", *lines[:MAX_LISTED]]
-    if len(lines) > MAX_LISTED:
-        shown.append(f"  ... {len(lines) - MAX_LISTED} more (--output FILE.csv writes all)")
-    return shown
+            reasons[sample.path] = prediction.reason
+    return reasons

@@ -1,4 +1,4 @@
-"""How tools read videos and images: their flags, and the data set of center clips."""
+"""How tools read videos and images: flags, the data set of center clips, unreadable files."""
 
 import argparse
 import math
@@ -9,10 +9,11 @@ from data.datasets import ViewDataset
 from data.transforms import decode_short_side, view_transform
 from data.video_index import VideoIndex
 from util.cli import Parser, nonnegative_int, positive_int
-from util.dist import available_cpus, local_world_size
+from util.dist import UserError, available_cpus, local_world_size, print0
 
 CLIP_FLAGS = ("sampling_rate", "target_fps", "short_side", "decoder")
 MAX_DEFAULT_WORKERS = 16  # loader processes
+MAX_LISTED = 20  # unreadable files that are printed
 
 
 def add_size_flags(parser: Parser) -> None:
@@ -139,4 +140,35 @@ def center_clips(
         short_side=reading["short_side"] or decode_short_side(img_size),
         known=known,
         spans=spans,
+    )
+
+
+def printable(text: str) -> str:
+    """Return a text with a question mark for each character that a terminal cannot show."""
+    return "".join(letter if letter.isprintable() else "?" for letter in text)
+
+
+def print_unreadable(unreadable: dict[str, str], total: int, most: int = MAX_LISTED) -> None:
+    """Print the first `most` unreadable files of `total` files, nothing if there are none.
+
+    unreadable: {path: reason}.
+    """
+    if not unreadable:
+        return
+    print0(f"{len(unreadable)} of {total} files cannot be read:")
+    for path, reason in list(unreadable.items())[:most]:
+        print0(printable(f"  {path}: {reason}"))
+    if len(unreadable) > most:
+        print0(f"  ... and {len(unreadable) - most} more")
+
+
+def nothing_readable(unreadable: dict[str, str], total: int) -> UserError:
+    """Return the error to raise if none of `total` files can be read.
+
+    unreadable: {path: reason}.
+    """
+    path, reason = next(iter(unreadable.items()))
+    return UserError(
+        f"none of the {total} files can be read (first: {path}: {reason}). "
+        "Pass files that can be read."
     )

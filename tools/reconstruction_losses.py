@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from models_mae import MaskedAutoencoderViT
-from util.dist import UserError, print0
+from tools.reading import nothing_readable, print_unreadable
+from util.dist import print0
 from util.evaluation import Readable, clip_losses, gather_readable, padded_batches
 from util.files import atomic_write
 from util.seeds import fixed_noise
@@ -79,10 +80,10 @@ def save_losses(path: Path, found: Readable, paths: list[str], masks: Masks) -> 
     """
     import pandas as pd
 
-    for index, reason in found.unreadable.items():
-        print0(f"left out: {paths[index]} cannot be read ({reason})")
+    unreadable = {paths[index]: reason for index, reason in found.unreadable.items()}
     if not found.table:
-        raise UserError(f"none of the {len(paths)} videos can be read. Check the data.")
+        raise nothing_readable(unreadable, len(paths))
+    print_unreadable(unreadable, len(paths), most=len(paths))  # the table does not list them
     rows = []
     for index, losses in zip(found.table["index"].tolist(), found.table["loss"], strict=True):
         losses_of_kinds = losses.unflatten(0, (-1, masks.num_seeds)).tolist()
