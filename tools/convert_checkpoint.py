@@ -15,8 +15,9 @@ from pathlib import Path
 from torch import Tensor
 
 from tools.model_card import model_card, without_folders
+from tools.reading import given_sizes
 from util.checkpoint import first_line, import_safetensors, load, save
-from util.checkpoint_formats import given_sizes, parse_checkpoint
+from util.checkpoint_formats import parse_checkpoint
 from util.cli import Parser
 from util.dist import UserError, print0, run_script
 from util.files import fsync_path, sha256_of
@@ -96,7 +97,7 @@ def write_safetensors(folder: Path, checkpoint: dict, card: str) -> None:
         raise
 
 
-def add_size_flags(parser: Parser) -> None:
+def add_unrecorded_sizes(parser: Parser) -> None:
     """Add the flags for sizes that a file may not record."""
     parser.add_argument(
         "--num_heads",
@@ -122,14 +123,14 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--to", choices=("native", "safetensors"), required=True, help="the layout to write"
     )
-    add_size_flags(parser)
+    add_unrecorded_sizes(parser)
     args = parser.parse_args(argv)
     target = Path(args.target)
     if target.exists():
         raise UserError(f"{target} exists. Use another name: nothing is overwritten.")
     if args.to == "native" and target.suffix == ".safetensors":
         raise UserError(f"{target} would be a file of torch.save. Use a name that ends in .pth.")
-    given = given_sizes(args.num_heads, args.img_size, args.num_frames, args.t_patch_size)
+    given = given_sizes(args)
     checkpoint = to_our_layout(args.source, given)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

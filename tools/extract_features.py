@@ -57,12 +57,13 @@ from tools.reading import (
     add_size_flags,
     center_clips,
     clip_reading,
+    given_sizes,
     nothing_readable,
+    parse_again,
     positive_float,
     print_unreadable,
 )
 from util import dist
-from util.checkpoint_formats import given_sizes
 from util.cli import Parser, nonnegative_int
 from util.dist import DistEnv, UserError, print0
 from util.evaluation import feature_rows, gather_readable
@@ -125,12 +126,6 @@ def get_parser() -> Parser:
     add_loader_flags(parser)
     add_device_flags(parser)
     return parser
-
-
-def read_source(args: argparse.Namespace) -> ModelSource:
-    """Return what the checkpoint says about its model. Raises UserError."""
-    given = given_sizes(args.num_heads, args.img_size, args.num_frames, args.t_patch_size)
-    return describe_checkpoint(args.checkpoint, given)
 
 
 def default_output(checkpoint: str) -> Path:
@@ -428,10 +423,8 @@ def main(argv: list[str] | None = None) -> None:
     """Run the command line. Raises UserError for bad input."""
     parser = get_parser()
     args = parser.parse_args(argv)
-    source = read_source(args)
-    recorded = {name: source.flags[name] for name in CLIP_FLAGS if name in source.flags}
-    parser.set_defaults(**recorded)
-    args = parser.parse_args(argv)
+    source = describe_checkpoint(args.checkpoint, given_sizes(args))
+    args = parse_again(parser, argv, source.flags, CLIP_FLAGS)
     env = dist.setup(args.device)
     output = dist.on_rank0(lambda: output_path(args))
     samples = dist.on_rank0(lambda: list_samples(args.data_dir, args.data_csv, source.classes))

@@ -13,12 +13,12 @@ from pathlib import Path
 
 from torch import Tensor
 
-from tools.convert_checkpoint import RUN_STATE, add_size_flags
+from tools.convert_checkpoint import RUN_STATE, add_unrecorded_sizes
+from tools.reading import given_sizes
 from util.checkpoint import file_of, load, truncate
 from util.checkpoint_formats import (
     ImportedModel,
     find_num_heads,
-    given_sizes,
     parse_checkpoint,
     read_layout,
 )
@@ -185,9 +185,9 @@ def main(argv: list[str] | None = None) -> None:
         metavar="FILE",
         help="a checkpoint of any family: a file, a folder with model.safetensors, or hf:...",
     )
-    add_size_flags(parser)
+    add_unrecorded_sizes(parser)
     args = parser.parse_args(argv)
-    given = given_sizes(args.num_heads, args.img_size, args.num_frames, args.t_patch_size)
+    given = given_sizes(args)
     rows = inspect(args.source, given)
     width = max(len(heading) for heading, _ in rows)
     print0("\n".join(f"{heading:<{width}}  {text}" for heading, text in rows))

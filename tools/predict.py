@@ -47,12 +47,13 @@ from tools.reading import (
     add_device_flags,
     add_loader_flags,
     add_size_flags,
+    given_sizes,
     nothing_readable,
+    parse_again,
     positive_float,
     print_unreadable,
 )
 from util import dist
-from util.checkpoint_formats import given_sizes
 from util.cli import Parser
 from util.dist import DistEnv, UserError, print0
 from util.evaluation import predict
@@ -154,8 +155,8 @@ def get_parser() -> Parser:
 
 
 def given_flags(args: argparse.Namespace) -> dict:
-    """Return the sizes and the read-out that the command line gives."""
-    given: dict = given_sizes(args.num_heads, args.img_size, args.num_frames, args.t_patch_size)
+    """Return the sizes and the read-out that are given, by name."""
+    given = given_sizes(args)
     if args.global_pool is not None:
         given["global_pool"] = args.global_pool
     return given
@@ -414,8 +415,7 @@ def parse_flags(argv: list[str] | None) -> tuple[argparse.Namespace, ModelSource
     args = parser.parse_args(argv)
     source = describe_checkpoint(args.checkpoint, given_flags(args))
     require_head(source)
-    parser.set_defaults(**{name: source.flags[name] for name in CLIP_FLAGS if name in source.flags})
-    return parser.parse_args(argv), source
+    return parse_again(parser, argv, source.flags, CLIP_FLAGS), source
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -32,6 +32,20 @@ def add_size_flags(parser: Parser) -> None:
     )
 
 
+def given_sizes(args: argparse.Namespace) -> dict:
+    """Return the sizes of the model that are given as flags, by name.
+
+    This is the argument `given` of `describe_checkpoint`, `load_classifier` and `load_autoencoder`.
+    """
+    sizes = {
+        "num_heads": args.num_heads,
+        "img_size": args.img_size,
+        "num_frames": args.num_frames,
+        "t_patch_size": args.t_patch_size,
+    }
+    return {name: size for name, size in sizes.items() if size is not None}
+
+
 def add_clip_flags(parser: Parser) -> None:
     """Add the flags that choose frames of videos. CLIP_FLAGS lists them."""
     parser.add_argument(
@@ -57,6 +71,17 @@ def add_clip_flags(parser: Parser) -> None:
         default="auto",
         help="video reader (default: the run's, else %(default)s)",
     )
+
+
+def parse_again(
+    parser: Parser, argv: list[str] | None, recorded: dict, names: tuple[str, ...]
+) -> argparse.Namespace:
+    """Parse a command line with recorded flags of a run as defaults.
+
+    recorded: `ModelSource.flags`. names: the flags to take from there.
+    """
+    parser.set_defaults(**{name: recorded[name] for name in names if name in recorded})
+    return parser.parse_args(argv)
 
 
 def positive_float(text: str) -> float:

@@ -38,6 +38,8 @@ from tools.reading import (
     add_size_flags,
     center_clips,
     clip_reading,
+    given_sizes,
+    parse_again,
 )
 from tools.reconstruction_losses import Masks, reconstruction_losses, save_losses
 from util import dist
@@ -201,16 +203,12 @@ def chosen_output(args: argparse.Namespace) -> str:
     return output
 
 
-def given_sizes(args: argparse.Namespace) -> dict[str, int]:
-    """Return the sizes of the model that were given as flags, by name."""
-    sizes = {
-        "num_heads": args.num_heads,
-        "img_size": args.img_size,
-        "num_frames": args.num_frames,
-        "t_patch_size": args.t_patch_size,
-        "decoder_num_heads": args.decoder_num_heads,
-    }
-    return {name: size for name, size in sizes.items() if size is not None}
+def given_flags(args: argparse.Namespace) -> dict:
+    """Return the sizes of encoder and decoder that are given, by name."""
+    given = given_sizes(args)
+    if args.decoder_num_heads is not None:
+        given["decoder_num_heads"] = args.decoder_num_heads
+    return given
 
 
 def load_with_decoder(source: ModelSource, args: argparse.Namespace) -> MaskedAutoencoderViT:
@@ -220,7 +218,7 @@ def load_with_decoder(source: ModelSource, args: argparse.Namespace) -> MaskedAu
             f"{source.path} has no decoder that can be run: {source.family}, finetuned or without "
             "one. Pass a pretraining checkpoint, or draw where it looks with --attention."
         )
-    return load_autoencoder(source.path, given=given_sizes(args))
+    return load_autoencoder(source.path, given=given_flags(args))
 
 
 def chosen_masks(args: argparse.Namespace, model: MaskedAutoencoderViT) -> list[tuple[str, float]]:
@@ -427,12 +425,8 @@ def main(argv: list[str] | None = None) -> None:
     parser = get_parser()
     args = parser.parse_args(argv)
     output = chosen_output(args)
-    source = describe_checkpoint(checkpoint_path(args), given_sizes(args))
-    recorded = {
-        name: source.flags[name] for name in CLIP_FLAGS + MASK_FLAGS if name in source.flags
-    }
-    parser.set_defaults(**recorded)
-    args = parser.parse_args(argv)
+    source = describe_checkpoint(checkpoint_path(args), given_flags(args))
+    args = parse_again(parser, argv, source.flags, CLIP_FLAGS + MASK_FLAGS)
     env = dist.setup(args.device)
     if output == "losses":
         measure_losses(args, source, env)

@@ -224,19 +224,6 @@ FAMILIES = (
 )
 
 
-def given_sizes(
-    num_heads: int | None, img_size: int | None, num_frames: int | None, t_patch_size: int | None
-) -> dict[str, int]:
-    """Return the sizes that are not None, by name: the caller's, for what a file lacks."""
-    sizes = {
-        "num_heads": num_heads,
-        "img_size": img_size,
-        "num_frames": num_frames,
-        "t_patch_size": t_patch_size,
-    }
-    return {name: size for name, size in sizes.items() if size is not None}
-
-
 def parse_checkpoint(
     checkpoint: dict, given: dict, path: str | Path, image_clip: dict | None = None
 ) -> ImportedModel:

@@ -18,7 +18,6 @@ from util.checkpoint import load
 from util.checkpoint_formats import (
     NON_ENCODER,
     ImportedModel,
-    given_sizes,
     parse_checkpoint,
 )
 from util.class_names import class_list
@@ -56,7 +55,13 @@ def load_encoder(
     t_patch_size (frames) for image models, img_size (pixels) and num_frames for VideoMAE's. Where
     img_size or num_frames differ from the file's, positions are resampled. Raises UserError.
     """
-    given = given_sizes(num_heads, img_size, num_frames, t_patch_size)
+    sizes = {
+        "num_heads": num_heads,
+        "img_size": img_size,
+        "num_frames": num_frames,
+        "t_patch_size": t_patch_size,
+    }
+    given = {name: size for name, size in sizes.items() if size is not None}
     found = parse_checkpoint(load(path), given, path)
     try:
         encoder = VideoEncoder(**sizes_to_build(found, given, path))
