@@ -180,9 +180,9 @@ def test_pooled_image_mae_features_before_the_head(tmp_path):
 @pytest.mark.parametrize(
     ("recorded", "given", "num_heads", "source"),
     [
-        ({"num_heads": 8}, {}, 8, "8 attention heads (its config)"),
-        ({"num_heads": 8}, {"num_heads": 4}, 8, "8 attention heads (its config)"),
-        ({}, {"num_heads": 2}, 2, "2 attention heads (from --model or num_heads)"),
+        ({"num_heads": 8}, {}, 8, "its config"),
+        ({"num_heads": 8}, {"num_heads": 4}, 8, "its config"),
+        ({}, {"num_heads": 2}, 2, "from --model or num_heads"),
     ],
 )
 def test_num_heads_come_from_the_config_then_the_caller(recorded, given, num_heads, source):
@@ -194,7 +194,7 @@ def test_num_heads_come_from_the_config_then_the_caller(recorded, given, num_hea
 
 def test_num_heads_come_from_the_width_last():
     found = parse_checkpoint({"model": tiny_vit().state_dict()}, {}, "x.pth")
-    assert found.num_heads_source == "2 attention heads (usual for its width)"
+    assert found.num_heads_source == "usual for its width"
     with pytest.raises(UserError, match="width 32 is none of"):
         parse_checkpoint({"model": tiny_vit(**SIZE).state_dict()}, {}, "x.pth")
 

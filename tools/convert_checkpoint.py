@@ -17,7 +17,7 @@ from torch import Tensor
 from tools.model_card import model_card, without_folders
 from tools.reading import given_sizes
 from util.checkpoint import first_line, import_safetensors, load, save
-from util.checkpoint_formats import parse_checkpoint
+from util.checkpoint_formats import describe_num_heads, parse_checkpoint
 from util.cli import Parser
 from util.dist import UserError, print0, run_script
 from util.files import fsync_path, sha256_of
@@ -37,7 +37,7 @@ def to_our_layout(path: str | Path, given: dict) -> dict:
     if found.family == "ours":
         return {key: value for key, value in checkpoint.items() if key not in RUN_STATE}
     print0(
-        f"{path} ({found.family}): {found.num_heads_source}; "
+        f"{path} ({found.family}): {describe_num_heads(found)}; "
         f"left out: {', '.join(sorted(found.unused)) or 'nothing'}"
     )
     config = found.sizes | found.decoder_sizes | found.pixel_stats

@@ -53,7 +53,7 @@ class Layout(NamedTuple):
     unused: dict[str, Tensor]  # the others
     config: dict  # the file's own, {} if it has none
     flags: dict  # of the run that wrote the file, {} if it has none
-    global_pool: bool | None  # read-out of the classifier, None if nothing tells
+    global_pool: bool | None  # read-out of the classifier, None: unknown
 
 
 class ImportedModel(NamedTuple):
@@ -70,10 +70,10 @@ class ImportedModel(NamedTuple):
     decoder_sizes: dict  # MaskedAutoencoderViT's further arguments, {} without a decoder
     config: dict  # the file's own, {} if it has none
     flags: dict  # of the run that wrote the file, {} if it has none
-    global_pool: bool | None  # read-out of the classifier, None if nothing tells
+    global_pool: bool | None  # read-out of the classifier, None: unknown
     pixel_stats: dict  # mean and std of the pixels that the encoder was trained on
     targets: str  # what the decoder predicts: "videomae", or "pixels" as our own models
-    num_heads_source: str
+    num_heads_source: str  # where the number of heads comes from
 
 
 class Family(NamedTuple):
@@ -241,7 +241,7 @@ def parse_checkpoint(
     try:
         known = known_sizes(layout, given, path)
         synthesized, resized = family.fill_missing(layout, known)
-        num_heads, source = find_num_heads(layout.encoder, config, given, path)
+        num_heads, num_heads_source = find_num_heads(layout.encoder, config, given, path)
         sizes = sizes_of(layout.encoder, known, path) | {"num_heads": num_heads}
         decoder_sizes = decoder_sizes_of(layout, sizes, given)
     except (KeyError, IndexError, ValueError) as error:  # a tensor is missing or has other axes
@@ -265,7 +265,7 @@ def parse_checkpoint(
         global_pool=layout.global_pool,
         pixel_stats={key: config.get(key, family.pixel_stats[key]) for key in ("mean", "std")},
         targets=config.get("targets", family.targets),
-        num_heads_source=f"{num_heads} attention heads ({source})",
+        num_heads_source=num_heads_source,
     )
 
 
@@ -312,8 +312,8 @@ def refuse_vjepa(checkpoint: dict, path: str | Path) -> None:
 def find_read_out(checkpoint: dict, tensors: dict[str, Tensor], family: Family) -> bool | None:
     """Return whether a classifier reads the mean of the patch tokens (True) or the class token.
 
-    No tensor of mae_st, SlowFast and optimized-stmae tells: they are known by their other entries.
-    Return None if nothing tells.
+    The tensors of mae_st, SlowFast and optimized-stmae are alike: the other entries of their files
+    distinguish them. Return None if the read-out is unknown.
     """
     config = _dictionary(checkpoint.get("config"))
     flags = _dictionary(checkpoint.get("args"))
@@ -433,6 +433,11 @@ def find_num_heads(
         f"{path} does not record its number of attention heads, and width {embed_dim} is none of "
         f"{sorted(USUAL_NUM_HEADS)}. Pass num_heads."
     )
+
+
+def describe_num_heads(found: ImportedModel) -> str:
+    """Return the number of heads and where it comes from, as text."""
+    return f"{found.sizes['num_heads']} attention heads ({found.num_heads_source})"
 
 
 def sizes_of(weights: dict[str, Tensor], known: dict, path: str | Path) -> dict:

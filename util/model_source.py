@@ -1,4 +1,4 @@
-"""What a checkpoint says about its model: architecture, read-out, classes, flags of its run."""
+"""What a checkpoint records of its model: architecture, read-out, classes, flags of its run."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -20,7 +20,7 @@ class ModelSource(NamedTuple):
     decoder: dict  # MaskedAutoencoderViT's further arguments, {} without a decoder
     targets: str  # what the decoder predicts: "pixels" like ours, or "videomae"
     num_classes: int | None  # None: no head
-    global_pool: bool | None  # read-out, None if nothing tells
+    global_pool: bool | None  # read-out, None: unknown
     classes: list[str] | None  # their names, None if the file does not record them
     flags: dict  # of the run that wrote the file, {} if it has none
     mean_std: dict  # "mean" and "std" of the pixels that it was trained on
@@ -30,7 +30,7 @@ class ModelSource(NamedTuple):
 def describe_checkpoint(
     path: str | Path, given: dict, image_clip: dict = IMAGE_CLIP
 ) -> ModelSource:
-    """Return what a checkpoint of any family says about its model.
+    """Return what a checkpoint of any family records of its model.
 
     given: sizes by name that it may not record. image_clip: see `parse_checkpoint`. Tensors are
     not read and checksums not compared. Raises UserError.
@@ -93,7 +93,7 @@ def require_read_out(source: ModelSource, given: bool | None) -> bool:
     """Return whether the classifier reads the mean of the patch tokens, else the class token.
 
     given: --global_pool or --cls_token, None if neither is given. Raises UserError if the
-    checkpoint does not tell, if it contradicts `given`, and for a read-out that ours cannot do.
+    read-out is unknown, if it contradicts `given`, and for one that our classifier does not have.
     """
     if source.global_pool is not None:
         if given not in (None, source.global_pool):

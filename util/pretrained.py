@@ -18,6 +18,7 @@ from util.checkpoint import load
 from util.checkpoint_formats import (
     NON_ENCODER,
     ImportedModel,
+    describe_num_heads,
     parse_checkpoint,
 )
 from util.class_names import class_list
@@ -158,7 +159,7 @@ def decoder_to_build(found: ImportedModel, sizes: dict) -> dict:
 
 
 def require_decoder_heads(found: ImportedModel, path: str | Path) -> None:
-    """Raise UserError if a decoder's number of heads is not known, which no tensor tells."""
+    """Raise UserError if a decoder's number of heads is unknown: no tensor's shape contains it."""
     if "decoder_num_heads" not in found.decoder_sizes:
         raise UserError(
             f"{path} does not record the attention heads of its decoder, and width "
@@ -370,7 +371,7 @@ def _print_report(
     beside = [*found.unused, *found.decoder, *found.head]
     unused = Counter(name.split(".")[0] for name in beside if name not in weights)
     print0(
-        f"weights from {path} ({found.family}): {found.num_heads_source}; "
+        f"weights from {path} ({found.family}): {describe_num_heads(found)}; "
         f"trained on pixels of mean {pixels['mean']}, std {pixels['std']}"
     )
     _print_row("matched", [f"{len(matched)} tensors"])
