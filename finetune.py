@@ -92,28 +92,30 @@ def labeled_videos(folder: str, manifest: str, kind: str) -> tuple[list[str], li
 
 
 def list_videos(
-    args: argparse.Namespace, start: Start, known: list[str] | None
+    args: argparse.Namespace, start: Start, known_classes: list[str] | None
 ) -> tuple[Split, Split, list[str]]:
     """Return training videos, validation videos and the class names. Call on one rank.
 
-    known: the class names of the checkpoint that is evaluated or resumed, or of --class_names. The
-    run saves its lists as manifests, which a resumed run reads instead of the folders.
+    known_classes: the class names of the checkpoint that is evaluated or resumed, or of
+    --class_names. The run saves its lists as manifests, which a resumed run reads instead of the
+    folders.
     """
     train_manifest = flags.manifest_path(args, "train")
     val_manifest = flags.manifest_path(args, "val")
     source = args.val_dir or args.val_csv or str(val_manifest)
     if args.eval:
-        assert known is not None  # `setup` has found them
+        assert known_classes is not None  # `setup` has found them
         paths, names = labeled_videos(args.val_dir, args.val_csv, "val")
-        return Split([], []), Split(paths, class_indices(names, known, source)), known
-    if start.path and known and train_manifest.exists() and val_manifest.exists():
+        val = Split(paths, class_indices(names, known_classes, source))
+        return Split([], []), val, known_classes
+    if start.path and known_classes and train_manifest.exists() and val_manifest.exists():
         train_paths, train_names = read_manifest(train_manifest)
         val_paths, val_names = read_manifest(val_manifest)
-        classes = known
+        classes = known_classes
     else:
         train_paths, train_names = labeled_videos(args.train_dir, args.train_csv, "train")
         val_paths, val_names = labeled_videos(args.val_dir, args.val_csv, "val")
-        classes = check_classes(train_names, val_names, known, source)
+        classes = check_classes(train_names, val_names, known_classes, source)
         write_manifest(train_manifest, train_paths, train_names)
         write_manifest(val_manifest, val_paths, val_names)
         copy_index(args.train_csv, train_manifest, train_paths)
@@ -198,8 +200,8 @@ def build_train_data(args: argparse.Namespace, env: DistEnv, train: Split) -> Tr
 
 def main(argv: list[str] | None = None) -> None:
     """Run the script on a command line (default: sys.argv). Raises UserError for bad input."""
-    args, env, start, known = engine_finetune.setup(get_parser(), argv)
-    train, val, classes = dist.on_rank0(lambda: list_videos(args, start, known))
+    args, env, start, known_classes = engine_finetune.setup(get_parser(), argv)
+    train, val, classes = dist.on_rank0(lambda: list_videos(args, start, known_classes))
     print0(
         f"{len(train.paths)} videos to train on, {len(val.paths)} to validate on, "
         f"{len(classes)} classes"

@@ -74,20 +74,21 @@ def labeled_images(folder: str, flag: str) -> tuple[list[str], list[str]]:
 
 
 def list_images(
-    args: argparse.Namespace, known: list[str] | None
+    args: argparse.Namespace, known_classes: list[str] | None
 ) -> tuple[Split, Split, list[str]]:
     """Return training images, validation images and the class names. Call on one rank.
 
-    known: the class names of the checkpoint that is evaluated or resumed, or of --class_names.
+    known_classes: the class names of the checkpoint that is evaluated or resumed, or of
+    --class_names.
     """
     val_paths, val_names = labeled_images(args.val_data_path, "--val_data_path")
     if args.eval:
-        assert known is not None  # `setup` has found them
-        classes = known
+        assert known_classes is not None  # `setup` has found them
+        classes = known_classes
         train = Split([], [])
     else:
         paths, names = labeled_images(args.train_data_path, "--train_data_path")
-        classes = check_classes(names, val_names, known, args.val_data_path)
+        classes = check_classes(names, val_names, known_classes, args.val_data_path)
         write_classes(Path(args.output_dir, f"{args.save_prefix}_classes.json"), classes)
         labels = class_indices(names, classes, args.train_data_path)
         train = keep_part(Split(paths, labels), args.frac_retained, args.seed)
@@ -151,8 +152,8 @@ def build_eval_data(
 
 def main(argv: list[str] | None = None) -> None:
     """Run the script on a command line (default: sys.argv). Raises UserError for bad input."""
-    args, env, start, known = engine_finetune.setup(get_parser(), argv)
-    train, val, classes = dist.on_rank0(lambda: list_images(args, known))
+    args, env, start, known_classes = engine_finetune.setup(get_parser(), argv)
+    train, val, classes = dist.on_rank0(lambda: list_images(args, known_classes))
     print0(
         f"{len(train.paths)} images to train on, {len(val.paths)} to validate on, "
         f"{len(classes)} classes"

@@ -136,15 +136,15 @@ def class_indices(labels: list[str], classes: list[str], source: str) -> list[in
 
 
 def check_classes(
-    train: list[str], val: list[str], known: list[str] | None, val_source: str
+    train: list[str], val: list[str], known_classes: list[str] | None, val_source: str
 ) -> list[str]:
     """Return the class names of a training set, given the labels of both sets.
 
-    known: the names in their order, None: those of the training set, sorted. val_source: where the
-    validation set comes from, for messages. Raises UserError if either set has an unknown class,
-    and if the validation set lacks one of the training set.
+    known_classes: the names in their order, None: those of the training set, sorted. val_source:
+    where the validation set comes from, for messages. Raises UserError if either set has an unknown
+    class, and if the validation set lacks one of the training set.
     """
-    classes = known or class_names(train)
+    classes = known_classes or class_names(train)
     class_indices(train, classes, "the training set")  # raises for an unknown class
     class_indices(val, classes, val_source)
     absent = sorted(set(train) - set(val))
