@@ -21,7 +21,7 @@ from util import dist, pictures, preemption, resume
 from util.args import ScriptParser, apply_system_flags, make_schedule, parse, resolve_compile
 from util.bad_files import BadFiles
 from util.checkpointer import Checkpointer
-from util.class_names import class_list, read_class_names
+from util.class_names import class_list, names_or_numbers, read_class_names
 from util.dist import DistEnv, UserError, print0
 from util.evaluation import Scores, evaluate
 from util.files import RunFiles
@@ -41,11 +41,8 @@ from util.seeds import DROPOUT_STREAM, derive_seed
 from util.train_loop import MicroStep, train_one_epoch
 from util.train_state import TrainState
 
-METRICS = (
-    "loss",
-    "acc1",
-    "grad_norm",
-)  # `micro_step` returns two; `apply_update` appends grad_norm
+# `micro_step` returns the first two; `apply_update` appends grad_norm.
+METRICS = ("loss", "acc1", "grad_norm")
 
 
 class Split(NamedTuple):
@@ -196,14 +193,10 @@ def settle_num_classes(args: argparse.Namespace, start: Start, classes: list[str
 
 
 def has_classes(source: ModelSource, classes: list[str]) -> bool:
-    """Return whether a checkpoint's head has these classes, in this order.
-
-    Numbers are the names of outputs of which the checkpoint records none.
-    """
+    """Return whether a checkpoint's head has these classes, in this order."""
     if source.num_classes is None:
         return False
-    recorded = source.classes or [str(index) for index in range(source.num_classes)]
-    return recorded == classes
+    return names_or_numbers(source.classes, source.num_classes) == classes
 
 
 def run_files(args: argparse.Namespace, suffix: str = "") -> RunFiles:

@@ -19,7 +19,7 @@ def class_list(
     another number of names, or other names than the checkpoint.
     """
     if not names_file:
-        return recorded or [str(index) for index in range(num_classes)]
+        return names_or_numbers(recorded, num_classes)
     names = read_class_names(names_file)
     expected = num_classes if recorded is None else len(recorded)
     if len(names) != expected:
@@ -41,6 +41,11 @@ def class_list(
             f"{len(differing)} of {expected} classes ({shown}). Drop the flag."
         )
     return names
+
+
+def names_or_numbers(names: list[str] | None, num_classes: int) -> list[str]:
+    """Return the names of a classifier's outputs, without any their indices as text."""
+    return names or [str(index) for index in range(num_classes)]
 
 
 def read_class_names(path: str | Path) -> list[str]:
