@@ -51,6 +51,11 @@ def walk(folder: str, extensions: tuple[str, ...]) -> list[str]:
     return found
 
 
+def is_image(path: str) -> bool:
+    """Return whether a file's name is that of an image."""
+    return path.lower().endswith(IMAGE_EXTENSIONS)
+
+
 def check_folder(folder: str, flag: str) -> None:
     """Raise UserError unless `folder`, which was given as `flag`, is a folder."""
     if not os.path.exists(folder):

@@ -52,6 +52,14 @@ class ClipSpec(NamedTuple):
     img_size: int = 224  # pixels
 
 
+class Probed(NamedTuple):
+    """The description of a video file, or the reason why it cannot be read."""
+
+    path_index: int  # in the list of files
+    info: VideoInfo | None
+    reason: str  # "" if it can be read
+
+
 class ProbeDataset(SampleDataset):
     """Describe each video once.
 
@@ -90,15 +98,19 @@ class Progress:
             end_progress()
 
 
-def keep_samples(samples: list[dict]) -> dict:
-    """Return a batch that holds the samples as they are."""
-    return {"samples": samples}
+def collate_probed(samples: list[dict]) -> dict:
+    """Return a batch of `ProbeDataset` samples: the files of each, as {"files": list[Probed]}."""
+    files = []
+    for sample in samples:
+        reason = "".join(reason for _, reason in sample["bad"])  # one at most
+        files.append(Probed(sample["index"], sample["clips"], reason))
+    return {"files": files}
 
 
-def probe_files(paths: list[str], workers: int, seconds: float) -> Iterator[list[dict]]:
-    """Yield batches of `ProbeDataset` samples of all files, read by `workers` processes.
+def probe_files(paths: list[str], workers: int, seconds: float) -> Iterator[list[Probed]]:
+    """Yield the descriptions of all files in batches, read by `workers` processes.
 
-    A file that takes longer than `seconds` is reported as unreadable.
+    A file that takes longer than `seconds` is unreadable.
     """
     if not paths:
         return
@@ -107,10 +119,10 @@ def probe_files(paths: list[str], workers: int, seconds: float) -> Iterator[list
         DistributedEvalSampler(len(paths), 0, 1),
         batch_size=16,
         workers=WorkerSettings(workers, False, seconds, quarantine=None),
-        collate_fn=keep_samples,
+        collate_fn=collate_probed,
     )
     for batch in loader:
-        yield batch["samples"]
+        yield batch["files"]
 
 
 def build_index(
@@ -133,8 +145,8 @@ def build_index(
     done = 0
     last_save = time.time()
     for batch in probe_files(pending_paths, workers, seconds):
-        for sample in batch:
-            _record(index, pending[sample["index"]], sample)
+        for file in batch:
+            index.set_row(pending[file.path_index], file.info, file.reason)
         done += len(batch)
         progress.show(done)
         if target and time.time() - last_save > SAVE_SECONDS:
@@ -143,14 +155,6 @@ def build_index(
     if target:
         video_index.save_index(target, index)
     return index
-
-
-def _record(index: video_index.VideoIndex, video: int, sample: dict) -> None:
-    """Write the result of a `ProbeDataset` sample to the index's row of a video."""
-    reason = ""
-    if sample["bad"]:
-        _, reason = sample["bad"][0]
-    index.set_row(video, sample["clips"], reason)
 
 
 def clip_cost(

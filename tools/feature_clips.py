@@ -11,6 +11,7 @@ from data.manifest import (
     check_folder,
     class_indices,
     class_names,
+    is_image,
     read_manifest,
     walk,
 )
@@ -68,7 +69,7 @@ def find_files(folder: str) -> tuple[list[str], list[str]]:
 
 def check_kind(paths: list[str], source: str) -> bool:
     """Return whether the files are images, not videos. Raises UserError for a mixture."""
-    images = [path for path in paths if path.lower().endswith(IMAGE_EXTENSIONS)]
+    images = [path for path in paths if is_image(path)]
     if images and len(images) < len(paths):
         raise UserError(
             f"{source} has {len(images)} images (first: {images[0]}) and "
@@ -118,9 +119,8 @@ def index_files(
     unknown = np.flatnonzero(index.rows["state"] == UNKNOWN).tolist()
     unknown_paths = [paths[row] for row in unknown]
     for batch in probe_files(unknown_paths, num_workers, read_timeout):
-        for sample in batch:
-            reason = "".join(reason for _, reason in sample["bad"])
-            index.set_row(unknown[sample["index"]], sample["clips"], reason)
+        for file in batch:
+            index.set_row(unknown[file.path_index], file.info, file.reason)
     return index
 
 

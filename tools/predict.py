@@ -27,12 +27,12 @@ import numpy as np
 from data.clips import Span, video_duration
 from data.datasets import ImageDataset, SampleDataset, ViewDataset
 from data.loader import WorkerSettings, collate_readable, eval_loader
-from data.manifest import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, read_manifest, walk
+from data.manifest import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, is_image, read_manifest, walk
 from data.transforms import decode_short_side, image_transform, view_transform
 from data.video_index import VideoIndex, new_index
 from engine_finetune import model_input
 from models_vit import VisionTransformer
-from tools.data_doctor import Progress, probe_files
+from tools.data_doctor import Probed, Progress, probe_files
 from tools.prediction_tables import (
     Prediction,
     Sample,
@@ -74,14 +74,14 @@ class Views(NamedTuple):
 class Samples(NamedTuple):
     """All samples in the order of the input."""
 
-    rows: list[Sample]
-    known: VideoIndex | None = None  # of the samples' files, if they were looked at
+    all: list[Sample]
+    known: VideoIndex | None = None  # a row for each video among the samples, if it was opened
 
 
 class Pass(NamedTuple):
-    """The videos or the images among the samples."""
+    """One pass of the model: over the videos, or over the images among the samples."""
 
-    label: str
+    activity: str  # for the progress line
     indices: list[int]  # in the list of all samples
     dataset: SampleDataset
     views: int = 1  # clips per sample
@@ -220,11 +220,6 @@ def files_of(source: str) -> list[str]:
     return [source]
 
 
-def is_image(path: str) -> bool:
-    """Return whether a file's name is that of an image."""
-    return path.lower().endswith(IMAGE_EXTENSIONS)
-
-
 def split_duration(duration: float, length: float) -> list[Span]:
     """Return the segments of `length` seconds of a video of `duration` seconds.
 
@@ -236,21 +231,20 @@ def split_duration(duration: float, length: float) -> list[Span]:
     return list(zip(bounds[:-1], bounds[1:], strict=True))
 
 
-def look_at_videos(paths: list[str], args: argparse.Namespace, env: DistEnv) -> VideoIndex:
-    """Return the index of videos, each of which one rank describes. Call on every rank."""
+def index_videos(paths: list[str], args: argparse.Namespace, env: DistEnv) -> VideoIndex:
+    """Return the index of videos, each of which one rank opens. Call on every rank."""
     share = range(env.rank, len(paths), env.world_size)
     progress = Progress("looking at videos", len(share))
-    found = {}
-    batches = probe_files([paths[row] for row in share], args.num_workers, args.read_timeout)
-    for samples in batches:
-        for sample in samples:
-            reason = "".join(reason for _, reason in sample["bad"])
-            found[share[sample["index"]]] = (sample["clips"], reason)
+    found: dict[int, Probed] = {}  # by row of the index
+    own_paths = [paths[row] for row in share]
+    for batch in probe_files(own_paths, args.num_workers, args.read_timeout):
+        for file in batch:
+            found[share[file.path_index]] = file
         progress.show(len(found))
     index = new_index(paths, None)
-    for described in dist.all_gather_object(found):
-        for row, (info, reason) in described.items():
-            index.set_row(row, info, reason)
+    for files in dist.all_gather_object(found):
+        for row, file in files.items():
+            index.set_row(row, file.info, file.reason)
     return index
 
 
@@ -282,13 +276,13 @@ def list_samples(paths: list[str], args: argparse.Namespace, env: DistEnv) -> Sa
     if args.segment_seconds is None:
         return Samples([Sample(path) for path in paths])
     videos = [path for path in paths if not is_image(path)]
-    return split_videos(paths, args.segment_seconds, look_at_videos(videos, args, env))
+    return split_videos(paths, args.segment_seconds, index_videos(videos, args, env))
 
 
 def video_pass(samples: Samples, config: dict, args: argparse.Namespace) -> Pass:
-    """Return the views of the videos among the samples, at the size of the model."""
-    indices = [index for index, row in enumerate(samples.rows) if not is_image(row.path)]
-    videos = [samples.rows[index] for index in indices]
+    """Return the pass over the videos among the samples, at the size of the model."""
+    indices = [index for index, sample in enumerate(samples.all) if not is_image(sample.path)]
+    videos = [samples.all[index] for index in indices]
     spans = None
     if samples.known is not None:
         spans = [video.span or (0.0, math.inf) for video in videos]
@@ -309,13 +303,13 @@ def video_pass(samples: Samples, config: dict, args: argparse.Namespace) -> Pass
 
 
 def image_pass(samples: Samples, config: dict, static_clip: str) -> Pass:
-    """Return the images among the samples, at the size of the model.
+    """Return the pass over the images among the samples, at the size of the model.
 
-    static_clip: "folded": the model sees one frame, "exact": all.
+    static_clip: "exact": the model gets an image as all frames of a clip, "folded": as one frame.
     """
-    indices = [index for index, row in enumerate(samples.rows) if is_image(row.path)]
+    indices = [index for index, sample in enumerate(samples.all) if is_image(sample.path)]
     dataset = ImageDataset(
-        paths=[samples.rows[index].path for index in indices],
+        paths=[samples.all[index].path for index in indices],
         labels=[-1] * len(indices),
         transform=image_transform(config["img_size"], train=False),
         seed=0,
@@ -327,9 +321,9 @@ def image_pass(samples: Samples, config: dict, static_clip: str) -> Pass:
     return Pass("classifying images", indices, dataset, still_frames=still_frames)
 
 
-def with_progress(batches: Iterator[dict], label: str, total: int, step: int) -> Iterator[dict]:
+def with_progress(batches: Iterator[dict], activity: str, total: int, step: int) -> Iterator[dict]:
     """Yield the batches and print the progress: `step` of `total` samples per batch."""
-    progress = Progress(label, total)
+    progress = Progress(activity, total)
     for done, batch in enumerate(batches, 1):
         yield batch
         progress.show(min(done * step, total))
@@ -350,7 +344,7 @@ def classify(
     samples_per_batch = max(1, args.batch_size_per_gpu // data.views)
     batches = eval_loader(data.dataset, samples_per_batch, workers, env, collate_readable)()
     step = samples_per_batch * env.world_size
-    batches = with_progress(batches, data.label, len(data.indices), step)
+    batches = with_progress(batches, data.activity, len(data.indices), step)
     prepare = partial(model_input, config=model.config, still_frames=data.still_frames)
     amp = amp_dtype(args.amp, env.device)
     table, unreadable = predict(model, batches, args.batch_size_per_gpu, prepare, amp)
@@ -431,14 +425,14 @@ def main(argv: list[str] | None = None) -> None:
     config = model.config
     dist.on_rank0(lambda: make_folder(output))
     samples = list_samples(paths, args, env)
-    print0(*describe_task(samples.rows, config, args), sep="\n")
+    print0(*describe_task(samples.all, config, args), sep="\n")
 
     static_clip = source.flags.get("static_clip", "exact")
     by_index = classify(model, video_pass(samples, config, args), args, env)
     by_index |= classify(model, image_pass(samples, config, static_clip), args, env)
-    predictions = [by_index[index] for index in range(len(samples.rows))]
+    predictions = [by_index[index] for index in range(len(samples.all))]
     segmented = args.segment_seconds is not None
-    dist.on_rank0(lambda: report(samples.rows, predictions, output, segmented))
+    dist.on_rank0(lambda: report(samples.all, predictions, output, segmented))
 
 
 if __name__ == "__main__":
