@@ -13,7 +13,7 @@ from torch import Tensor
 from models_mae import MaskedAutoencoderViT
 from tools.reading import nothing_readable, print_unreadable
 from util.dist import print0
-from util.evaluation import Readable, clip_losses, gather_readable, padded_batches
+from util.evaluation import Results, clip_losses, gather_readable, padded_batches
 from util.files import atomic_write
 from util.seeds import fixed_noise
 
@@ -47,10 +47,10 @@ def reconstruction_losses(
     clips_per_forward: int,
     masks: Masks,
     amp: torch.dtype,
-) -> Readable:
-    """Return `loss` (n, M) of all readable videos; M counts the seeds of a kind before the next.
+) -> Results:
+    """Return `loss` (n, M) of all readable videos: for each kind of mask, one for each seed.
 
-    batches: of `collate_readable`, one view per video. Call it on every rank.
+    batches: made by `collate_readable`, one view per video. Call it on every rank.
     """
     model.eval()
     skipped: dict[int, str] = {}
@@ -73,7 +73,7 @@ def reconstruction_losses(
     return gather_readable(rows, skipped)
 
 
-def save_losses(path: Path, found: Readable, paths: list[str], masks: Masks) -> None:
+def save_losses(path: Path, found: Results, paths: list[str], masks: Masks) -> None:
     """Write a row for each video, kind of mask and seed; print the means and the unreadable videos.
 
     Raises UserError if no video is readable.

@@ -12,16 +12,19 @@ from models_vit import Attention, Block, VideoEncoder
 from util.optim import autocast
 
 COLORMAP = "inferno"  # its brightness grows with the value
-COLOR_SHARE = 0.5  # of the colormap in a blended pixel, the rest is the frame
-QUERIES_AT_ONCE = 256  # bounds the memory of the weights
+COLOR_SHARE = 0.5  # share of the colormap in a pixel; the frame has the rest
+QUERIES_AT_ONCE = 256  # limits the memory for the weights
 
 
-def patch_weights(attention: Attention, x: Tensor, num_patches: int, class_query: bool) -> Tensor:
+def attention_weights(
+    attention: Attention, x: Tensor, num_patches: int, class_query: bool
+) -> Tensor:
     """Return softmax(q k^T / sqrt(K)) for the patch tokens, averaged over the queries: (B, A, L).
 
     x: normalized tokens (B, [1 +] L, D), the input of `attention`. Its fused kernels do not return
     the weights, so they are computed here, in float32. class_query: the class token is the only
-    query, else all patch tokens are. A class token among the keys has a share of the weights too.
+    query, else all patch tokens are. With a class token the L weights sum to less than 1, because
+    it is a key too.
     """
     first_patch = x.shape[1] - num_patches
     queries = x[:, first_patch:]
@@ -45,7 +48,7 @@ def attention_maps(
     """Return the maps (B, layers, A, t', h, w) of some blocks, on the device.
 
     layers: indices of blocks, ascending. clips: (B, C, T, H, W), see `VideoEncoder.embed`.
-    class_query: see `patch_weights`.
+    class_query: see `attention_weights`.
     """
     model.eval()
     maps = []
@@ -55,15 +58,15 @@ def attention_maps(
             assert isinstance(block, Block)
             if index in layers:
                 tokens = block.norm1(x + delta)
-                maps.append(patch_weights(block.attn, tokens, model.num_tokens, class_query))
+                maps.append(attention_weights(block.attn, tokens, model.num_tokens, class_query))
             x, delta = block(x, delta)
     return torch.stack(maps, dim=1).unflatten(3, model.grid)
 
 
 def label_maps(maps: Tensor, layers: list[int], heads: list[int] | None) -> dict[str, Tensor]:
-    """Return maps (B, t', h, w) by label: of each layer, the mean of all heads or some heads.
+    """Return maps (B, t', h, w) by label: of each layer the given heads, or the mean of all heads.
 
-    maps: of `attention_maps`. layers, heads: indices; heads None: the mean.
+    maps: see `attention_maps`. layers, heads: indices; heads None: the mean.
     """
     rows = {}
     for layer, maps_of_heads in zip(layers, maps.unbind(dim=1), strict=True):
@@ -89,8 +92,8 @@ def scale_maps(maps: Tensor, percentile: float) -> Tensor:
 def overlay(frames: Tensor, maps: Tensor, percentile: float) -> Tensor:
     """Return frames (B, 3, T, H, W) uint8 with maps (B, t', h, w) drawn over them. On the CPU.
 
-    Each map has its own scale, see `scale_maps`, which is the same for all of its frames. Weights
-    are enlarged to the pixels of their patches, bilinearly, and to the frames of their tubelets.
+    Each map has its own scale, the same for all of its frames (`scale_maps`). It is enlarged to the
+    pixels of its patches bilinearly, and repeated for the frames of its tubelets.
     """
     from matplotlib import colormaps
 

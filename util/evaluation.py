@@ -36,11 +36,11 @@ class Scores(NamedTuple):
     top_scores: Tensor  # (n, min(5, K)) probabilities
 
 
-class Readable(NamedTuple):
-    """Results of a pass that skips unreadable samples."""
+class Results(NamedTuple):
+    """Results of a pass that leaves out unreadable samples. Both parts are sorted by index."""
 
-    table: dict[str, Tensor]  # "index" and results (n, ...) by name, sorted; {} if none is readable
-    unreadable: dict[int, str]  # reasons by sample index, sorted
+    table: dict[str, Tensor]  # "index" and results (n, ...) by name; {} if no sample is readable
+    unreadable: dict[int, str]  # reasons by sample index
 
 
 def pad_to(tensor: Tensor, length: int) -> Tensor:
@@ -122,17 +122,17 @@ def gather_sorted(rows: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:
     return {name: values[order] for name, values in table.items()}
 
 
-def gather_readable(rows: Iterable[dict[str, Tensor]], unreadable: dict[int, str]) -> Readable:
+def gather_readable(rows: Iterable[dict[str, Tensor]], unreadable: dict[int, str]) -> Results:
     """Return the results of the readable samples of all ranks, and the reasons of the others.
 
-    rows: see `gather_sorted`; reading them completes `unreadable`, this rank's reasons by sample
-    index. Call it on every rank.
+    rows: see `gather_sorted`. unreadable: this rank's reasons by sample index, which are complete
+    once the rows have been read. Call it on every rank.
     """
     table = gather_sorted(rows)
     reasons: dict[int, str] = {}
     for share in all_gather_object(unreadable):
         reasons |= share
-    return Readable(table, dict(sorted(reasons.items())))
+    return Results(table, dict(sorted(reasons.items())))
 
 
 def best_classes(batch: dict, probabilities: Tensor) -> dict[str, Tensor]:
@@ -209,10 +209,10 @@ def predict(
     clips_per_forward: int,
     prepare: Callable[[Tensor], Tensor],
     amp: torch.dtype,
-) -> Readable:
+) -> Results:
     """Return `top` (n, min(5, K)) and `top_scores` of all readable samples, as in `evaluate`.
 
-    batches: of `collate_readable`. Call it on every rank.
+    batches: made by `collate_readable`. Call it on every rank.
     """
     skipped: dict[int, str] = {}
     outputs = class_probabilities(

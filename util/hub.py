@@ -84,8 +84,8 @@ def parse_address(text: str) -> HubAddress:
 def choose_file(address: HubAddress, names: list[str], source: str) -> str:
     """Return the file of weights that an address means, of the files in its repository.
 
-    source: the place that has these files, for messages. Raises UserError if there is none, or
-    more than one.
+    source: words for where these files are, for messages. Raises UserError if there is no file of
+    weights, or more than one.
     """
     if address.file in names:
         return address.file
@@ -126,9 +126,9 @@ def _import_hub(address: HubAddress) -> ModuleType:
 
 
 def _list_files(hub: ModuleType, address: HubAddress) -> tuple[list[str], str]:
-    """Return the names of the repository's files, or of the cached ones, and which these are.
+    """Return the names of the repository's files, and words for where they are.
 
-    Raises UserError if the Hub cannot be reached and nothing is cached.
+    Without a connection these are the files in the cache. Raises UserError if it has none.
     """
     errors = hub.errors
     repository = address.repository
