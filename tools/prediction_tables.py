@@ -12,7 +12,7 @@ from tools.reading import printable
 from util.checkpoint import truncate
 from util.files import atomic_write
 
-MAX_LISTED = 20  # samples in the printed table
+MAX_SHOWN = 20  # samples in the printed table
 FILE_WIDTH = 40  # characters of a file's name in the printed table
 CLASS_WIDTH = 30  # characters of a class name in the printed table
 DEFAULT_WIDTH = 160  # characters of a line where the output is not a terminal
@@ -91,15 +91,15 @@ def table_lines(samples: list[Sample], predictions: list[Prediction]) -> list[st
     pairs = zip(samples, predictions, strict=True)
     readable = [pair for pair in pairs if pair[1].classes]
     rows = [["file", *(f"top {rank}" for rank in range(1, len(readable[0][1].classes) + 1))]]
-    for sample, prediction in readable[:MAX_LISTED]:
+    for sample, prediction in readable[:MAX_SHOWN]:
         row = [short_name(sample, folder)]
         for name, score in zip(prediction.classes, prediction.scores, strict=True):
             row.append(f"{truncate(printable(name), CLASS_WIDTH)} {score:.1%}")
         rows.append(row)
     width = shutil.get_terminal_size((DEFAULT_WIDTH, 0)).columns
     lines = align(rows, width)
-    if len(readable) > MAX_LISTED:
-        lines.append(f"... {len(readable) - MAX_LISTED} more (--output FILE.csv writes all)")
+    if len(readable) > MAX_SHOWN:
+        lines.append(f"... {len(readable) - MAX_SHOWN} more (--output FILE.csv writes all)")
     return lines
 
 
