@@ -14,12 +14,14 @@ from runs import (
     video_command,
     write_images,
 )
-from tiny import same
+from tiny import same, tiny_mae
 
 import finetune
 import finetune_on_image
 import pretrain
+from util.args import parse
 from util.dist import UserError
+from util.model_flags import find_start
 
 FINETUNE = (
     "--batch_size_per_gpu 4 --num_workers 0 --device cpu --lr 0.001 --max_steps 1 --decoder pyav"
@@ -165,6 +167,16 @@ def test_a_resumed_run_needs_no_model_flags(videos, tmp_path):
     assert flags_of(two / "run.pth")["num_frames"] == 4
     with pytest.raises(UserError, match="img_size: 32 in the checkpoint, 16 now"):
         finetune.main([*data, *system, *more, "--img_size", "16"])
+
+
+def test_the_decoder_of_a_checkpoint_fits_its_own_tubelets(tmp_path):
+    model = tiny_mae(num_frames=8, t_patch_size=4, pred_t_dim=8)
+    torch.save({"model": model.state_dict(), "config": model.config}, tmp_path / "mae.pth")
+    words = ["--init_from", str(tmp_path / "mae.pth"), "--num_frames", "16"]
+    args, given = parse(pretrain.get_parser(), [*words, "--output_dir", str(tmp_path)])
+    start = find_start(args, given, args.init_from)
+    assert (start.sizes["t_patch_size"], start.sizes["num_frames"]) == (4, 16)
+    assert args.pred_t_dim == 16  # 4 frames of each tubelet, as in the checkpoint
 
 
 def test_pretraining_starts_from_a_checkpoint_at_another_size(mae, videos, tmp_path, capsys):

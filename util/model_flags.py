@@ -15,6 +15,7 @@ from util.files import RunFiles
 from util.model_source import (
     IMAGE_CLIP,
     ModelSource,
+    decoder_for_clips,
     describe_checkpoint,
     require_head,
     require_read_out,
@@ -29,7 +30,6 @@ SIZE_FLAGS = (
     "sep_pos_embed",
     "no_qkv_bias",
 )
-DECODER_FLAGS = ("decoder_embed_dim", "decoder_depth", "decoder_num_heads", "pred_t_dim")
 SPACING_FLAGS = ("sampling_rate", "target_fps")
 # Flags that replace the checkpoint's value where they are given; the others must not differ.
 REPLACING = ("img_size", "num_frames", "pred_t_dim", "norm_pix_loss", *SPACING_FLAGS)
@@ -200,16 +200,10 @@ def classifier_values(args: argparse.Namespace, given: set[str], source: ModelSo
 
 
 def decoder_values(args: argparse.Namespace, given: set[str], source: ModelSource) -> dict:
-    """Return the checkpoint's values for the flags of a decoder, for clips of --num_frames.
-
-    The number of predicted frames per tubelet stays.
-    """
+    """Return the checkpoint's values for the flags of a decoder, for clips of --num_frames."""
     decoder = dict(source.decoder)
     if decoder and "num_frames" in given:
-        frames_per_tubelet = (
-            decoder["pred_t_dim"] * source.sizes["t_patch_size"] // source.sizes["num_frames"]
-        )
-        decoder["pred_t_dim"] = frames_per_tubelet * args.num_frames // args.t_patch_size
+        decoder = decoder_for_clips(decoder, source.sizes, args.num_frames)
     if source.targets != "pixels":
         decoder.pop("norm_pix_loss", None)
     return decoder

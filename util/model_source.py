@@ -63,6 +63,16 @@ def describe(found: ImportedModel, path: str | Path) -> ModelSource:
     )
 
 
+def decoder_for_clips(decoder: dict, sizes: dict, num_frames: int) -> dict:
+    """Return the arguments of a checkpoint's decoder for clips of `num_frames`.
+
+    The number of predicted frames per tubelet stays. sizes: the checkpoint's.
+    """
+    t_patch_size = sizes["t_patch_size"]
+    frames_per_tubelet = decoder["pred_t_dim"] * t_patch_size // sizes["num_frames"]
+    return decoder | {"pred_t_dim": frames_per_tubelet * num_frames // t_patch_size}
+
+
 def model_name(sizes: dict) -> str:
     """Return the name of a model of these sizes, such as vit_large_patch16.
 

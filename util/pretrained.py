@@ -25,6 +25,7 @@ from util.class_names import class_list
 from util.dist import UserError, print0
 from util.model_source import (
     IMAGE_CLIP,
+    decoder_for_clips,
     describe,
     model_name,
     require_head,
@@ -120,8 +121,9 @@ def load_autoencoder(path: str | Path, *, given: dict | None = None) -> MaskedAu
         )
     require_decoder_heads(found, path)
     sizes = sizes_to_build(found, given, path)
+    decoder = decoder_for_clips(found.decoder_sizes, found.sizes, sizes["num_frames"])
     try:
-        model = MaskedAutoencoderViT(**sizes, **decoder_to_build(found, sizes))
+        model = MaskedAutoencoderViT(**sizes, **decoder)
     except (TypeError, ValueError) as error:
         raise UserError(f"{path}: {error}") from error
     load_into(model, found, path)
@@ -145,17 +147,6 @@ def sizes_to_build(found: ImportedModel, given: dict, path: str | Path) -> dict:
         if name in given and given[name] != found.sizes[name]:
             raise UserError(f"{path} has {name} {found.sizes[name]}, not {given[name]}")
     return found.sizes | {name: given[name] for name in RESAMPLED if name in given}
-
-
-def decoder_to_build(found: ImportedModel, sizes: dict) -> dict:
-    """Return MaskedAutoencoderViT's further arguments: those of a file, for clips of these sizes.
-
-    The number of predicted frames per tubelet stays.
-    """
-    frames_per_tubelet = found.sizes["t_patch_size"] * found.decoder_sizes["pred_t_dim"]
-    frames_per_tubelet //= found.sizes["num_frames"]
-    pred_t_dim = frames_per_tubelet * sizes["num_frames"] // sizes["t_patch_size"]
-    return found.decoder_sizes | {"pred_t_dim": pred_t_dim}
 
 
 def require_decoder_heads(found: ImportedModel, path: str | Path) -> None:
