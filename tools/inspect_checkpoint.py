@@ -27,7 +27,8 @@ from util.dist import UserError, print0, run_script
 from util.model_source import read_out_name
 
 Rows = list[tuple[str, str]]  # (heading, text)
-# Sizes for files that do not record them: what differs between the two is not known.
+# Two guesses of the sizes that a file may not record. A checkpoint is parsed with either of them;
+# what then differs is not in the file.
 GUESSED = {"img_size": 224, "num_frames": 16, "t_patch_size": 2, "num_heads": 1}
 OTHER_GUESS = {"img_size": 448, "num_frames": 64, "t_patch_size": 4, "num_heads": 1}
 SHOWN_TENSORS = 10  # of an unknown layout
@@ -84,7 +85,7 @@ def model_rows(checkpoint: dict, given: dict, path: str | Path) -> Rows:
         ("encoder", describe_tensors(found.weights)),
         ("decoder", describe_tensors(found.decoder)),
         *head_rows(found),
-        ("beside them", describe_tensors(found.unused)),
+        ("other tensors", describe_tensors(found.unused)),
     ]
     for name, what in found.synthesized.items():
         if other.synthesized[name] == what:

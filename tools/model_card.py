@@ -25,6 +25,7 @@ DATA_FLAGS = (  # folders and manifests
     "val_data_path",
 )
 START_FLAGS = ("finetune", "init_from")  # checkpoints that a run starts from
+# Further flags that do not change the weights, or whose effect the card has elsewhere.
 REPORT_FLAGS = ("datafile_dir", "probe_dir", "recon_every", "val_every", "class_names")
 METRICS = {  # entries of a log's record: their meaning
     "train_loss": "training loss",
@@ -100,7 +101,7 @@ def summary(source: ModelSource) -> str:
     """Return what the model is, in one sentence."""
     clip = f"{source.sizes['num_frames']} frames of {source.sizes['img_size']} pixels"
     if source.num_classes is not None:
-        return f"A video transformer that sorts clips of {clip} into {source.num_classes} classes."
+        return f"A video transformer with {source.num_classes} classes, for clips of {clip}."
     if source.decoder:
         return f"A masked autoencoder for video: it predicts hidden patches of clips of {clip}."
     return f"The encoder of a video transformer for clips of {clip}."

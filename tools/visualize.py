@@ -54,7 +54,8 @@ from util.pretrained import load_autoencoder, load_encoder
 from util.seeds import fixed_noise
 
 MASK_FLAGS = ("mask_ratio", "mask_type")
-FLAGS_OF_OUTPUTS = {  # flags that have no effect on the other outputs
+# Flags that affect some of the outputs only, and which.
+OUTPUTS_OF_FLAGS = {
     "clips": ("reconstructions", "attention"),
     "masks": ("reconstructions", "losses"),
     "layers": ("attention",),
@@ -189,7 +190,10 @@ def checkpoint_path(args: argparse.Namespace) -> str:
 
 
 def chosen_output(args: argparse.Namespace) -> str:
-    """Return a key of FLAGS_OF_OUTPUTS. Raises UserError for flags that have no effect on it."""
+    """Return "reconstructions", "attention" or "losses".
+
+    Raises UserError for flags that have no effect on this output.
+    """
     output = "reconstructions"
     if args.attention and args.losses is not None:
         raise UserError("--attention and --losses are two runs. Pass one of them.")
@@ -197,7 +201,7 @@ def chosen_output(args: argparse.Namespace) -> str:
         output = "attention"
     if args.losses is not None:
         output = "losses"
-    for name, outputs in FLAGS_OF_OUTPUTS.items():
+    for name, outputs in OUTPUTS_OF_FLAGS.items():
         if output not in outputs and getattr(args, name) is not None:
             raise UserError(f"--{name} has no effect on {output}, only on {', '.join(outputs)}")
     return output

@@ -70,7 +70,7 @@ def load_encoder(
     except (TypeError, ValueError) as error:
         raise UserError(f"{path}: {error}") from error
     load_into(encoder, found, path)
-    return ready(encoder)
+    return for_inference(encoder)
 
 
 def load_classifier(
@@ -102,7 +102,7 @@ def load_classifier(
     names = class_list(path, num_classes, source.classes, class_names)
     names += [str(index) for index in range(len(names), num_classes)]  # outputs without a name
     model.config["classes"] = names
-    return ready(model)
+    return for_inference(model)
 
 
 def load_autoencoder(path: str | Path, *, given: dict | None = None) -> MaskedAutoencoderViT:
@@ -129,11 +129,11 @@ def load_autoencoder(path: str | Path, *, given: dict | None = None) -> MaskedAu
     load_into(model, found, path)
     if found.targets != "pixels":
         model.config["targets"] = found.targets
-    return ready(model)
+    return for_inference(model)
 
 
-def ready(model):
-    """Return a loaded model in evaluation mode, which normalizes uint8 clips as it was trained."""
+def for_inference(model):
+    """Return a loaded model in evaluation mode. It normalizes uint8 clips as in its training."""
     model.pixel_stats = (tuple(model.config["mean"]), tuple(model.config["std"]))
     return model.eval()
 
