@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from data.datasets import ImageDataset, SampleDataset
-from data.loader import WorkerSettings, collate_readable, eval_loader
+from data.loader import collate_readable, eval_loader
 from data.transforms import decode_short_side, image_transform
 from models_vit import VideoEncoder, token_grid
 from tools.data_doctor import Progress
@@ -62,6 +62,7 @@ from tools.reading import (
     parse_again,
     positive_float,
     print_unreadable,
+    worker_settings,
 )
 from util import dist
 from util.cli import Parser, nonnegative_int
@@ -252,7 +253,7 @@ class Extraction:
         self.args = args
         self.env = env
         self.amp = amp_dtype(args.amp, env.device)
-        self.workers = WorkerSettings(args.num_workers, True, args.read_timeout, quarantine)
+        self.workers = worker_settings(args, quarantine)
         self.unreadable: dict[int, str] = {}
 
     @property
@@ -431,13 +432,7 @@ def main(argv: list[str] | None = None) -> None:
     if samples.are_images and args.stride_seconds is not None:
         raise UserError("--stride_seconds is for videos, but the files are images. Drop it.")
     read_out = choose_read_out(source, args)
-    encoder = load_encoder(
-        args.checkpoint,
-        num_heads=args.num_heads,
-        img_size=args.img_size,
-        num_frames=args.num_frames,
-        t_patch_size=args.t_patch_size,
-    )
+    encoder = load_encoder(args.checkpoint, **given_sizes(args))
     in_table = output.suffix == ".npz"
     weights = ""
     if not in_table:

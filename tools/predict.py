@@ -26,7 +26,7 @@ import numpy as np
 
 from data.clips import Span, video_duration
 from data.datasets import ImageDataset, SampleDataset, ViewDataset
-from data.loader import WorkerSettings, collate_readable, eval_loader
+from data.loader import collate_readable, eval_loader
 from data.manifest import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, is_image, read_manifest, walk
 from data.transforms import decode_short_side, image_transform, view_transform
 from data.video_index import VideoIndex, new_index
@@ -52,6 +52,7 @@ from tools.reading import (
     parse_again,
     positive_float,
     print_unreadable,
+    worker_settings,
 )
 from util import dist
 from util.cli import Parser
@@ -156,7 +157,7 @@ def get_parser() -> Parser:
 
 def given_flags(args: argparse.Namespace) -> dict:
     """Return the sizes and the read-out that are given, by name."""
-    given = given_sizes(args)
+    given: dict = given_sizes(args)
     if args.global_pool is not None:
         given["global_pool"] = args.global_pool
     return given
@@ -335,12 +336,7 @@ def classify(
     """Return the predictions of the samples of a pass by their indices. Call on every rank."""
     if not data.indices:
         return {}
-    workers = WorkerSettings(
-        num_workers=args.num_workers,
-        pin_memory=True,
-        read_timeout=args.read_timeout,
-        quarantine=None,
-    )
+    workers = worker_settings(args)
     samples_per_batch = max(1, args.batch_size_per_gpu // data.views)
     batches = eval_loader(data.dataset, samples_per_batch, workers, env, collate_readable)()
     step = samples_per_batch * env.world_size

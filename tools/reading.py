@@ -2,10 +2,12 @@
 
 import argparse
 import math
+from pathlib import Path
 
 import numpy as np
 
 from data.datasets import ViewDataset
+from data.loader import WorkerSettings
 from data.transforms import decode_short_side, view_transform
 from data.video_index import VideoIndex
 from util.cli import Parser, nonnegative_int, positive_int
@@ -32,10 +34,11 @@ def add_size_flags(parser: Parser) -> None:
     )
 
 
-def given_sizes(args: argparse.Namespace) -> dict:
+def given_sizes(args: argparse.Namespace) -> dict[str, int]:
     """Return the sizes of the model that are given as flags, by name.
 
-    This is the argument `given` of `describe_checkpoint`, `load_classifier` and `load_autoencoder`.
+    These are keywords of `load_encoder`, and the argument `given` of `describe_checkpoint`,
+    `load_classifier` and `load_autoencoder`.
     """
     sizes = {
         "num_heads": args.num_heads,
@@ -121,6 +124,19 @@ def add_loader_flags(parser: Parser) -> None:
         type=float,
         default=60,
         help="seconds that a file may take before it is quarantined (default: %(default)s)",
+    )
+
+
+def worker_settings(args: argparse.Namespace, quarantine: Path | None = None) -> WorkerSettings:
+    """Return how loader workers read files, from the flags of `add_loader_flags`.
+
+    quarantine: CSV file that lists quarantined files, None for no file.
+    """
+    return WorkerSettings(
+        num_workers=args.num_workers,
+        pin_memory=True,
+        read_timeout=args.read_timeout,
+        quarantine=quarantine,
     )
 
 

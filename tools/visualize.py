@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from data.datasets import ViewDataset
-from data.loader import WorkerSettings, collate_readable, eval_loader
+from data.loader import collate_readable, eval_loader
 from data.manifest import find_videos, read_manifest
 from data.video_index import load_index
 from models_mae import MASK_TYPES, MaskedAutoencoderViT
@@ -40,6 +40,7 @@ from tools.reading import (
     clip_reading,
     given_sizes,
     parse_again,
+    worker_settings,
 )
 from tools.reconstruction_losses import Masks, reconstruction_losses, save_losses
 from util import dist
@@ -209,7 +210,7 @@ def chosen_output(args: argparse.Namespace) -> str:
 
 def given_flags(args: argparse.Namespace) -> dict:
     """Return the sizes of encoder and decoder that are given, by name."""
-    given = given_sizes(args)
+    given: dict = given_sizes(args)
     if args.decoder_num_heads is not None:
         given["decoder_num_heads"] = args.decoder_num_heads
     return given
@@ -362,13 +363,7 @@ def draw_reconstructions(args: argparse.Namespace, source: ModelSource, env: Dis
 
 def draw_attention(args: argparse.Namespace, source: ModelSource, env: DistEnv) -> None:
     """Draw attention maps. Raises UserError for bad input, before anything is written."""
-    model = load_encoder(
-        source.path,
-        num_heads=args.num_heads,
-        img_size=args.img_size,
-        num_frames=args.num_frames,
-        t_patch_size=args.t_patch_size,
-    )
+    model = load_encoder(source.path, **given_sizes(args))
     class_query = args.query == "class" or (args.query is None and model.cls_embed)
     if class_query and not model.cls_embed:
         raise UserError("--query class: the model has no class token. Use --query mean.")
@@ -410,12 +405,7 @@ def measure_losses(args: argparse.Namespace, source: ModelSource, env: DistEnv) 
     known = load_index(args.data_csv, paths)
     dataset = center_clips(paths, model.config, clip_reading(args), known)
     output.parent.mkdir(parents=True, exist_ok=True)
-    workers = WorkerSettings(
-        num_workers=args.num_workers,
-        pin_memory=True,
-        read_timeout=args.read_timeout,
-        quarantine=None,
-    )
+    workers = worker_settings(args)
     batches = eval_loader(dataset, args.batch_size_per_gpu, workers, env, collate_readable)()
     amp = amp_dtype(args.amp, env.device)
     model.to(env.device)
