@@ -75,10 +75,10 @@ def collate(samples: list[dict]) -> dict:
 
 
 def collate_readable(samples: list[dict]) -> dict:
-    """Return the batch of `collate` without the unreadable samples; clips is None if all are.
+    """Return the batch of `collate` without the unreadable samples. clips is None if all are.
 
-    Two keys differ: unreadable {index: reason} of the samples left out, and bad, which lists their
-    files too.
+    Two keys differ: unreadable is {index: reason} of the samples left out, and bad lists the files
+    of all samples.
     """
     readable = [sample for sample in samples if sample["clips"] is not None]
     batch = collate(readable or samples)

@@ -122,9 +122,10 @@ class PyAVVideo(VideoReader):
         self.fps, self.times = self._frame_rate()
 
     def restart(self) -> bool:
-        """Forget earlier reads. Returns False if one has found that the table contradicts the file.
+        """Return to the state of a file just opened, and free packets that were read on demand.
 
-        That changes the frame indices. Packets that were read on demand are freed.
+        Returns False if an earlier read has found that the table of frames contradicts the file:
+        then frame indices have another meaning.
         """
         self.replaced = 0
         self.conversion_error = ""

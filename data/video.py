@@ -60,9 +60,9 @@ class VideoReader:
         return torch.from_numpy(self.read(indices)).permute(0, 3, 1, 2)
 
     def restart(self) -> bool:
-        """Forget earlier reads, so that the next one gives what it would in a file just opened.
+        """Return to the state of a file just opened, without the cost of opening it.
 
-        Saves opening the file again. Returns False if that is needed.
+        Returns False if that is impossible: then the file has to be opened again.
         """
         return False
 

@@ -76,7 +76,7 @@ def decoder_for_clips(decoder: dict, sizes: dict, num_frames: int) -> dict:
 def model_name(sizes: dict) -> str:
     """Return the name of a model of these sizes, such as vit_large_patch16.
 
-    The patch in the name is another one if no named model has it.
+    If no named model of this size has this patch, the name has another patch.
     """
     wanted = (sizes["embed_dim"], sizes["depth"], sizes["num_heads"])
     for name, size in SIZES.items():
