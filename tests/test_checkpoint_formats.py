@@ -115,6 +115,27 @@ def test_sinusoid_positions_fit_another_image_size(tmp_path, capsys):
     assert "pos_embed (1, 32, 32) -> (1, 128, 32)" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("recorded", ["config", "args"])
+def test_sinusoid_positions_keep_their_grid(recorded, tmp_path):
+    model = randomized(VideoEncoder(**SIZE, cls_embed=False, sep_pos_embed=False))
+    entries = {
+        "config": {"img_size": 32, "num_frames": 4, "num_heads": 4},
+        "args": {"input_size": 32, "num_frames": 4},
+    }
+    torch.save(
+        {"model": videomae_file(model, ""), recorded: entries[recorded]}, tmp_path / "v.pth"
+    )
+    maps = sinusoid(32, 32)[0].unflatten(0, (2, 4, 4)).permute(0, 3, 1, 2)
+    maps = torch.nn.functional.interpolate(maps, size=(2, 2), mode="bicubic")  # (2, D, 2, 2)
+    for num_frames in (2, 16):  # 1 x 2 x 2 tokens, and 8 x 2 x 2, which are as many as 2 x 4 x 4
+        steps = num_frames // 2
+        series = maps.flatten(1).T[None]  # (1, D 2 2, t')
+        expected = torch.nn.functional.interpolate(series, size=steps, mode="linear")
+        expected = expected[0].T.unflatten(1, (32, 4)).transpose(1, 2).reshape(1, -1, 32)
+        encoder = load_encoder(tmp_path / "v.pth", num_heads=4, img_size=16, num_frames=num_frames)
+        assert_close(encoder.pos_embed.detach(), expected, 1e-5)
+
+
 @pytest.mark.parametrize(
     ("top", "prefix"),
     [("model", "encoder."), ("module", "backbone."), ("model", "_orig_mod."), ("model", "")],

@@ -257,18 +257,17 @@ def _resample_all(
     """Return the weights with positions that fit the model, and the shapes of those resampled."""
     target = model.state_dict()
     old_steps = None
-    if "num_frames" in found.config:
-        old_steps = found.config["num_frames"] // found.sizes["t_patch_size"]
+    if "num_frames" in found.config or "pos_embed" in found.synthesized:
+        old_steps = found.sizes["num_frames"] // found.sizes["t_patch_size"]
     weights = dict(weights)
     resampled = {}
     for name, value in weights.items():
-        if (
-            "pos_embed" not in name
-            or name not in target
-            or not _needs_resampling(value, target[name])
-        ):
+        if "pos_embed" not in name or name not in target:
             continue
         kind = name.removeprefix("decoder_")
+        same_steps = kind != "pos_embed" or old_steps in (None, model.grid[0])
+        if not _needs_resampling(value, target[name], same_steps):
+            continue
         try:
             weights[name] = resample_positions(kind, value.float(), model, old_steps)
         except ValueError as error:
@@ -277,11 +276,15 @@ def _resample_all(
     return weights, resampled
 
 
-def _needs_resampling(old: Tensor, new: Tensor) -> bool:
-    """Return whether positions (1, N, D) and (1, N', D) differ in their number only."""
-    if old.shape == new.shape or old.ndim != 3:
+def _needs_resampling(old: Tensor, new: Tensor, same_steps: bool) -> bool:
+    """Return whether positions (1, N, D) and (1, N', D) are of different grids.
+
+    same_steps: joint positions have as many time steps as the model, as far as is known. Other
+    ones, such as 2 x 4 x 4 and 8 x 2 x 2, may have the same number N.
+    """
+    if old.shape == new.shape and same_steps:
         return False
-    return old.shape[0] == 1 and old.shape[1] > 0 and old.shape[2] == new.shape[2]
+    return old.ndim == 3 and old.shape[0] == 1 and old.shape[1] > 0 and old.shape[2] == new.shape[2]
 
 
 def resample_positions(
