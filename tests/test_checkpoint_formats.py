@@ -122,9 +122,7 @@ def test_sinusoid_positions_keep_their_grid(recorded, tmp_path):
         "config": {"img_size": 32, "num_frames": 4, "num_heads": 4},
         "args": {"input_size": 32, "num_frames": 4},
     }
-    torch.save(
-        {"model": videomae_file(model, ""), recorded: entries[recorded]}, tmp_path / "v.pth"
-    )
+    torch.save({"model": videomae_file(model, ""), recorded: entries[recorded]}, tmp_path / "v.pth")
     maps = sinusoid(32, 32)[0].unflatten(0, (2, 4, 4)).permute(0, 3, 1, 2)
     maps = torch.nn.functional.interpolate(maps, size=(2, 2), mode="bicubic")  # (2, D, 2, 2)
     for num_frames in (2, 16):  # 1 x 2 x 2 tokens, and 8 x 2 x 2, which are as many as 2 x 4 x 4

@@ -118,7 +118,7 @@ def test_t07_a_missing_checkpoint_is_an_error_on_all_ranks(videos, tmp_path):
     flags = "--epochs 1 --batch_size_per_gpu 2 --resume missing.pth".split()
     codes, printed = run_ranks(2, pretrain_command(videos, tmp_path, *flags))
     assert codes == BOTH_FAILED
-    assert printed.count("error: --resume missing.pth: no such file") == 1
+    assert printed.count("error: checkpoint missing.pth not found") == 1
     assert "Traceback" not in printed
     assert not (tmp_path / "run_train.csv").exists()
 

@@ -10,8 +10,10 @@ import torch
 from fake_hub import COMMIT, running_hub, write_cache
 from foreign_models import CLIPS, INSTALL, hugging_face_videomae
 from launch import ROOT
-from tiny import tiny_mae
+from runs import pretrain_command, saved_weights
+from tiny import same, tiny_mae
 
+import pretrain
 from tools.convert_checkpoint import main as convert
 from tools.inspect_checkpoint import main as inspect
 from util.checkpoint import load
@@ -210,3 +212,13 @@ def test_converted_and_foreign_folders_load_by_their_hub_path(cache, tmp_path, c
         inspect([f"hf:owner/{name}"])
         assert f"hf:owner/{name}" in capsys.readouterr().out
     assert json.loads((tmp_path / "ours/config.json").read_text())["config"] == mae.config
+
+
+def test_a_run_resumes_from_the_hub(cache, videos, tmp_path):
+    pretrain.main(pretrain_command(videos, tmp_path / "a", "--max_steps", "1"))
+    write_cache(cache, REPOSITORY, {"run.pth": (tmp_path / "a/run.pth").read_bytes()})
+    for steps in ("2", "3"):  # the second time from its own checkpoint
+        more = ["--max_steps", steps]
+        pretrain.main(pretrain_command(videos, tmp_path / "a", *more))
+        pretrain.main(pretrain_command(videos, tmp_path / "b", *more, "--resume", PATH))
+    assert same(saved_weights(tmp_path / "a"), saved_weights(tmp_path / "b"))

@@ -1,5 +1,7 @@
 """A checkpoint says what its model is: the scripts need no model flags beside it."""
 
+import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,7 @@ from runs import (
     video_command,
     write_images,
 )
-from tiny import same, tiny_mae
+from tiny import same, tiny_mae, tiny_vit
 
 import finetune
 import finetune_on_image
@@ -243,3 +245,50 @@ def test_a_head_of_unknown_read_out_is_kept_on_request(flags, finetuned, videos,
     printed = capsys.readouterr().out
     assert ("is kept: it has the same 2 classes" in printed) == bool(flags)
     assert ("does not record its read-out" in printed) != bool(flags)
+
+
+def start_of(script, flags, pretrained):
+    """Return the flags of a command line as the checkpoint completes them."""
+    args, given = parse(script.get_parser(), flags)
+    find_start(args, given, pretrained)
+    return args
+
+
+def newest_checkpoints(out) -> list:
+    """Return the newest checkpoints of the runs in a folder."""
+    others = ("_best", "_previous1")
+    return [path for path in out.glob("*.pth") if not path.stem.endswith(others)]
+
+
+@pytest.mark.parametrize("model", ["", "--model mae_vit_micro_patch16 --patch_size 8"])
+def test_the_same_command_finds_its_run_without_a_prefix(model, mae, videos, tmp_path):
+    start = shutil.copy(mae, tmp_path / "start.pth")
+    command = bare_command(videos, tmp_path / "out", "--finetune", str(start), *model.split())
+    finetune.main(command)
+    os.remove(start)
+    finetune.main([*command, "--max_steps", "2"])
+    (checkpoint,) = newest_checkpoints(tmp_path / "out")
+    assert torch.load(checkpoint, weights_only=True)["step"] == 2
+    with pytest.raises(UserError, match="start.pth not found"):
+        finetune.main([*command, "--output_dir", str(tmp_path / "new")])
+
+
+def test_a_run_resumed_from_a_path_finds_itself_without_a_prefix(mae, videos, tmp_path):
+    start = shutil.copy(mae, tmp_path / "start.pth")
+    command = ["--data_dirs", str(videos), *output_flags(tmp_path / "out"), "--device", "cpu"]
+    command += "--num_workers 0 --recon_every 0 --mask_ratio 0.75 --repeat_aug 1".split()
+    command += ["--batch_size_per_gpu", "4", "--resume", str(start)]
+    pretrain.main([*command, "--max_steps", "2"])
+    os.remove(start)
+    pretrain.main([*command, "--max_steps", "3"])
+    (checkpoint,) = newest_checkpoints(tmp_path / "out")
+    assert checkpoint.name == "mae_vit_micro_patch16.pth"
+    lines = (tmp_path / "out/mae_vit_micro_patch16_log.txt").read_text().splitlines()
+    assert len(lines) == 2  # one per run: the second went on
+
+
+def test_a_resumed_run_refuses_another_patch_size(mae, videos, tmp_path):
+    command = ["--data_dirs", str(videos), *output_flags(tmp_path), "--device", "cpu"]
+    command += ["--resume", mae, "--patch_size", "4", "--mask_ratio", "0.75"]
+    with pytest.raises(UserError, match="patch_size: 8 in the checkpoint, 4 now"):
+        pretrain.main(command)

@@ -87,7 +87,7 @@ def test_a_restart_by_the_launcher_resumes(name, files, monkeypatch):
 
 
 def test_t07_a_missing_or_corrupt_path_is_an_error(files, tmp_path):
-    with pytest.raises(UserError, match="--resume missing.pth: no such file"):
+    with pytest.raises(UserError, match="checkpoint missing.pth not found"):
         resume.find_resume(files, "missing.pth", False)
     (tmp_path / "bad.pth").write_text("text")
     with pytest.raises(UserError, match="bad.pth cannot be read"):
@@ -145,9 +145,10 @@ def test_eval_reads_the_best_checkpoint_then_the_newest(files):
     files.best.touch()
     assert resume.find_eval_checkpoint(files, "auto") == files.best
     assert resume.find_eval_checkpoint(files, str(files.checkpoint)) == files.checkpoint
-    for missing in ("", "missing.pth"):
-        with pytest.raises(UserError, match="--eval found no checkpoint"):
-            resume.find_eval_checkpoint(files, missing)
+    with pytest.raises(UserError, match="--eval found no checkpoint at missing.pth"):
+        resume.find_eval_checkpoint(files, "missing.pth")
+    with pytest.raises(UserError, match="--eval reads the checkpoint of --resume, which is ''"):
+        resume.find_eval_checkpoint(files, "")
 
 
 def test_a_finetuning_run_records_class_names(files):

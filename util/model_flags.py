@@ -52,26 +52,51 @@ def find_start(args: argparse.Namespace, given: set[str], pretrained: str) -> St
     flag that contradicts the checkpoint.
     """
     is_evaluation = getattr(args, "eval", False)
+    args.save_prefix = dist.on_rank0(lambda: settle_prefix(args, given, pretrained))
+    path = dist.on_rank0(lambda: find_checkpoint(args))
     source = None
-    if not args.save_prefix and pretrained and "model" not in given and not is_evaluation:
-        source = read_source(args, given, pretrained)
-        args.save_prefix = prefix_of(args, source)
-    path = dist.on_rank0(lambda: find_checkpoint(args, given))
-    if path is not None:
-        source = read_source(args, given, str(path))
-    elif pretrained and source is None:
-        source = read_source(args, given, pretrained)
+    if path is not None or pretrained:
+        start = str(path or pretrained)
+        source = dist.on_rank0(lambda: read_source(args, given, start))
     resumes = path is not None and not is_evaluation
     if source is not None:
         complete_flags(args, given, source, resumes)
         print0(describe_model(args, source))
-    if not args.save_prefix:
-        args.save_prefix = args.model
     if source is None or (resumes and "model" in given):
         architecture = architecture_named(args.model, args.patch_size)
     else:
-        architecture = source.sizes
+        architecture = dict(source.sizes)
+        if "patch_size" in given:
+            architecture["patch_size"] = args.patch_size
     return Start(path, source, architecture | sizes_in(args), given)
+
+
+def settle_prefix(args: argparse.Namespace, given: set[str], pretrained: str) -> str:
+    """Return --save_prefix, if not given the name of the run that the flags mean. Call on rank 0.
+
+    It is that of the model, taken from the checkpoint that the run starts from if --model is not
+    given. The same command returns the same name again, also after that checkpoint was deleted.
+    """
+    if args.save_prefix:
+        return args.save_prefix
+    folder = Path(args.output_dir)
+    is_evaluation = getattr(args, "eval", False)
+    start = pretrained
+    if args.resume not in ("auto", "") or is_evaluation:
+        start = args.resume
+    if "model" in given or not start:
+        return args.model
+    if start == "auto":
+        return resume.only_run(folder, default=args.model)
+    try:
+        return prefix_of(args, read_source(args, given, start))
+    except UserError:
+        if is_evaluation:
+            return args.model
+        prefix = resume.run_started_from(folder, start)
+        if prefix is None:
+            raise
+        return prefix
 
 
 def sizes_in(args: argparse.Namespace) -> dict:
@@ -104,19 +129,16 @@ def is_classifier(args: argparse.Namespace) -> bool:
     return hasattr(args, "num_classes")
 
 
-def find_checkpoint(args: argparse.Namespace, given: set[str]) -> Path | None:
+def find_checkpoint(args: argparse.Namespace) -> Path | None:
     """Return the checkpoint to resume from or to evaluate, None for a new run. Call on rank 0."""
-    folder = Path(args.output_dir)
-    prefix = args.save_prefix or args.model
-    if not getattr(args, "eval", False):
-        return resume.find_resume(RunFiles(folder, prefix), args.resume, args.overwrite)
-    if args.resume == "auto" and not args.save_prefix and "model" not in given:
-        prefix = resume.only_run(folder, default=prefix)
-    return resume.find_eval_checkpoint(RunFiles(folder, prefix), args.resume)
+    files = RunFiles(Path(args.output_dir), args.save_prefix)
+    if getattr(args, "eval", False):
+        return resume.find_eval_checkpoint(files, args.resume)
+    return resume.find_resume(files, args.resume, args.overwrite)
 
 
 def read_source(args: argparse.Namespace, given: set[str], path: str) -> ModelSource:
-    """Return the description of a checkpoint on every rank. Raises UserError.
+    """Return the description of a checkpoint. Raises UserError.
 
     Given flags complete what it does not record. An image model gets clips of --num_frames in the
     scripts for videos, and one tubelet in the one for images.
@@ -131,7 +153,7 @@ def read_source(args: argparse.Namespace, given: set[str], path: str) -> ModelSo
     image_clip = IMAGE_CLIP
     if hasattr(args, "sampling_rate"):
         image_clip = {"num_frames": args.num_frames, "t_patch_size": args.t_patch_size}
-    return dist.on_rank0(lambda: describe_checkpoint(path, sizes, image_clip))
+    return describe_checkpoint(path, sizes, image_clip)
 
 
 def complete_flags(
@@ -147,11 +169,12 @@ def complete_flags(
     if resumes:
         recorded = {name: source.flags[name] for name in values if name in source.flags}
         values |= recorded
-        if "model" not in given:
-            args.model = source.flags.get("model", prefix_of(args, source))
+        name = source.flags.get("model", prefix_of(args, source))
     else:
         conflicts += model_conflicts(args, given, source)
-        args.model = prefix_of(args, source)
+        name = prefix_of(args, source)
+    if "model" not in given:
+        args.model = name
     for name, value in values.items():
         current = getattr(args, name)
         if name not in given:

@@ -11,7 +11,9 @@ from util import checkpoint
 from util.checkpoint import CorruptCheckpoint
 from util.dist import UserError, print0
 from util.files import RunFiles
+from util.hub import is_hub_path
 
+START_FLAGS = ("finetune", "init_from", "resume")  # they name a run's first checkpoint
 RESTART_COUNTS = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
 MAX_KEPT = 100  # previous checkpoints that are looked for
 _locks: dict[Path, TextIOWrapper] = {}  # open lock files of this process
@@ -57,9 +59,9 @@ def is_restart() -> bool:
 def find_resume(files: RunFiles, resume: str, overwrite: bool) -> Path | None:
     """Return the checkpoint to resume training from, or None to start from scratch.
 
-    resume: "auto" for the run's own newest readable checkpoint, "" for none, or a path. A rerun
-    command with a path resumes from the run's own newer checkpoint, and so does a restart by
-    torchrun or SLURM with any flag.
+    resume: "auto" for the run's own newest readable checkpoint, "" for none, or a path (also
+    hf:...). A rerun command with a path resumes from the run's own newer checkpoint, and so does a
+    restart by torchrun or SLURM with any flag.
     Raises UserError if the path is missing or unreadable, if no checkpoint of the run is readable,
     or if the run exists and would be overwritten without `overwrite`.
     """
@@ -69,26 +71,41 @@ def find_resume(files: RunFiles, resume: str, overwrite: bool) -> Path | None:
     if resume == "auto" or (newest and is_restart()):
         return newest
     path = Path(resume) if resume else None
-    if path and not path.is_file():
-        raise UserError(f"--resume {path}: no such file")
     if newest and not overwrite:
-        if path and (path == files.checkpoint or _resume_flag_of(newest) == resume):
+        if path and (path == files.checkpoint or _flag_of(newest, "resume") == resume):
             return newest
         raise UserError(
             f"{files.checkpoint} exists and --resume {resume or repr('')} would overwrite that "
             "run. Use another --save_prefix, or --overwrite."
         )
     if path:
-        checkpoint.load(path, lazily=True)
+        checkpoint.load(path, lazily=True)  # raises if it is missing or unreadable
     return path
 
 
-def _resume_flag_of(path: Path) -> str | None:
-    """Return the --resume flag of the run that saved a checkpoint."""
-    saved_args = checkpoint.load(path, check=False, lazily=True).get("args")
+def run_started_from(folder: Path, start: str) -> str | None:
+    """Return the prefix of the only run in a folder whose flags name `start` as its beginning.
+
+    start: a path as it was passed to --finetune, --init_from or --resume. Return None if there is
+    no such run, or more than one.
+    """
+    found = []
+    for prefix in run_prefixes(folder):
+        path = RunFiles(folder, prefix).checkpoint
+        if path.is_file() and start in [_flag_of(path, name) for name in START_FLAGS]:
+            found.append(prefix)
+    return found[0] if len(found) == 1 else None
+
+
+def _flag_of(path: Path, name: str) -> str | None:
+    """Return a flag of the run that saved a checkpoint, None if it has no such flag."""
+    try:
+        saved_args = checkpoint.load(path, check=False, lazily=True).get("args")
+    except UserError:
+        return None
     if not isinstance(saved_args, dict):
         return None
-    return saved_args.get("resume")
+    return saved_args.get(name)
 
 
 def newest_readable(path: Path) -> Path | None:
@@ -125,14 +142,22 @@ def find_eval_checkpoint(files: RunFiles, resume: str) -> Path:
     resume: a path, or "auto" for the run's best checkpoint, else its newest. Raises UserError if
     there is none.
     """
+    if not resume:
+        raise UserError("--eval reads the checkpoint of --resume, which is ''. Pass one.")
     candidates = [Path(resume)]
     if resume == "auto":
         candidates = [files.best, files.checkpoint]
     for path in candidates:
-        if resume and (path.exists() or resume.startswith("hf:")):
+        if path.exists() or is_hub_path(path):
             return path
     tried = " or ".join(str(path) for path in candidates)
     raise UserError(f"--eval found no checkpoint at {tried}. Pass one to --resume.")
+
+
+def run_prefixes(folder: Path) -> list[str]:
+    """Return the prefixes of the runs whose checkpoints are in a folder, sorted."""
+    stems = [path.stem for path in folder.glob("*.pth")]
+    return sorted({re.sub(r"(_best|_previous\d+)$", "", stem) for stem in stems})
 
 
 def only_run(folder: Path, default: str) -> str:
@@ -140,8 +165,7 @@ def only_run(folder: Path, default: str) -> str:
 
     Raises UserError if there are several others.
     """
-    stems = [path.stem for path in folder.glob("*.pth")]
-    prefixes = sorted({re.sub(r"(_best|_previous\d+)$", "", stem) for stem in stems})
+    prefixes = run_prefixes(folder)
     if default in prefixes or not prefixes:
         return default
     if len(prefixes) > 1:
