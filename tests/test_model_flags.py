@@ -292,3 +292,40 @@ def test_a_resumed_run_refuses_another_patch_size(mae, videos, tmp_path):
     command += ["--resume", mae, "--patch_size", "4", "--mask_ratio", "0.75"]
     with pytest.raises(UserError, match="patch_size: 8 in the checkpoint, 4 now"):
         pretrain.main(command)
+
+
+@pytest.mark.parametrize(
+    ("changes", "flags", "pred_t_dim"),
+    [
+        ({"t_patch_size": 4}, "--num_frames 16", 16),
+        ({"t_patch_size": 4, "pred_t_dim": 4}, "--num_frames 4", 2),
+        ({"pred_t_dim": 4}, "", 4),
+    ],
+)
+def test_the_decoder_predicts_as_many_frames_of_a_tubelet(changes, flags, pred_t_dim, tmp_path):
+    model = tiny_mae(**changes)
+    path = tmp_path / "mae.pth"
+    torch.save({"model": model.state_dict(), "config": model.config}, path)
+    args = start_of(pretrain, flags.split(), str(path))
+    assert args.pred_t_dim == pred_t_dim
+    with pytest.raises(UserError, match=f"--pred_t_dim is 32, but the checkpoint has {pred_t_dim}"):
+        start_of(pretrain, [*flags.split(), "--pred_t_dim", "32"], str(path))
+
+
+@pytest.mark.parametrize(
+    ("flags", "pred_t_dim"), [("", 8), ("--num_frames 6", 6), ("--pred_t_dim 4", 4)]
+)
+def test_a_new_decoder_predicts_all_frames(flags, pred_t_dim, tmp_path):
+    model = tiny_vit()
+    path = tmp_path / "vit.pth"
+    torch.save({"model": model.state_dict(), "config": model.config}, path)
+    assert start_of(pretrain, flags.split(), str(path)).pred_t_dim == pred_t_dim
+
+
+def test_unknown_heads_of_a_decoder_must_be_given(tmp_path):
+    path = tmp_path / "bare.pth"
+    torch.save(tiny_mae().state_dict(), path)
+    with pytest.raises(UserError, match="width 32 is unusual. Pass --decoder_num_heads"):
+        start_of(pretrain, [], str(path))
+    args = start_of(pretrain, ["--decoder_num_heads", "4"], str(path))
+    assert (args.decoder_num_heads, args.decoder_embed_dim) == (4, 32)

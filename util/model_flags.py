@@ -32,7 +32,7 @@ SIZE_FLAGS = (
 )
 SPACING_FLAGS = ("sampling_rate", "target_fps")
 # Flags that replace the checkpoint's value where they are given; the others must not differ.
-REPLACING = ("img_size", "num_frames", "pred_t_dim", "norm_pix_loss", *SPACING_FLAGS)
+REPLACING = ("img_size", "num_frames", "norm_pix_loss", *SPACING_FLAGS)
 
 
 class Start(NamedTuple):
@@ -223,10 +223,20 @@ def classifier_values(args: argparse.Namespace, given: set[str], source: ModelSo
 
 
 def decoder_values(args: argparse.Namespace, given: set[str], source: ModelSource) -> dict:
-    """Return the checkpoint's values for the flags of a decoder, for clips of --num_frames."""
-    decoder = dict(source.decoder)
-    if decoder and "num_frames" in given:
-        decoder = decoder_for_clips(decoder, source.sizes, args.num_frames)
+    """Return the checkpoint's values for the flags of a decoder, for clips of --num_frames.
+
+    A new decoder predicts all frames. Raises UserError if nothing tells the number of attention
+    heads of the checkpoint's decoder.
+    """
+    num_frames = args.num_frames if "num_frames" in given else source.sizes["num_frames"]
+    if not source.decoder:
+        return {} if "pred_t_dim" in given else {"pred_t_dim": num_frames}
+    if "decoder_num_heads" not in source.decoder:
+        raise UserError(
+            f"{source.path} does not record the attention heads of its decoder, and width "
+            f"{source.decoder['decoder_embed_dim']} is unusual. Pass --decoder_num_heads."
+        )
+    decoder = decoder_for_clips(source.decoder, source.sizes, num_frames)
     if source.targets != "pixels":
         decoder.pop("norm_pix_loss", None)
     return decoder
