@@ -12,6 +12,7 @@ import io
 import json
 import math
 import os
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -125,7 +126,8 @@ def class_names(labels: list[str]) -> list[str]:
 def class_indices(labels: list[str], classes: list[str], source: str) -> list[int]:
     """Return the class index of each label.
 
-    source: where the labels come from, for messages. Raises UserError for an unknown label.
+    source: where the labels come from, for messages. Raises UserError for an unknown label, and for
+    one that is the name of several classes.
     """
     index_of = {name: index for index, name in enumerate(classes)}
     unknown = sorted(set(labels) - index_of.keys())
@@ -136,6 +138,13 @@ def class_indices(labels: list[str], classes: list[str], source: str) -> list[in
         raise UserError(
             f"{source}: unknown class {unknown[0]!r}; "
             f"the {len(classes)} classes are {shown}. Rename it, or pass --class_names."
+        )
+    counts = Counter(classes)
+    several = sorted(label for label in set(labels) if counts[label] > 1)
+    if several:
+        raise UserError(
+            f"{source}: {several[0]!r} is the name of several classes. Number the classes, or "
+            "pass other names to --class_names."
         )
     return [index_of[label] for label in labels]
 

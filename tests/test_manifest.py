@@ -160,6 +160,13 @@ def test_class_names_are_sorted_and_whole_numbers_are_indices():
     assert class_indices(["2", "0"], class_names(["10", "2", "0"]), "x") == [2, 0]
 
 
+def test_a_label_that_names_several_classes_is_refused():
+    classes = ["crane", "dog", "crane"]  # as in ImageNet's list: a bird and a machine
+    assert class_indices(["dog", "dog"], classes, "x") == [1, 1]
+    with pytest.raises(UserError, match="x: 'crane' is the name of several classes"):
+        class_indices(["dog", "crane"], classes, "x")
+
+
 def test_t17_the_validation_set_must_have_the_training_classes():
     assert check_classes(["a", "b"], ["b", "a"], None, "VAL") == ["a", "b"]
     with pytest.raises(UserError, match="VAL: unknown class 'c'; .* 2 classes are a, b"):
