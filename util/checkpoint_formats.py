@@ -425,10 +425,11 @@ def find_num_heads(
     embed_dim = weights[PATCH_EMBED].shape[0]
     if config.get("num_heads"):
         return config["num_heads"], "its config"
-    if given.get("num_heads"):
+    usual = USUAL_NUM_HEADS.get(embed_dim)
+    if given.get("num_heads") not in (None, usual):
         return given["num_heads"], "from --model or num_heads"
-    if embed_dim in USUAL_NUM_HEADS:
-        return USUAL_NUM_HEADS[embed_dim], "usual for its width"
+    if usual:
+        return usual, "usual for its width"
     raise UserError(
         f"{path} does not record its number of attention heads, and width {embed_dim} is none of "
         f"{sorted(USUAL_NUM_HEADS)}. Pass num_heads."
