@@ -166,7 +166,8 @@ def known_classes(args: argparse.Namespace, start: Start) -> list[str] | None:
         assert start.source is not None
         return class_list(start.path, args.num_classes, start.source.classes, args.class_names)
     if start.path is not None:
-        return resume.recorded_classes(start.path)
+        recorded = resume.recorded_classes(start.path)
+        return class_list(start.path, len(recorded), recorded, args.class_names)
     if args.class_names:
         return read_class_names(args.class_names)
     return None
@@ -178,7 +179,9 @@ def settle_num_classes(args: argparse.Namespace, start: Start, classes: list[str
     Prints a note for fewer classes than outputs. Raises UserError for more.
     """
     source = start.source
-    if "num_classes" not in start.given and source is not None and has_classes(source, classes):
+    listed = bool(args.class_names)
+    is_free = "num_classes" not in start.given
+    if is_free and source is not None and has_classes(source, classes, listed):
         args.num_classes = source.num_classes
     if len(classes) > args.num_classes:
         raise UserError(
@@ -192,10 +195,16 @@ def settle_num_classes(args: argparse.Namespace, start: Start, classes: list[str
         )
 
 
-def has_classes(source: ModelSource, classes: list[str]) -> bool:
-    """Return whether a checkpoint's head has these classes, in this order."""
+def has_classes(source: ModelSource, classes: list[str], listed: bool) -> bool:
+    """Return whether a checkpoint's head has these classes, in this order.
+
+    listed: the classes are those of --class_names, which names the outputs of a checkpoint that
+    records no names. Otherwise their names are numbers.
+    """
     if source.num_classes is None:
         return False
+    if source.classes is None and listed:
+        return source.num_classes == len(classes)
     return names_or_numbers(source.classes, source.num_classes) == classes
 
 
@@ -256,10 +265,14 @@ def keeps_head(args: argparse.Namespace, start: Start, classes: list[str]) -> bo
             "(pass --global_pool or --cls_token to keep its head)"
         )
         return False
-    if has_classes(source, classes) and source.num_classes == args.num_classes:
+    same = has_classes(source, classes, bool(args.class_names))
+    if same and source.num_classes == args.num_classes:
         print0(f"the head of {source.path} is kept: it has the same {len(classes)} classes")
         return True
-    print0(f"the head is new: {source.path} has other classes ({source.num_classes})")
+    reason = "has other classes"
+    if source.classes is None and not args.class_names:
+        reason = "does not record the names of its classes (pass them to --class_names)"
+    print0(f"the head is new: {source.path}, of {source.num_classes} classes, {reason}")
     return False
 
 

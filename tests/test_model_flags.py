@@ -153,6 +153,27 @@ def test_the_head_is_kept_for_the_same_classes_only(finetuned, videos, tmp_path,
     assert config_of(tmp_path / "other/vit_micro_patch16.pth")["classes"] == ["class_1", "class_0"]
 
 
+def test_class_names_keep_a_head_that_has_none(finetuned, videos, tmp_path, capsys):
+    state = torch.load(finetuned, weights_only=True)
+    del state["config"]["classes"]
+    start = str(tmp_path / "nameless.pth")
+    torch.save({"model": state["model"], "config": state["config"]}, start)
+    names = tmp_path / "names.txt"
+    names.write_text("class_0\nclass_1\n")
+    command = bare_command(videos, tmp_path, "--finetune", start, "--num_classes", "2")
+    finetune.main([*command, "--save_prefix", "new"])
+    assert (
+        "nameless.pth, of 2 classes, does not record the names of its classes"
+        in capsys.readouterr().out
+    )
+    command += ["--class_names", str(names), "--save_prefix", "kept"]
+    finetune.main(command)
+    assert "is kept: it has the same 2 classes" in capsys.readouterr().out
+    names.write_text("class_1\nclass_0\n")
+    with pytest.raises(UserError, match="contradicts the names in .*kept.pth"):
+        finetune.main([*command, "--max_steps", "2"])
+
+
 def test_a_resumed_run_needs_no_model_flags(videos, tmp_path):
     one = tmp_path / "one"
     two = tmp_path / "two"

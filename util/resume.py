@@ -175,13 +175,11 @@ def only_run(folder: Path, default: str) -> str:
     return prefixes[0]
 
 
-def recorded_classes(path: Path | None) -> list[str] | None:
-    """Return the class names in a finetuning run's checkpoint, or None if `path` is None.
+def recorded_classes(path: Path) -> list[str]:
+    """Return the class names in a finetuning run's checkpoint.
 
     Raises UserError if the file is not a finetuning checkpoint.
     """
-    if path is None:
-        return None
     state = checkpoint.load(path, check=False, lazily=True)
     checkpoint.require_parts(path, state, ("model", "config"))
     classes = state["config"].get("classes")
