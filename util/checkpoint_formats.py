@@ -432,7 +432,8 @@ def find_num_heads(
         return usual, "usual for its width"
     raise UserError(
         f"{path} does not record its number of attention heads, and width {embed_dim} is none of "
-        f"{sorted(USUAL_NUM_HEADS)}. Pass num_heads."
+        f"{sorted(USUAL_NUM_HEADS)}. Pass --num_heads, for a script to "
+        "python -m tools.convert_checkpoint --to native."
     )
 
 
