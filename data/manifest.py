@@ -3,21 +3,24 @@
 A manifest is a CSV file of one video per line, path[,label]. Files are found in folders or listed
 in manifests. A label is a class name; its index is its position in the list of classes.
 
-pandas is imported where it is used, since its import takes longer than all others that --help
-needs.
+Names are those of the file system: bytes that are not UTF-8 are surrogates in a str (os.fsdecode).
 """
 
 import csv
 import io
+import itertools
 import json
 import math
 import os
+import re
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
-from util.dist import UserError
+from util.dist import UserError, print0
 from util.files import atomic_write
 
 VIDEO_EXTENSIONS = (".mp4", ".mkv", ".webm", ".avi", ".mov")
@@ -33,7 +36,12 @@ IMAGE_EXTENSIONS = (  # those of torchvision's ImageFolder
     ".webp",
 )
 HEADER_NAMES = ("path", "video", "file", "filename", "filepath", "video_path", "name")
-SEPARATOR_LINES = 20  # number of first lines by which the separator is recognized
+LABEL_HEADER_NAMES = ("label", "class", "target")
+SEPARATOR_ROWS = 20  # number of first rows by which the separator is recognized
+SEPARATOR_CHARACTERS = 1 << 18  # these rows have fewer, since a path has at most 4,096 bytes
+EXACT_START = '"path"'  # of a manifest whose fields are all quoted, as they are to be read
+URL_START = r"[A-Za-z][A-Za-z0-9+.-]+:"
+VIDEOMAE_VIDEO = ["0", "-1"]  # what follows the path of a video in VideoMAE v2's pretraining lists
 SHOWN_CLASSES = 5  # class names in an error message
 SHOWN_CHARACTERS = 120  # of a malformed line in an error message
 
@@ -114,10 +122,10 @@ def find_labeled(
 def class_names(labels: list[str]) -> list[str]:
     """Return the class names in the order of their indices: the distinct labels, sorted.
 
-    If all labels are whole numbers (7, but not 007), each is its own index.
+    If all labels are whole numbers below a million (7, but not 007), each is its own index.
     """
     distinct = sorted(set(labels))
-    if all(label.isdecimal() and label == str(int(label)) for label in distinct):
+    if all(re.fullmatch("0|[1-9][0-9]{0,5}", label) for label in distinct):
         largest = max(int(label) for label in distinct)
         return [str(index) for index in range(largest + 1)]
     return distinct
@@ -173,7 +181,9 @@ def check_classes(
 def write_classes(path: Path, classes: list[str]) -> None:
     """Write the class names as a JSON list in the order of their indices."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(classes, indent=0, ensure_ascii=False) + "\n")
+    text = json.dumps(classes, indent=0, ensure_ascii=False) + "\n"
+    # The surrogates of a name that is not UTF-8 become JSON's own escapes
+    path.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def keep_fraction(paths: list[str], share: float) -> list[str]:
@@ -197,116 +207,248 @@ def keep_stratified(labels: list[int], share: float, seed: int) -> list[int]:
 
 
 def write_manifest(path: str | Path, paths: list[str], labels: list[str] | None = None) -> None:
-    """Write a manifest with the columns path and, if given, label. Make its folder."""
-    import pandas as pd
+    """Write a manifest with the columns path and, if given, label. Make its folder.
 
-    columns = {"path": paths}
+    If a field has characters that a reader might drop or change, all fields are quoted.
+    """
+    header: tuple[str, ...] = ("path",)
+    rows: list = [(name,) for name in paths]
     if labels is not None:
-        columns["label"] = labels
+        header = ("path", "label")
+        rows = list(zip(paths, labels, strict=True))
+    quoting: Literal[0, 1] = csv.QUOTE_MINIMAL
+    if not all(_is_plain(field) for row in rows for field in row):
+        quoting = csv.QUOTE_ALL
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path) as temporary:
-        pd.DataFrame(columns).to_csv(temporary, index=False)
+    with (
+        atomic_write(path) as temporary,
+        open(temporary, "w", encoding="utf-8", errors="surrogateescape", newline="") as file,
+    ):
+        writer = csv.writer(file, quoting=quoting, lineterminator="\n")
+        writer.writerow(header)
+        writer.writerows(rows)
+
+
+def _is_plain(field: str) -> bool:
+    """Return whether a field has neither control characters, surrogates nor spaces around it."""
+    return field.isprintable() and field == field.strip()
 
 
 def read_manifest(path: str | Path) -> tuple[list[str], list[str]]:
     """Return the paths and labels of a manifest, path[,label] per line; "" for no label.
 
-    Fields are separated by comma, tab or space and may be quoted; a header is optional. Relative
-    paths start at the manifest's folder. Whether the videos exist is not checked. Raises UserError
-    with file and line for a malformed row.
+    Fields are separated by comma, tab, semicolon or spaces and may be quoted; a header is optional.
+    Relative paths start at the manifest's folder. If all labels are whole numbers, 3.0 is 3.
+    Whether the videos exist is not checked. Raises UserError with file and line for a malformed
+    row.
     """
     text = _read_text(path)
-    lines = text.splitlines()
-    table = _parse_table(text, _separator(lines), path)
-    if table.iloc[0]["path"].lower() in HEADER_NAMES:
-        table = table.iloc[1:]
-    _check_rows(table, lines, path)
-    if table.empty:
-        raise UserError(f"manifest {path} has a header but no videos: list one video per line")
     folder = os.path.dirname(os.path.abspath(path))
+    rows = _parse_rows(text, _separator(text[:SEPARATOR_CHARACTERS]), path)
+    first_rows = list(itertools.islice(rows, 2))
+    if _has_header(first_rows, folder, path):
+        del first_rows[0]
+    if not first_rows:
+        raise UserError(f"manifest {path} has a header but no videos: list one video per line")
+    may_be_foreign = not (_is_utf8(text) or text.startswith(EXACT_START))
     paths = []
-    for item in table["path"]:
-        if not os.path.isabs(item):
-            item = os.path.normpath(os.path.join(folder, item))
-        paths.append(item)
-    return paths, table["label"].tolist()
+    labels = []
+    for line, row in itertools.chain(first_rows, rows):
+        problem = _row_problem(row, folder)
+        if may_be_foreign and not problem:
+            problem = _encoding_problem(row, folder)
+        if problem:
+            raise UserError(f"manifest {path}, line {line}: {problem}: {_shown(row)}")
+        paths.append(_absolute(row[0], folder))
+        labels.append(row[1] if len(row) == 2 else "")
+    return paths, _whole_numbers(labels)
+
+
+def _shown(row: list[str]) -> str:
+    """Return a row for a message: in one line, and not too long."""
+    return repr(",".join(row)[:SHOWN_CHARACTERS])
+
+
+def _absolute(item: str, folder: str) -> str:
+    """Return a path of a manifest, which is in `folder`, as an absolute path."""
+    if os.path.isabs(item):
+        return item
+    return os.path.normpath(os.path.join(folder, item))
 
 
 def _read_text(path: str | Path) -> str:
     """Return the text of a manifest. Raises UserError if it is unreadable or empty."""
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")
+        content = Path(path).read_bytes()
     except FileNotFoundError:
         raise UserError(f"manifest {path} not found: check the path") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
         raise UserError(
             f"manifest {path} cannot be read ({error}): give a text file in UTF-8"
         ) from None
+    if b"\0" in content:
+        raise UserError(
+            f"manifest {path} cannot be read (it is binary or in UTF-16): give a text file in UTF-8"
+        )
+    text = content.decode("utf-8-sig", "surrogateescape")
     if not text.strip():
         raise UserError(f"manifest {path} is empty: list one video per line, path or path,label")
     return text
 
 
-def _separator(lines: list[str]) -> str:
-    """Return the column separator of a manifest, recognized by its first lines.
+def _csv_reader(text: str, separator: str, strict: bool):
+    """Return a csv.reader of a text; strict: raise csv.Error for a quote that is not closed."""
+    lines = io.StringIO(text, newline="")  # keep the line ends within quotes
+    return csv.reader(lines, delimiter=separator, skipinitialspace=True, strict=strict)
 
-    It is a comma if one occurs outside quotes, else a tab if one does. It is a space if each line
-    has two fields and the second one is a label, with neither slash nor dot. Otherwise there is one
-    column, and the comma serves as well.
+
+def _separator(text: str) -> str:
+    """Return the column separator of a manifest, recognized by its first rows.
+
+    It is that of a known header, else the one by which all rows have a path and a label. For a
+    semicolon the label must not be the name of a file, for spaces neither have slash nor dot unless
+    it is a number. Otherwise it is a comma or tab that occurs anywhere outside quotes. If there is
+    none, there is one column, and the comma serves as well.
     """
-    first_lines = [line for line in lines if line.strip()][:SEPARATOR_LINES]
-    for separator in (",", "\t"):
-        if any(len(row) > 1 for row in csv.reader(first_lines, delimiter=separator)):
+    rows_by = {separator: _first_rows(text, separator) for separator in "\t,; "}
+    for separator, rows in rows_by.items():
+        header = [field.lower() for field in rows[0]]
+        if header[0] in HEADER_NAMES and len(header) > 1 and header[1].isidentifier():
             return separator
-    for row in csv.reader(first_lines, delimiter=" "):
-        if len(row) != 2 or "" in row or set(row[1]) & set("/."):
-            return ","
-    return " "
+    for separator, rows in rows_by.items():
+        if all(len(row) == 2 and _is_label(row[1], separator) for row in rows):
+            return separator
+    if all(len(row) == 3 and _are_integers(row[1:]) for row in rows_by[" "]):
+        return " "  # a list of VideoMAE
+    for separator in ",\t":
+        if any(len(row) > 1 for row in rows_by[separator]):
+            return separator
+    return ","
 
 
-def _parse_table(text: str, separator: str, path: str | Path):
-    """Return a DataFrame with the columns path, label and rest, indexed by line numbers from 1.
-
-    Blank lines are left out. Raises UserError if the text cannot be parsed.
-    """
-    import pandas as pd
-
+def _first_rows(text: str, separator: str) -> list[list[str]]:
+    """Return the first rows that are not blank; spaces at the end of a line are no field."""
+    rows = filter(any, _csv_reader(text, separator, strict=False))
+    first_rows = []
     try:
-        table = pd.read_csv(
-            io.StringIO(text),
-            sep=separator,
-            header=None,
-            names=["path", "label", "rest"],
-            dtype=str,
-            index_col=False,
-            keep_default_na=False,
-            na_filter=False,
-            skipinitialspace=True,
-            skip_blank_lines=False,
-            on_bad_lines="error",
-            quoting=csv.QUOTE_MINIMAL,
-        )
-    except pd.errors.ParserError as error:
-        reason = str(error).strip().removeprefix("Error tokenizing data. C error: ")
+        for row in itertools.islice(rows, SEPARATOR_ROWS):
+            if separator == " " and row[-1] == "":
+                row.pop()
+            first_rows.append(row)
+    except csv.Error:  # a field without end: `_parse_rows` reports it
+        first_rows.append([text[:SHOWN_CHARACTERS]])
+    return first_rows
+
+
+def _is_label(field: str, separator: str) -> bool:
+    """Return whether the second field of a row can be a label, see `_separator`."""
+    if separator == ";":
+        return not field.lower().endswith(VIDEO_EXTENSIONS + IMAGE_EXTENSIONS)
+    if separator == " ":
+        return bool(re.fullmatch(r"[^/.]+|\d+\.\d*", field))
+    return True
+
+
+def _are_integers(fields: list[str]) -> bool:
+    """Return whether all fields are integers."""
+    return all(re.fullmatch(r"-?\d+", field) for field in fields)
+
+
+def _parse_rows(text: str, separator: str, path: str | Path) -> Iterator[tuple[int, list[str]]]:
+    """Yield the rows that are not blank with their line numbers from 1.
+
+    Empty fields at the end of a row are dropped. Spaces around fields are too, unless all fields
+    are quoted. Raises UserError if the text cannot be parsed.
+    """
+    reader = _csv_reader(text, separator, strict=True)
+    is_exact = text.startswith(EXACT_START)
+    line = 1
+    try:
+        for row in reader:
+            if not is_exact:
+                row = [field.strip(" \t") for field in row]
+            while row and row[-1] == "":
+                row.pop()
+            if row:
+                yield line, row
+            line = reader.line_num + 1
+    except csv.Error as error:
         raise UserError(
-            f"manifest {path}: {reason}. List one video per line, path or path,label."
+            f"manifest {path}, line {line}: {error}. Quote whole fields, and double the quotes "
+            "inside them."
         ) from None
-    table = table.fillna("").apply(lambda column: column.str.strip())
-    table.index += 1
-    return table[(table != "").any(axis=1)]
 
 
-def _check_rows(table, lines: list[str], path: str | Path) -> None:
-    """Raise UserError for the first malformed row of `_parse_table`'s result."""
-    is_url = table["path"].str.match(r"[A-Za-z][A-Za-z0-9+.-]+:")
-    malformed = {
-        "more than two fields (quote a path that contains the separator)": table["rest"] != "",
-        "no path": table["path"] == "",
-        "a URL or protocol, not a file (download it first)": is_url,
-    }
-    for problem, rows in malformed.items():
-        if rows.any():
-            line = rows.idxmax()
-            shown = lines[line - 1][:SHOWN_CHARACTERS]
-            raise UserError(f"manifest {path}, line {line}: {problem}: {shown!r}")
+def _has_header(rows: list[tuple[int, list[str]]], folder: str, path: str | Path) -> bool:
+    """Return whether the first row is a header.
+
+    It is if its first field is a usual name of the column. It also is if no such file exists, nor
+    could by its extension, while that of the second row does. Raises UserError for a header whose
+    first column is the label.
+    """
+    header = rows[0][1]
+    first, second = [*header, ""][:2]
+    if first.lower() in HEADER_NAMES:
+        return True
+    if first.lower() in LABEL_HEADER_NAMES and second.lower() in HEADER_NAMES:
+        raise UserError(
+            f"manifest {path} has the columns {_shown(header)}: put the path first, then the label"
+        )
+    if len(rows) == 1 or first.lower().endswith(VIDEO_EXTENSIONS + IMAGE_EXTENSIONS):
+        return False
+    following = rows[1][1][0]
+    if _exists(first, folder) or not following or not _exists(following, folder):
+        return False
+    print0(f"note: the first line of {path} is read as a header: {_shown(header)}")
+    return True
+
+
+def _exists(item: str, folder: str) -> bool:
+    """Return whether a path of a manifest, which is in `folder`, exists."""
+    return os.path.exists(_absolute(item, folder))
+
+
+def _row_problem(row: list[str], folder: str) -> str:
+    """Return what is malformed in a row, "" for nothing; cut VideoMAE's `PATH 0 -1` to the path."""
+    if row[1:] == VIDEOMAE_VIDEO:
+        del row[1:]
+    if not row[0]:
+        return "no path"
+    if len(row) == 3 and _are_integers(row[1:]):
+        return (
+            "two numbers after the path, as in VideoMAE's lists of frame folders "
+            "(list video files, path or path,label)"
+        )
+    if len(row) > 2:
+        return "more than two fields (quote a path that contains the separator)"
+    if ":" in row[0] and re.match(URL_START, row[0]) and not _exists(row[0], folder):
+        return "a URL or protocol, not a file (download it first)"
+    return ""
+
+
+def _encoding_problem(row: list[str], folder: str) -> str:
+    """Return what is wrong in a row: it is not UTF-8, nor is its path that of a file; else ""."""
+    if _is_utf8("".join(row)) or (not _is_utf8(row[0]) and _exists(row[0], folder)):
+        return ""
+    return "not UTF-8, nor the name of a file (save the list as UTF-8)"
+
+
+def _is_utf8(text: str) -> bool:
+    """Return whether a decoded text has no surrogates."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _whole_numbers(labels: list[str]) -> list[str]:
+    """Return labels; if all are whole numbers and some are written like 3.0, all like 3."""
+    distinct = set(labels) - {""}
+    if not all(re.fullmatch(r"[0-9]+(\.0*)?", label) for label in distinct):
+        return labels
+    if not any("." in label for label in distinct):
+        return labels
+    digits = {label: str(int(label.partition(".")[0])) for label in distinct}
+    return [digits.get(label, "") for label in labels]

@@ -1,5 +1,8 @@
 """Manifests: files found in folders, CSV files of any usual form, and classes."""
 
+import json
+import os
+import random
 from pathlib import Path
 
 import pytest
@@ -14,8 +17,10 @@ from data.manifest import (
     keep_fraction,
     keep_stratified,
     read_manifest,
+    write_classes,
     write_manifest,
 )
+from util.class_names import read_class_names
 from util.dist import UserError
 
 TWO_ROWS = (["/v/a.mp4", "/v/b.mp4"], ["x", "y"])
@@ -101,6 +106,12 @@ def test_t17_a_written_manifest_reads_back(tmp_path):
         ("video\tclass\n/v/a.mp4\tx\n/v/b.mp4\ty\n", "utf-8"),
         ("/v/a.mp4, x\r\n\r\n/v/b.mp4, y\r\n", "utf-8"),
         ('"/v/a.mp4","x"\n"/v/b.mp4","y"\n', "utf-8-sig"),
+        ("/v/a.mp4;x\n/v/b.mp4;y\n", "utf-8"),
+        ("path;label\r\n/v/a.mp4; x\r\n/v/b.mp4; y\r\n", "utf-8"),
+        ("/v/a.mp4   x\n  /v/b.mp4  y  \n", "utf-8"),
+        ('"/v/a.mp4"  x\n"/v/b.mp4" y\n', "utf-8"),
+        ("path label\n/v/a.mp4 x\n/v/b.mp4 y\n", "utf-8"),
+        ("/v/a.mp4\tx\r/v/b.mp4\ty\r", "utf-8"),
     ],
 )
 def test_t17_all_usual_forms_are_the_same_manifest(tmp_path, text, encoding):
@@ -122,6 +133,12 @@ def test_t17_one_column_and_relative_paths(tmp_path):
         ("/v/a.mp4,x\n\nconcat:a|b,y\n", "line 3: a URL or protocol"),
         ("/v/a.mp4,x\nhttp://host/b.mp4,y\n", "line 2: a URL"),
         ("/v/a.mp4,x\n/v/b.mp4,y,z,w,v\n", "line 2"),
+        ("/v/a,0,90\n", "line 1: two numbers after the path, as in VideoMAE's lists of frame"),
+        ("/v/a 0 90\n/v/b 1 30\n", "line 1: two numbers after the path"),
+        ("label,path\nx,/v/a.mp4\n", "put the path first"),
+        ('/v/a.mp4,x\n"/v/b.mp4,y\n/v/c.mp4,z\n', "line 2: unexpected end of data"),
+        ('"/v/a.mp4" b,x\n', "line 1: ',' expected after '\"'"),
+        ("/v/a.mp4,x\x00", "binary or in UTF-16"),
         ("path,label\n", "no videos"),
         ("", "empty"),
         ("\n\n", "empty"),
@@ -146,10 +163,123 @@ def test_t17_half_a_million_rows_and_duplicates_are_read(tmp_path):
         read_manifest(manifest)
 
 
+def test_semicolons_and_spaces_in_one_column_are_names(tmp_path):
+    for names in (["a;b.mp4", "c;d.mp4"], ["a b.mp4", "c d.mp4"], ["a 0 9.mp4"], ["a;b c.webm"]):
+        manifest = write_text(tmp_path, "\n".join(f"/v/{name}" for name in names))
+        assert read_manifest(manifest) == ([f"/v/{name}" for name in names], [""] * len(names))
+
+
+def test_labels_may_hold_other_separators(tmp_path):
+    for text in (
+        "/v/a.mp4\tpour, slowly\n/v/b.mp4\ttilt\n",
+        "/v/a.mp4\tpour, slowly\n/v/b.mp4\ttilt, fast\n",
+        "path;label\n/v/a.mp4;pour, slowly\n",
+        "video\tclass\n/v/a.mp4\tpour, slowly\n",
+    ):
+        _, labels = read_manifest(write_text(tmp_path, text))
+        assert labels[0] == "pour, slowly"
+
+
+def test_videomae_v2_lists_of_videos_have_no_labels(tmp_path):
+    manifest = write_text(tmp_path, "/v/a.mp4 0 -1\n/v/c.mp4 0 -1\n")
+    assert read_manifest(manifest) == (["/v/a.mp4", "/v/c.mp4"], ["", ""])
+
+
+@pytest.mark.parametrize("header", ["clip_path,label", "video_name,tag", "Video Name;Tag", "clips"])
+def test_unknown_headers_are_told_by_the_files(header, tmp_path, capsys):
+    touch(tmp_path, "a.mp4", "b.mp4")
+    separator = ";" if ";" in header else ","
+    rows = [f"{name}.mp4{separator}{label}" for name, label in (("a", "x"), ("b", "y"))]
+    manifest = write_text(tmp_path, "\n".join([header, *rows]))
+    expected = [str(tmp_path / "a.mp4"), str(tmp_path / "b.mp4")], ["x", "y"]
+    assert read_manifest(manifest) == expected
+    (note,) = capsys.readouterr().out.splitlines()
+    assert "is read as a header" in note
+    manifest.write_text("\n".join(rows))
+    assert read_manifest(manifest) == expected
+    assert capsys.readouterr().out == ""
+
+
+def test_a_missing_video_is_no_header(tmp_path):
+    touch(tmp_path, "b.mp4", "folder/c.mp4")
+    for text in ("a.mp4,x\nb.mp4,y\n", "a,x\nb,y\n", "folder,x\nb.mp4,y\n"):
+        assert read_manifest(write_text(tmp_path, text))[1] == ["x", "y"]
+
+
+def test_whole_numbers_are_numbers_however_written(tmp_path):
+    manifest = write_text(tmp_path, "a.mp4,10.0\nb.mp4,2.00\nc.mp4,3\nd.mp4,\n")
+    assert read_manifest(manifest)[1] == ["10", "2", "3", ""]
+    assert read_manifest(write_text(tmp_path, "a.mp4 3.0\nb.mp4 0.\n"))[1] == ["3", "0"]
+    for labels in (["1.0", "1.5"], ["007", "2"], ["1.0", "x"], ["1e3", "2.0"]):
+        text = "".join(f"a.mp4,{label}\n" for label in labels)
+        assert read_manifest(write_text(tmp_path, text))[1] == labels
+
+
+def test_numbers_that_are_no_indices_are_names():
+    assert class_names(["20261126123000", "7"]) == ["20261126123000", "7"]
+
+
+def random_name(draw: random.Random, alphabet: list[bytes]) -> str:
+    """Return a file name that the file system allows and that ends in .mp4."""
+    length = draw.randint(1, 12)
+    name = b"".join(draw.choice(alphabet) for _ in range(length))
+    return os.fsdecode(name + b".mp4")
+
+
+HARD_PARTS = [bytes([byte]) for byte in range(1, 256) if byte != ord("/")]
+USUAL_PARTS = [b"a", b" ", b",", b";", b"\t", b'"', b"'", b"\r", b"\n", b"\xff", b"0", b":", b"\\"]
+UNICODE_PARTS = [c.encode() for c in " a\xa0\x85\u2028\ufeffü\u3000,"]
+
+
+@pytest.mark.parametrize("alphabet", [HARD_PARTS, USUAL_PARTS, UNICODE_PARTS])
+def test_every_name_reads_back_and_opens(alphabet, tmp_path):
+    draw = random.Random(0)
+    for trial in range(40):
+        folder = tmp_path / str(trial) / random_name(draw, alphabet)
+        folder.mkdir(parents=True)
+        names = {random_name(draw, alphabet) for _ in range(draw.randint(1, 6))}
+        names = {name for name in names if not name.startswith(".")}
+        touch(folder, "plain.mp4", *names)
+        found = find_videos([str(folder)], "--data_dirs")
+        assert len(found) == len(names) + 1
+        labels = [random_name(draw, alphabet) for _ in found]
+        for given in (None, labels):
+            write_manifest(tmp_path / "m.csv", found, given)
+            assert read_manifest(tmp_path / "m.csv") == (found, given or [""] * len(found))
+        assert all(Path(path).read_bytes() == b"x" for path in read_manifest(tmp_path / "m.csv")[0])
+
+
+def test_spaces_around_a_written_label_are_kept(tmp_path):
+    write_manifest(tmp_path / "m.csv", ["/v/a.mp4"], [" a "])
+    assert read_manifest(tmp_path / "m.csv") == (["/v/a.mp4"], [" a "])
+
+
+def test_usual_names_are_written_without_quotes(tmp_path):
+    write_manifest(tmp_path / "m.csv", ["/v/a b;c.mp4", '/v/a"b,ü.mp4'], ["1", "x y"])
+    written = 'path,label\n/v/a b;c.mp4,1\n"/v/a""b,ü.mp4",x y\n'
+    assert (tmp_path / "m.csv").read_text(encoding="utf-8") == written
+
+
+def test_foreign_bytes_are_the_name_of_a_file_or_an_error(tmp_path):
+    name = os.fsdecode("ü.mp4".encode("latin-1"))
+    touch(tmp_path, name)
+    assert read_manifest(write_text(tmp_path, "ü.mp4,x\n", "latin-1"))[0] == [str(tmp_path / name)]
+    with pytest.raises(UserError, match="list.csv, line 2: not UTF-8") as raised:
+        read_manifest(write_text(tmp_path, "ü.mp4,x\na.mp4,ü\n", "latin-1"))
+    assert str(raised.value).isprintable()
+
+
+def test_class_names_of_any_bytes_read_back(tmp_path):
+    classes = ["a\nb", os.fsdecode(b"\xff"), "ü", 'a "b"', "\t"]
+    write_classes(tmp_path / "classes.json", classes)
+    assert json.loads((tmp_path / "classes.json").read_text(encoding="utf-8")) == classes
+    assert read_class_names(tmp_path / "classes.json") == classes
+
+
 def test_a_missing_or_binary_manifest_is_an_error(tmp_path):
     with pytest.raises(UserError, match="none.csv not found"):
         read_manifest(tmp_path / "none.csv")
-    with pytest.raises(UserError, match="list.csv cannot be read .*: give a text file in UTF-8"):
+    with pytest.raises(UserError, match="list.csv, line 1: not UTF-8, nor the name of a file"):
         read_manifest(write_text(tmp_path, "/v/ü.mp4", "latin-1"))
 
 
