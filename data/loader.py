@@ -27,7 +27,7 @@ from data.watchdog import (
     kill_workers,
     read_quarantine,
 )
-from util.dist import DistEnv, print_rank
+from util.dist import DistEnv, escaped, print_rank
 
 PREFETCHED_BATCHES = 4  # per worker
 
@@ -191,11 +191,11 @@ class FaultTolerantLoader:
         reason = f"hung for {self.workers.read_timeout:g} s or killed its reader"
         self.dataset.quarantine[path] = reason
         if self.workers.quarantine is None:
-            print_rank(f"quarantined: {path} {reason}")
+            print_rank(f"quarantined: {escaped(path)} {reason}")
             return
         add_to_quarantine(self.workers.quarantine, path, reason)
         print_rank(
-            f"quarantined: {path} {reason}; listed in {self.workers.quarantine} "
+            f"quarantined: {escaped(path)} {reason}; listed in {self.workers.quarantine} "
             "(delete its line to try the file again)"
         )
 

@@ -88,7 +88,7 @@ def read_quarantine(path: Path) -> dict[str, str]:
     """Return the quarantined files {path: reason} of this run and earlier ones."""
     if not path.exists():
         return {}
-    with open(path, newline="") as file:
+    with open(path, encoding="utf-8", errors="surrogateescape", newline="") as file:
         return {row[0]: row[1] for row in csv.reader(file) if len(row) == 2}
 
 
@@ -98,5 +98,5 @@ def add_to_quarantine(quarantine: Path, path: str, reason: str) -> None:
     Safe on several processes at once.
     """
     quarantine.parent.mkdir(parents=True, exist_ok=True)
-    with open(quarantine, "a", newline="") as file:
+    with open(quarantine, "a", encoding="utf-8", errors="surrogateescape", newline="") as file:
         csv.writer(file).writerow((path, reason))

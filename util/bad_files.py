@@ -59,7 +59,9 @@ class BadFiles:
         if not listed:
             rows.insert(0, ("path", "reason"))
         try:
-            with open(self.path, "a", newline="") as file:
+            with open(
+                self.path, "a", encoding="utf-8", errors="surrogateescape", newline=""
+            ) as file:
                 csv.writer(file).writerows(rows)
         except OSError as error:
             print0(f"warning: could not write {self.path.name} ({error.strerror or error})")
@@ -68,5 +70,5 @@ class BadFiles:
         """Return the first column of bad_videos.csv."""
         if not self.path.exists():
             return set()
-        with open(self.path, newline="") as file:
+        with open(self.path, encoding="utf-8", errors="surrogateescape", newline="") as file:
             return {row[0] for row in csv.reader(file) if row}

@@ -7,6 +7,7 @@ user error: one line on stderr, then exit code 2.
 
 import errno
 import os
+import re
 import sys
 from collections.abc import Callable
 from datetime import timedelta
@@ -142,7 +143,17 @@ def _set_torchrun_variables() -> None:
 def _print_line(stream: TextIO, *values: object, sep: str = " ") -> None:
     """Print a line at once, below a progress line that is open."""
     end_progress()
-    print(*values, sep=sep, file=stream, flush=True)
+    text = sep.join(map(str, values))
+    text = "\n".join(map(escaped, text.split("\n")))
+    encoding = stream.encoding or "utf-8"
+    text = text.encode(encoding, "backslashreplace").decode(encoding)
+    print(text, file=stream, flush=True)
+
+
+def escaped(text: str) -> str:
+    """Return a text in one line: tabs, line ends, other controls and surrogates as escapes."""
+    controls = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]+")
+    return controls.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def print0(*values: object, sep: str = " ") -> None:
@@ -359,7 +370,7 @@ def run_script(main: Callable[[], object]) -> None:
         main()
     except UserError as error:
         if rank() == 0 or error.print_on_any_rank:
-            print_rank(f"error: {error}")
+            print_rank(f"error: {escaped(str(error))}")
         sys.exit(2)
     except ModuleNotFoundError as error:
         package = error.name or ""

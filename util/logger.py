@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import csv
 import json
 import os
 import platform
@@ -12,7 +13,7 @@ from collections.abc import Iterator
 from datetime import timedelta
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from PIL import Image
 from torch import Tensor
@@ -189,7 +190,11 @@ class RunLogger:
 
         path = self.files.path(f"_{name}.csv")
         with self.warn_on_oserror(path.name):
-            pd.DataFrame(columns).to_csv(path, index=False)
+            table = pd.DataFrame(columns)
+            quoting: Literal[0, 2] = csv.QUOTE_MINIMAL
+            if "\r" in "".join(columns.get("path", [])):  # which the csv module does not quote
+                quoting = csv.QUOTE_NONNUMERIC
+            table.to_csv(path, index=False, quoting=quoting, errors="surrogateescape")
 
     def log_skipped(self, skipped: dict[int, list[str]]) -> None:
         """List skipped updates with the files of all ranks. Call on every rank.

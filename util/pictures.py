@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from models_mae import MaskedAutoencoderViT
+from util.dist import escaped
 from util.optim import autocast
 from util.pixels import denormalize
 
@@ -198,7 +199,7 @@ def confusion_figure(labels: Tensor, predictions: Tensor, classes: list[str]) ->
     image = axes.imshow(100 * shares, cmap="Blues", vmin=0, vmax=100)
     figure.colorbar(image, ax=axes, label="% of the true class", shrink=0.6)
     if named:
-        names = [f"{name[:24]} {index}" for index, name in enumerate(classes)]
+        names = [f"{escaped(name)[:24]} {index}" for index, name in enumerate(classes)]
         columns = [*names, "other"][: shares.shape[1]]
         name_ticks(axes.xaxis, columns, rotation=90)
         name_ticks(axes.yaxis, names, rotation=0)
