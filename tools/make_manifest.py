@@ -1,88 +1,38 @@
-"""Make a manifest (path,label) from an official annotation file.
+"""Make a manifest (path,label) from the official annotation files of a data set.
 
-    python -m tools.make_manifest --from kinetics train.csv VIDEOS k400_train.csv
-    python -m tools.make_manifest --from ssv2 train.json VIDEOS ssv2_train.csv
+    python -m tools.make_manifest --from kinetics train.csv VIDEOS out.csv
+    python -m tools.make_manifest --from ssv2 train.json VIDEOS out.csv
+    python -m tools.make_manifest --from ucf101 trainlist01.txt VIDEOS out.csv
+    python -m tools.make_manifest --from hmdb51 SPLITS VIDEOS out.csv --split train1
+    python -m tools.make_manifest --from folders VIDEOS out.csv
 
-VIDEOS is searched recursively. Videos without a file are listed in OUTPUT.missing.csv.
-See docs/data.md.
+VIDEOS is searched recursively. The labels are class names; out_classes.json lists them in their
+official order, for --class_names of the finetuning scripts. Videos without a file are listed in
+out.missing.csv. See docs/data.md.
 """
 
-import json
-from collections.abc import Callable
+import argparse
+import os
 from pathlib import Path
 
 import pandas as pd
 
-from data.manifest import VIDEO_EXTENSIONS, check_folder, walk, write_manifest
+from data.manifest import (
+    IMAGE_EXTENSIONS,
+    VIDEO_EXTENSIONS,
+    check_folder,
+    class_names,
+    find_labeled,
+    walk,
+    write_classes,
+    write_manifest,
+)
+from tools.annotations import DATA_SETS, load_classes, reads_only
 from util.cli import Parser
 from util.dist import UserError, print0, run_script
 
-
-def from_kinetics(annotations: str, files: dict[str, str]) -> pd.DataFrame:
-    """Return the videos of a Kinetics split as a table with the columns id, path and label.
-
-    annotations: a CSV file with label, youtube_id and perhaps time_start, time_end (seconds).
-    files: {name without extension: path}. The name of a video is YOUTUBEID_START_END (six digits
-    each) or YOUTUBEID; the path of a missing one is "". Raises UserError.
-    """
-    table = load_annotations(annotations, _read_csv, {"label", "youtube_id"})
-    name = table["youtube_id"]
-    for column in ("time_start", "time_end"):
-        if column in table:
-            name = name + "_" + table[column].str.zfill(6)
-    path = name.map(files)
-    path = path.fillna(table["youtube_id"].map(files))
-    path = path.fillna("")
-    label = table["label"]
-    return pd.DataFrame({"id": name, "path": path, "label": label})
-
-
-def from_ssv2(annotations: str, files: dict[str, str]) -> pd.DataFrame:
-    """Return the videos of a Something-Something v2 split as a table: id, path and label.
-
-    annotations: a JSON list of records with id and template. The label is the template without
-    its brackets. files: {name without extension: path}; the name of a video is its id, and the
-    path of a missing one is "". Raises UserError.
-    """
-    table = load_annotations(annotations, _read_json, {"id", "template"}).astype(str)
-    name = table["id"]
-    path = name.map(files)
-    path = path.fillna("")
-    label = table["template"].str.replace(r"[\[\]]", "", regex=True)
-    return pd.DataFrame({"id": name, "path": path, "label": label})
-
-
-FORMATS = {"kinetics": from_kinetics, "ssv2": from_ssv2}
-
-
-def _read_csv(path: str) -> pd.DataFrame:
-    """Return a CSV file as a table of strings, "NA" and empty fields included."""
-    return pd.read_csv(path, dtype=str, keep_default_na=False)
-
-
-def _read_json(path: str) -> pd.DataFrame:
-    """Return a JSON list of records as a table."""
-    text = Path(path).read_text("utf-8")
-    records = json.loads(text)
-    return pd.DataFrame(records)
-
-
-def load_annotations(
-    path: str,
-    read: Callable[[str], pd.DataFrame],
-    columns: set[str],
-) -> pd.DataFrame:
-    """Return read(path). Raises UserError if the file cannot be read or lacks a column."""
-    try:
-        table = read(path)
-    except (OSError, ValueError) as error:  # the errors of pandas and json are ValueErrors
-        reason = str(error).splitlines()[0]
-        raise UserError(f"annotations {path} cannot be read: {reason}") from None
-    missing = columns - set(table.columns)
-    if missing:
-        names = ", ".join(sorted(missing))
-        raise UserError(f"annotations {path} have no {names}. Check the file, and --from.")
-    return table
+FOLDERS = "folders"  # --from for plain folders, which need no annotations
+SPLITS = [f"{part}{number}" for number in (1, 2, 3) for part in ("train", "test")]
 
 
 def get_parser() -> Parser:
@@ -91,42 +41,245 @@ def get_parser() -> Parser:
     parser.add_argument(
         "--from",
         dest="source",
-        choices=FORMATS,
+        choices=(*DATA_SETS, FOLDERS),
         required=True,
         help="the data set",
     )
+    parser.add_argument("annotations", help="its annotations (not with --from folders)")
+    parser.add_argument("videos", help="folder of the videos or images, searched recursively")
+    parser.add_argument("output", nargs="?", help="the manifest to write")
     parser.add_argument(
-        "annotations",
-        help="the official file of one split (Kinetics: .csv, Something-Something v2: .json)",
+        "--class_names",
+        metavar="FILE",
+        default="",
+        help="the file that numbers the classes (default: that of the data set's own name beside "
+        "the annotations: labels.json, classInd.txt, ...)",
     )
-    parser.add_argument("videos", help="folder of the videos, searched recursively")
-    parser.add_argument("output", help="the manifest to write")
+    parser.add_argument("--split", choices=SPLITS, help="of HMDB51")
+    parser.add_argument("--overwrite", action="store_true", help="replace existing files")
     return parser
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """Raise UserError for arguments that do not fit the data set."""
+    if (args.source == FOLDERS) == (args.output is not None):
+        expected = "VIDEOS OUTPUT" if args.source == FOLDERS else "ANNOTATIONS VIDEOS OUTPUT"
+        raise UserError(f"--from {args.source} takes {expected}")
+    if args.source == FOLDERS and args.class_names:
+        raise UserError("--class_names has no use with --from folders: folders are the classes")
+    if args.source == "hmdb51" and args.split is None:
+        raise UserError(f"--from hmdb51 needs --split, one of {', '.join(SPLITS)}")
+    if args.source != "hmdb51" and args.split is not None:
+        raise UserError(f"--split has no use with --from {args.source}: give the split's own file")
+
+
+def output_files(output: str, inputs: list[str], overwrite: bool) -> tuple[Path, Path, Path]:
+    """Return the paths of the manifest, the list of classes and the list of missing videos.
+
+    Raises UserError if one exists, unless `overwrite`, or is one of the inputs.
+    """
+    manifest = Path(output)
+    files = (
+        manifest,
+        manifest.with_name(f"{manifest.stem}_classes.json"),
+        manifest.with_suffix(".missing.csv"),
+    )
+    for file in files:
+        if any(os.path.exists(name) and file.exists() and file.samefile(name) for name in inputs):
+            raise UserError(f"{file} is an input. Choose another name for the manifest.")
+        if file.exists() and not overwrite:
+            raise UserError(f"{file} exists. Choose another name, or pass --overwrite.")
+    return files
+
+
+def files_by_stem(folder: str, extensions: tuple[str, ...]) -> dict[str, list[str]]:
+    """Return the files below a folder by their names without extension."""
+    by_stem: dict[str, list[str]] = {}
+    for path in walk(folder, extensions):
+        by_stem.setdefault(Path(path).stem, []).append(path)
+    return by_stem
+
+
+def common_folders(path: str, wanted: list[str]) -> int:
+    """Return how many folders of a path, from its file upwards, are those of `wanted`."""
+    folders = Path(path).parts[-2::-1]
+    count = 0
+    for folder, name in zip(folders, wanted, strict=False):
+        if folder != name:
+            break
+        count += 1
+    return count
+
+
+def best_files(name: str, label: str, candidates: list[str], need_folder: bool) -> list[str]:
+    """Return the candidates whose folders are most like those of `name`; several are copies.
+
+    A name without a folder is looked for in the folder of its class. need_folder: a file in
+    another folder than that of `name` is a different one.
+    """
+    wanted = list(Path(name).parts[-2::-1]) or [label]
+    common = [common_folders(path, wanted) for path in candidates]
+    most = max(common, default=0)
+    if need_folder and most == 0:
+        return []
+    return [path for path, count in zip(candidates, common, strict=True) if count == most]
+
+
+def find_files(table: pd.DataFrame, folder: str, extensions: tuple[str, ...]) -> list[str]:
+    """Return the file of each row of a table of annotations below a folder, "" for none.
+
+    Prints a note if there are several for a row.
+    """
+    by_stem = files_by_stem(folder, extensions)
+    stems = table["name"].map(os.path.basename)
+    need_folder = table["name"].str.contains("/") & stems.duplicated(keep=False)
+    other_names = table.get("other_name", stems)
+    found = []
+    copied = []
+    columns = (table["name"], table["label"], stems, need_folder, other_names)
+    for name, label, stem, strict, other_name in zip(*columns, strict=True):
+        candidates = by_stem.get(stem) or by_stem.get(other_name, [])
+        best = best_files(name, label, candidates, strict)
+        found.append(best[0] if best else "")
+        if len(best) > 1:
+            copied.append(best)
+    if copied:
+        print0(
+            f"note: {len(copied)} rows have several files, of which the first is taken, "
+            f"such as {' and '.join(copied[0])}"
+        )
+    return found
+
+
+def annotated_files(args: argparse.Namespace) -> tuple[pd.DataFrame, list[str] | None]:
+    """Return the table name, label, path, and the class names in official order or None."""
+    data_set = DATA_SETS[args.source]
+    more = [args.split] if args.split else []
+    table = data_set.read(args.annotations, *more)
+    if table.empty:
+        raise UserError(f"annotations {args.annotations} are empty. {reads_only(args.source)}")
+    classes = load_classes(args.source, args.annotations, args.class_names)
+    table, classes = with_class_names(table, classes, args)
+    check_folder(args.videos, "VIDEOS")
+    extensions: tuple[str, ...] = VIDEO_EXTENSIONS
+    if args.source == "imagenet":
+        extensions = IMAGE_EXTENSIONS
+    table["path"] = find_files(table, args.videos, extensions)
+    if (table["path"] == "").all():
+        raise UserError(nothing_found(table, args))
+    return table, classes
+
+
+def with_class_names(
+    table: pd.DataFrame, classes: list[str] | None, args: argparse.Namespace
+) -> tuple[pd.DataFrame, list[str] | None]:
+    """Return a table whose labels are names of `classes`, and these in their official order.
+
+    Without a list they are the sorted labels, or for numbers all up to the largest; None for
+    Something-Something, whose order is neither. Raises UserError for a label that is not in
+    the list.
+    """
+    labels = table["label"]
+    unlabeled = labels == ""
+    if unlabeled.all():
+        return table, None
+    if unlabeled.any():
+        name = table["name"][unlabeled].iloc[0]
+        raise UserError(f"annotations {args.annotations}: {name} has no label, others have one")
+    if classes is None:
+        return table, None if args.source == "ssv2" else class_names(labels.tolist())
+    if not set(labels) <= set(classes) and labels.str.fullmatch("[0-9]{1,6}").all():
+        names = dict(enumerate(classes))
+        labels = labels.map(lambda number: names.get(int(number), number))
+    foreign = labels[~labels.isin(classes)]
+    if len(foreign):
+        raise UserError(
+            f"annotations {args.annotations}: class {foreign.iloc[0]!r} is none of the "
+            f"{len(classes)} in the list of classes ({classes[0]!r}, ...). "
+            "Check that both files belong to the same data set."
+        )
+    check_numbers(table, classes, args.annotations)
+    return table.assign(label=labels), classes
+
+
+def check_numbers(table: pd.DataFrame, classes: list[str], annotations: str) -> None:
+    """Raise UserError if class numbers from 1 in the annotations contradict the list of classes."""
+    if "number" not in table:
+        return
+    numbers = {name: str(number) for number, name in enumerate(classes, 1)}
+    expected = table["label"].map(numbers)
+    wrong = table[(table["number"] != "") & (table["number"] != expected)]
+    if len(wrong):
+        first = wrong.iloc[0]
+        raise UserError(
+            f"annotations {annotations} give class {first['label']} the number {first['number']}, "
+            f"the list of classes {numbers[first['label']]}. Use the files of one download."
+        )
+
+
+def nothing_found(table: pd.DataFrame, args: argparse.Namespace) -> str:
+    """Return the message for annotations of which no file exists."""
+    message = f"none of the {len(table)} videos of {args.annotations} is below {args.videos}. "
+    for name in table["name"]:
+        if os.path.isdir(os.path.join(args.videos, name)):
+            return (
+                f"{message}The folder {os.path.join(args.videos, name)} may hold its frames: "
+                "frames in folders cannot be read, make video files of them."
+            )
+    return message + "Check the folder."
+
+
+def labeled_folders(folder: str) -> pd.DataFrame:
+    """Return the table path, label of a folder with one subfolder per class. Raises UserError."""
+    check_folder(folder, "VIDEOS")
+    extensions: tuple[str, ...] = VIDEO_EXTENSIONS
+    if not walk(folder, VIDEO_EXTENSIONS):
+        extensions = IMAGE_EXTENSIONS
+    paths, labels = find_labeled(folder, extensions, "VIDEOS")
+    return pd.DataFrame({"path": paths, "label": labels})
+
+
+def summary(table: pd.DataFrame, found: pd.DataFrame, classes: list[str] | None) -> str:
+    """Return how many videos and classes were found, and the smallest and largest class."""
+    text = f"{len(found)} of {len(table)} files"
+    if (found["label"] == "").all():
+        return f"{text}, without labels"
+    names = classes or class_names(table["label"].tolist())
+    counts = found["label"].value_counts().reindex(names, fill_value=0)
+    return (
+        f"{text}, {len(names)} classes, from {counts.min()} ({counts.idxmin()}) "
+        f"to {counts.max()} ({counts.idxmax()}) files"
+    )
 
 
 def main(argv: list[str] | None = None) -> None:
     """Run the command line. Raises UserError for bad input, or if no video is found."""
     args = get_parser().parse_args(argv)
-    check_folder(args.videos, "VIDEOS")
-    paths = walk(args.videos, VIDEO_EXTENSIONS)
-    files = {Path(path).stem: path for path in paths}
-    table = FORMATS[args.source](args.annotations, files)
+    check_arguments(args)
+    output = args.output or args.videos
+    inputs = [args.annotations, args.class_names]
+    manifest, class_list, listing = output_files(output, inputs, args.overwrite)
+    if args.source == FOLDERS:
+        table = labeled_folders(args.annotations)
+        classes: list[str] | None = class_names(table["label"].tolist())
+    else:
+        table, classes = annotated_files(args)
     found = table[table["path"] != ""]
     missing = table[table["path"] == ""]
-    if found.empty:
-        raise UserError(
-            f"none of the {len(table)} videos of {args.annotations} is below {args.videos}. "
-            "Check the folder."
-        )
-    found_paths = found["path"].tolist()
-    found_labels = found["label"].tolist()
-    write_manifest(args.output, found_paths, found_labels)
-    num_classes = table["label"].nunique()
-    print0(f"{args.output}: {len(found)} of {len(table)} videos, {num_classes} classes")
+    labels = None if (found["label"] == "").all() else found["label"].tolist()
+    write_manifest(manifest, found["path"].tolist(), labels)
+    print0(f"{manifest}: {summary(table, found, classes)}")
+    class_list.unlink(missing_ok=True)
+    listing.unlink(missing_ok=True)
+    if classes is not None:
+        write_classes(class_list, classes)
+        print0(f"{class_list}: {len(classes)} classes in official order, for --class_names")
+    elif labels is not None:
+        print0("note: no list of classes, since their order is in labels.json: pass --class_names")
     if len(missing):
-        listing = Path(args.output).with_suffix(".missing.csv")
-        missing[["id", "label"]].to_csv(listing, index=False)
-        print0(f"{listing}: the {len(missing)} videos without a file")
+        rows = missing[["name", "label"]].rename(columns={"name": "id"})
+        rows.to_csv(listing, index=False, errors="surrogateescape")
+        print0(f"{listing}: the {len(missing)} rows without a file")
 
 
 if __name__ == "__main__":

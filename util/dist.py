@@ -145,7 +145,7 @@ def _print_line(stream: TextIO, *values: object, sep: str = " ") -> None:
     end_progress()
     text = sep.join(map(str, values))
     text = "\n".join(map(escaped, text.split("\n")))
-    encoding = stream.encoding or "utf-8"
+    encoding = getattr(stream, "encoding", None) or "utf-8"  # a stream in memory has none
     text = text.encode(encoding, "backslashreplace").decode(encoding)
     print(text, file=stream, flush=True)
 
