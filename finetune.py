@@ -24,6 +24,7 @@ from data.manifest import (
     check_classes,
     class_indices,
     find_labeled,
+    read_labeled,
     read_manifest,
     write_classes,
     write_manifest,
@@ -82,13 +83,7 @@ def labeled_videos(folder: str, manifest: str, kind: str) -> tuple[list[str], li
             f"no {kind} videos given: --{kind}_dir FOLDER with one subfolder per class, "
             f"or --{kind}_csv FILE with path,label lines"
         )
-    paths, labels = read_manifest(manifest)
-    if "" in labels:
-        path = paths[labels.index("")]
-        raise UserError(
-            f"--{kind}_csv {manifest}: {path} has no label: give path,label on each line"
-        )
-    return paths, labels
+    return read_labeled(manifest, f"--{kind}_csv")
 
 
 def list_videos(

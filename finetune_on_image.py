@@ -12,6 +12,7 @@ The same command resumes an interrupted run (--resume auto). More: docs/finetuni
 """
 
 import argparse
+import os
 from pathlib import Path
 
 import engine_finetune
@@ -23,6 +24,7 @@ from data.manifest import (
     class_indices,
     find_labeled,
     keep_stratified,
+    read_labeled,
     write_classes,
 )
 from data.samplers import EpochSampler
@@ -51,9 +53,11 @@ def get_parser() -> flags.ScriptParser:
     flags.add_classifier(model, optimization, smoothing=0.0)
     group = parser.add_argument_group("data (changes results)")
     group.add_argument(
-        "--train_data_path", default="", help="training images, one subfolder per class"
+        "--train_data_path",
+        default="",
+        help="training images: a folder with one subfolder per class, or a manifest (path,label)",
     )
-    group.add_argument("--val_data_path", default="", help="validation images, the same subfolders")
+    group.add_argument("--val_data_path", default="", help="validation images, likewise")
     group.add_argument(
         "--frac_retained",
         type=fraction,
@@ -66,11 +70,16 @@ def get_parser() -> flags.ScriptParser:
     return parser
 
 
-def labeled_images(folder: str, flag: str) -> tuple[list[str], list[str]]:
-    """Return paths and class names of the images below a folder. Raises UserError."""
-    if not folder:
-        raise UserError(f"no images given: {flag} FOLDER with one subfolder per class")
-    return find_labeled(folder, IMAGE_EXTENSIONS, flag)
+def labeled_images(source: str, flag: str) -> tuple[list[str], list[str]]:
+    """Return paths and class names of images below a folder, or in a manifest. Raises UserError."""
+    if not source:
+        raise UserError(
+            f"no images given: {flag} FOLDER with one subfolder per class, "
+            "or a manifest with path,label lines"
+        )
+    if os.path.isfile(source):
+        return read_labeled(source, flag)
+    return find_labeled(source, IMAGE_EXTENSIONS, flag)
 
 
 def list_images(

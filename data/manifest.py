@@ -265,6 +265,18 @@ def read_manifest(path: str | Path) -> tuple[list[str], list[str]]:
     return paths, _whole_numbers(labels)
 
 
+def read_labeled(path: str | Path, flag: str) -> tuple[list[str], list[str]]:
+    """Return the paths and labels of a manifest, given as `flag`, whose rows all have a label.
+
+    Raises UserError, also for a row without one.
+    """
+    paths, labels = read_manifest(path)
+    if "" in labels:
+        unlabeled = paths[labels.index("")]
+        raise UserError(f"{flag} {path}: {unlabeled} has no label: give path,label on each line")
+    return paths, labels
+
+
 def _shown(row: list[str]) -> str:
     """Return a row for a message: in one line, and not too long."""
     return repr(",".join(row)[:SHOWN_CHARACTERS])

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 from make_videos import write_video
-from runs import CLASSIFIER_FLAGS
+from runs import CLASSIFIER_FLAGS, log_records
 
 import finetune
+import finetune_on_image
 from data.manifest import class_indices, read_manifest
 from tools.make_manifest import main
 from util.class_names import read_class_names
@@ -325,6 +326,28 @@ def test_ucf101_is_finetuned_with_official_numbers(tmp_path):
     assert [row["label"] for row in rows] == ["YoYo", "Archery"]
     official = ["ApplyEyeMakeup", "Archery", "YoYo"]
     assert json.loads((tmp_path / "run_classes.json").read_text()) == official
+
+
+def test_a_flat_imagenet_validates_synset_folders(images, tmp_path):
+    synsets = {"dark": "n01440764", "bright": "n03995372"}
+    rows = ["ImageId,PredictionString"]
+    for index, file in enumerate(sorted(Path(images).rglob("*.png"))):
+        synset = synsets[file.relative_to(images).parts[0]]
+        write(tmp_path / "train" / synset / f"{synset}_{index}.png", "").write_bytes(
+            file.read_bytes()
+        )
+        write(tmp_path / "val" / f"v_{index}.png", "").write_bytes(file.read_bytes())
+        rows.append(f"v_{index},{synset} 1 2 3 4")
+    annotations = write(tmp_path / "LOC_val_solution.csv", "\n".join(rows))
+    make("imagenet", annotations, tmp_path / "val")
+    data = ["--train_data_path", tmp_path / "train", "--val_data_path", tmp_path / "m.csv"]
+    names = ["--class_names", tmp_path / "m_classes.json", "--output_dir", tmp_path / "run"]
+    flags = "--epochs 10 --batch_size_per_gpu 6 --dropout 0".split()
+    finetune_on_image.main([*CLASSIFIER_FLAGS, *map(str, data + names), *flags])
+    assert log_records(tmp_path / "run")[-1]["test_acc1"] == 100
+    write(tmp_path / "m.csv", "a.png,n01440764\nb.png\n")
+    with pytest.raises(UserError, match="--val_data_path .*m.csv: .*b.png has no label"):
+        finetune_on_image.main([*CLASSIFIER_FLAGS, *map(str, data), "--output_dir", str(tmp_path)])
 
 
 def test_ssv2_is_finetuned_with_official_numbers(tmp_path):
