@@ -273,7 +273,9 @@ def main(argv: list[str] | None = None) -> None:
     listing.unlink(missing_ok=True)
     if classes is not None:
         write_classes(class_list, classes)
-        print0(f"{class_list}: {len(classes)} classes in official order, for --class_names")
+        print0(
+            f"{class_list}: {len(classes)} classes in the order of their numbers, for --class_names"
+        )
     elif labels is not None:
         print0("note: no list of classes, since their order is in labels.json: pass --class_names")
     if len(missing):
