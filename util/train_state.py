@@ -1,7 +1,6 @@
 """The state of a training run, and what its checkpoints contain."""
 
 import hashlib
-import os
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +13,8 @@ from util.optim import Schedule
 def dataset_fingerprint(paths: list[str], labels: list[int] | None = None) -> dict:
     """Return the number of samples and a hash of their paths and labels, in order."""
     text = "\n".join(paths) + "\n" + ",".join(map(str, labels or []))
-    return {"samples": len(paths), "sha256": hashlib.sha256(os.fsencode(text)).hexdigest()}
+    encoded = text.encode("utf-8", "surrogateescape")
+    return {"samples": len(paths), "sha256": hashlib.sha256(encoded).hexdigest()}
 
 
 @dataclass(kw_only=True)
