@@ -163,17 +163,18 @@ def check_classes(
     """Return the class names of a training set, given the labels of both sets.
 
     known_classes: the names in their order, None: those of the training set, sorted. val_source:
-    where the validation set comes from, for messages. Raises UserError if either set has an unknown
-    class, and if the validation set lacks one of the training set.
+    where the validation set comes from, for messages. Prints a note if the validation set lacks a
+    class of the training set, as parts of downloads do. Raises UserError if either set has an
+    unknown class.
     """
     classes = known_classes or class_names(train)
     class_indices(train, classes, "the training set")  # raises for an unknown class
     class_indices(val, classes, val_source)
     absent = sorted(set(train) - set(val))
     if absent:
-        raise UserError(
-            f"{val_source}: no validation samples of {len(absent)} training classes "
-            f"(first: {absent[0]!r}). Add samples or remove the classes."
+        print0(
+            f"note: {val_source} has no samples of {len(absent)} training classes "
+            f"(first: {absent[0]!r}); their accuracy is not measured"
         )
     return classes
 
