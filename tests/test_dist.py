@@ -1,5 +1,6 @@
 """The launcher's environment: torchrun's variables, SLURM's, or none."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -166,3 +167,61 @@ def test_other_errors_of_the_system_keep_their_traceback():
 
     with pytest.raises(ConnectionResetError):
         dist.run_script(fail)
+
+
+def run_piped(program: str, output: int, **options) -> subprocess.CompletedProcess:
+    """Run a Python program that imports util.dist, its stdout a file descriptor."""
+    return subprocess.run(
+        [sys.executable, "-c", f"from util import dist\n{program}"],
+        stdout=output,
+        stderr=subprocess.PIPE,
+        cwd=ROOT,
+        **options,
+    )
+
+
+@pytest.mark.parametrize("lines", [1, 100_000])
+def test_a_reader_that_ends_early_ends_the_script_quietly(lines):
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = run_piped(f"dist.run_script(lambda: dist.print0('line\\n' * {lines}))", writer)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
+def test_another_broken_pipe_keeps_its_traceback(tmp_path):
+    with open(tmp_path / "out.txt", "w") as output:
+        done = run_piped(
+            "def fail(): raise BrokenPipeError('of a worker')\ndist.run_script(fail)",
+            output.fileno(),
+        )
+    assert done.returncode == 1
+    assert b"BrokenPipeError: of a worker" in done.stderr
+
+
+def test_names_that_are_no_text_are_printed_by_any_terminal(tmp_path):
+    program = "dist.run_script(lambda: dist.print0('a\\udce9b'))"
+    strict = os.environ | {"PYTHONIOENCODING": "ascii:strict"}
+    with open(tmp_path / "out.txt", "w") as output:
+        done = run_piped(program, output.fileno(), env=strict)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert (tmp_path / "out.txt").read_text() == "a\\udce9b\n"
+
+
+def test_an_error_is_one_line_whatever_is_in_a_name(capsys):
+    def fail() -> None:
+        raise UserError("a\nb\x1b[31m.mp4 cannot be read")
+
+    with pytest.raises(SystemExit):
+        dist.run_script(fail)
+    assert capsys.readouterr().err == "error: a?b?[31m.mp4 cannot be read\n"
+
+
+@pytest.mark.parametrize("error", [errno.ENAMETOOLONG, errno.ELOOP, errno.EDQUOT])
+def test_a_path_that_the_system_refuses_is_one_line(error, capsys):
+    def fail() -> None:
+        raise OSError(error, os.strerror(error), "some/path")
+
+    with pytest.raises(SystemExit):
+        dist.run_script(fail)
+    assert capsys.readouterr().err.startswith("error: some/path cannot be used")

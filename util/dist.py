@@ -6,8 +6,11 @@ user error: one line on stderr, then exit code 2.
 """
 
 import errno
+import io
 import os
 import re
+import select
+import signal
 import sys
 from collections.abc import Callable
 from datetime import timedelta
@@ -22,8 +25,11 @@ Item = TypeVar("Item")  # any picklable object
 
 PATH_ERRORS = (  # what the system reports for a path that a user has given
     errno.EACCES,
+    errno.EDQUOT,
     errno.EEXIST,
     errno.EISDIR,
+    errno.ELOOP,
+    errno.ENAMETOOLONG,
     errno.ENOENT,
     errno.ENOSPC,
     errno.ENOTDIR,
@@ -364,14 +370,20 @@ def run_script(main: Callable[[], object]) -> None:
     """Run a script's `main()` and exit with a code.
 
     A UserError, a missing package and a path that cannot be used become one line on stderr and
-    exit code 2, Ctrl-C exit code 130.
+    exit code 2, Ctrl-C exit code 130. If the reader of stdout has ended, as `head` does, the script
+    ends with the shell's code for that, 141, and without a message.
     """
+    _escape_unprintable()
     try:
         main()
     except UserError as error:
         if rank() == 0 or error.print_on_any_rank:
             print_rank(f"error: {escaped(str(error))}")
         sys.exit(2)
+    except BrokenPipeError:
+        if not _stdout_is_broken():
+            raise  # another pipe, for example that of a loader's worker
+        sys.exit(128 + signal.SIGPIPE)
     except ModuleNotFoundError as error:
         package = error.name or ""
         if package.partition(".")[0] in OWN_PACKAGES:
@@ -393,3 +405,22 @@ def run_script(main: Callable[[], object]) -> None:
     finally:
         end_progress()
         cleanup()
+
+
+def _escape_unprintable() -> None:
+    """Let both streams print names that they cannot encode, which are not always UTF-8."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _stdout_is_broken() -> bool:
+    """Return whether stdout has no reader. If so, what is printed from here on is discarded."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), select.POLLOUT)
+    events = [event for _, event in poll.poll(0)]
+    if not any(event & (select.POLLERR | select.POLLHUP) for event in events):
+        return False
+    discarded = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(discarded, sys.stdout.fileno())  # the interpreter flushes stdout once more at its end
+    return True
