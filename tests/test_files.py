@@ -33,6 +33,15 @@ def test_a_written_file_replaces_the_old_one(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_the_longest_names_have_temporary_files_of_their_own(tmp_path):
+    paths = [tmp_path / (250 * "x" + start + ".csv") for start in "ab"]
+    with atomic_write(paths[0]) as one, atomic_write(paths[1]) as other:
+        one.write_text("a")
+        other.write_text("b")
+    assert [path.read_text() for path in paths] == ["a", "b"]
+    assert sorted(tmp_path.iterdir()) == paths
+
+
 @pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
 def test_an_exception_leaves_the_old_file(error, tmp_path):
     path = tmp_path / "table.csv"

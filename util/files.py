@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+MAX_NAME = 255  # bytes of a file's name, on most file systems
+
 
 class RunFiles(NamedTuple):
     """Paths of a run's files, all in one folder and with one prefix."""
@@ -52,6 +54,9 @@ def atomic_write(path: Path) -> Iterator[Path]:
     last, since numpy and Pillow choose the format by it.
     """
     temporary = path.with_name(f"{path.stem}.tmp{path.suffix}")
+    if len(os.fsencode(temporary.name)) > MAX_NAME:
+        digest = hashlib.sha256(os.fsencode(path.stem)).hexdigest()
+        temporary = path.with_name(f"{digest}.tmp{path.suffix}")
     try:
         yield temporary
         os.replace(temporary, path)
