@@ -1,6 +1,7 @@
 """tools.extract_features: against a plain loop over the files, for every kind of checkpoint."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -465,14 +466,13 @@ def test_an_index_saves_opening_the_files(pretrained, mixed, tmp_path, monkeypat
 
 
 def test_the_default_output_is_beside_the_checkpoint():
-    names = {
-        "runs/a.pth": "runs/a_features.npz",
-        "runs/folder/": "runs/folder_features.npz",
-        "hf:owner/name-1.5": "name-1.5_features.npz",
-        "hf:owner/name/sub/b.pth@v1": "b_features.npz",
-    }
-    for checkpoint, output in names.items():
-        assert extract_features.default_output(checkpoint) == Path(output)
+    assert extract_features.default_output("runs/a.pth") == Path("runs/a_features.npz")
+    assert extract_features.default_output("runs/b.v2/") == Path("runs/b.v2_features.npz")
+    assert extract_features.default_output("hf:owner/name") == Path("name_features.npz")
+    assert extract_features.default_output("hf:o/n/a.pth@v1") == Path("a_features.npz")
+    assert extract_features.default_output("hf:o/name-1.5") == Path("name-1.5_features.npz")
+    here = Path.cwd()
+    assert extract_features.default_output(".") == here.with_name(f"{here.name}_features.npz")
 
 
 BAD_INPUT = [
@@ -486,6 +486,7 @@ BAD_INPUT = [
     ("has 1 images", ["MAE", "--data_csv", "MIXED"]),
     ("positive number", ["MAE", "--data_dir", "VIDEOS", "--stride_seconds", "0"]),
     ("positive number", ["MAE", "--data_dir", "VIDEOS", "--target_fps", "0"]),
+    ("--stride_seconds 0.01 is too", ["MAE", "--data_dir", "VIDEOS", "--stride_seconds", "0.01"]),
     ("--layer 3: .* has 2 blocks", ["MAE", "--data_dir", "VIDEOS", "--layer", "3"]),
     ("--stride_seconds is for", ["MAE", "--data_dir", "IMAGES", "--stride_seconds", "1"]),
     ("none of the 1 files can be read .*broken.mp4", ["MAE", "--data_csv", "BROKEN"]),
@@ -520,6 +521,8 @@ BAD_OUTPUT = [
     ("is not empty, and has no features.json", ["others"]),
     ("--overwrite does not apply to a folder", ["empty", "--overwrite"]),
     ("exists. Choose another", ["exists.npz"]),
+    ("taken is a file", ["taken/features.npz"]),
+    ("taken is a file", ["taken/deep/features"]),
     ("folder.npz is a folder", ["folder.npz", "--overwrite"]),
 ]
 
@@ -546,6 +549,32 @@ def test_other_settings_do_not_mix_in_a_folder(pretrained, finetuned, videos, tm
             extract(pretrained, *flags, *more)
     with pytest.raises(UserError, match="other settings .weights"):
         extract(finetuned, *flags)
+
+
+def test_videos_of_two_folders_do_not_mix_in_a_folder(pretrained, videos, tmp_path):
+    names = sorted(path.name for path in Path(videos / "class_1").iterdir())
+    for index in (0, 1):
+        folder = tmp_path / f"data_{index}"
+        folder.mkdir()
+        os.symlink(videos / "class_1" / names[index], folder / "same.mp4")
+        (tmp_path / f"data_{index}.csv").write_text(f"data_{index}/same.mp4\n")
+    output = ["--output", tmp_path / "folder"]
+    extract(pretrained, "--data_dir", tmp_path / "data_0", *output)
+    for flags in (["--data_dir", tmp_path / "data_1"], ["--data_csv", tmp_path / "data_1.csv"]):
+        with pytest.raises(UserError, match="data: .*data_0 there, .*data_1 now"):
+            extract(pretrained, *flags, *output)
+    extract(pretrained, "--data_csv", tmp_path / "data_0.csv", *output)
+
+
+@pytest.mark.parametrize("changed", [{"num_heads": 4}, {"mean": (0.5, 0.5, 0.5)}])
+def test_the_same_weights_are_not_the_same_model(changed, pretrained, videos, tmp_path):
+    state = torch.load(pretrained, weights_only=True)
+    state["config"] |= changed
+    torch.save(state, tmp_path / "changed.pth")
+    flags = ["--data_dir", videos / "class_1", "--output", tmp_path / "folder"]
+    extract(pretrained, *flags)
+    with pytest.raises(UserError, match=f"other settings .{next(iter(changed))}: "):
+        extract(tmp_path / "changed.pth", *flags)
 
 
 @pytest.mark.parametrize("make", [tiny_mae, tiny_vit])

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import subprocess
 import sys
 
@@ -100,6 +101,22 @@ def test_names_are_paths_below_the_folder():
     assert file_names(paths, "") == file_names(paths, "/data")
     assert file_names(paths[:2], "") == ["x.mp4.npy", "x.mkv.npy"]
     assert file_names(["/v.mp4", "/data/v.mp4"], "") == ["v.mp4.npy", "data/v.mp4.npy"]
+
+
+def test_a_name_that_is_too_long_with_its_ending_is_one_line(tmp_path):
+    longest = "/data/" + 247 * "x" + ".mp4"
+    assert len(file_names([longest], "/data")[0]) == 255
+    with pytest.raises(UserError, match="Rename the video"):
+        file_names(["/data/short.mp4", "/data/x" + 247 * "x" + ".mp4"], "/data")
+
+
+def test_lists_hold_names_that_are_no_text(tmp_path):
+    np.save(tmp_path / "a.npy", np.zeros((3, 4), np.float32))
+    name = os.fsdecode(b"/one\xff.mp4")
+    assert write_lists(tmp_path, [(name, "a.npy", "")], (4,), {name: "empty file"}) == 1
+    for file in ("index.csv", "unreadable.csv"):
+        table = pd.read_csv(tmp_path / file, encoding_errors="surrogateescape")
+        assert table["path"].tolist() == [name]
 
 
 def test_a_folder_keeps_its_settings(tmp_path):

@@ -406,6 +406,9 @@ BAD_INPUT = [
     ("--views: '5x2' is not of the form CxK", "FINETUNED VIDEO --views 5x2"),
     ("--views: '0x1' is not of the form CxK", "FINETUNED VIDEO --views 0x1"),
     ("0 is not a positive number", "FINETUNED VIDEO --segment_seconds 0"),
+    ("--segment_seconds 0.001 is too short", "FINETUNED VIDEO --segment_seconds 0.001"),
+    ("list.csv is a file", "FINETUNED VIDEO --output LIST/p.csv"),
+    ("folder.csv is a folder", "FINETUNED VIDEO --overwrite --output EMPTY"),
     ("nan is not a positive number", "FINETUNED VIDEO --segment_seconds nan"),
     ("--target_fps: 0 is not a positive", "FINETUNED VIDEO --target_fps 0"),
     ("p.txt does not end in .csv", "FINETUNED VIDEO --output p.txt"),
@@ -424,10 +427,11 @@ def test_bad_input_is_one_line(message, words, finetuned, pretrained, videos, tm
         (tmp_path / name).write_text(content)
     for word, name in {"BLANK": "empty.csv", "LIST": "list.csv", "OTHER": "other.csv"}.items():
         paths[word] = str(tmp_path / name)
-    (tmp_path / "folder").mkdir()
-    paths["EMPTY"] = str(tmp_path / "folder")
+    (tmp_path / "folder.csv").mkdir()
+    paths["EMPTY"] = str(tmp_path / "folder.csv")
     before = sorted(tmp_path.iterdir())
     with pytest.raises(UserError) as error:
+        words = words.replace("LIST", paths["LIST"])
         run_predict(*[paths.get(word, word) for word in words.split()])
     assert message in str(error.value)
     assert "\n" not in str(error.value)

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -45,7 +46,7 @@ def measure(run, out: Path, *flags) -> list[dict]:
     small = "--device cpu --num_workers 0".split()
     words = [run / "run.pth", "--losses", out, *small, *flags]
     visualize.main([str(word) for word in words])
-    with open(out, newline="") as file:
+    with open(out, newline="", errors="surrogateescape") as file:
         return list(csv.DictReader(file))
 
 
@@ -144,7 +145,17 @@ def test_an_existing_table_is_replaced_on_request_only(run, videos, tmp_path):
     with pytest.raises(UserError, match="losses.csv exists"):
         measure(run, table, "--data_dirs", videos)
     assert table.read_text() == "kept"
+    with pytest.raises(UserError, match="losses.csv is a file"):
+        measure(run, table / "losses.csv", "--data_dirs", videos)
     assert len(measure(run, table, "--data_dirs", videos, "--overwrite")) == 5
+
+
+def test_names_that_are_no_text_are_written(run, videos, tmp_path):
+    good, bad = (tmp_path / os.fsdecode(name) for name in (b"one\xff.mp4", b"two\xff.mp4"))
+    os.symlink(find_videos([videos], "--data_dirs")[0], good)
+    bad.write_text("not a video")
+    rows = measure(run, tmp_path / "losses.csv", "--data_dirs", tmp_path)
+    assert [row["path"] for row in rows] == [str(good)]
 
 
 @pytest.mark.parametrize(

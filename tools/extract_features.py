@@ -42,6 +42,7 @@ from tools.feature_clips import (
 )
 from tools.feature_files import (
     ClipRows,
+    common_folder,
     count_clips,
     file_names,
     open_folder,
@@ -49,6 +50,7 @@ from tools.feature_files import (
     write_files,
     write_lists,
 )
+from tools.output_files import check_writable, checkpoint_name, refuse_existing
 from tools.reading import (
     CLIP_FLAGS,
     add_clip_flags,
@@ -56,6 +58,7 @@ from tools.reading import (
     add_loader_flags,
     add_size_flags,
     center_clips,
+    check_seconds,
     clip_reading,
     given_sizes,
     nothing_readable,
@@ -68,7 +71,7 @@ from util import dist
 from util.cli import Parser, nonnegative_int
 from util.dist import DistEnv, UserError, print0
 from util.evaluation import feature_rows, gather_readable
-from util.hub import is_hub_path, parse_address
+from util.hub import is_hub_path
 from util.model_source import ModelSource, describe_checkpoint
 from util.optim import amp_dtype
 from util.pretrained import load_encoder
@@ -130,27 +133,27 @@ def get_parser() -> Parser:
 
 
 def default_output(checkpoint: str) -> Path:
-    """Return CKPT_features.npz beside the checkpoint, or for hf:... in the current folder."""
-    if not is_hub_path(checkpoint):
-        source = Path(checkpoint)
-        return source.with_name(f"{source.stem}_features.npz")
-    address = parse_address(checkpoint)
-    name = Path(address.file).stem or Path(address.repository).name
-    return Path(f"{name}_features.npz")
+    """Return CKPT_features.npz beside the checkpoint; of a remote one, in the current folder."""
+    name = f"{checkpoint_name(checkpoint)}_features.npz"
+    source = Path(checkpoint)
+    if is_hub_path(checkpoint):
+        return Path(name)
+    if source.name in ("", ".."):  # the current folder, or the one above
+        source = source.absolute().resolve()
+    return source.with_name(name)
 
 
 def output_path(args: argparse.Namespace) -> Path:
     """Return the file or folder to write; a folder's name has no ending, or a / after it.
 
-    Raises UserError for other endings, and for an existing file.
+    Raises UserError for other endings, for an existing file, and if it cannot be made.
     """
     if args.output is None:
         path = default_output(args.checkpoint)
     else:
         path = Path(args.output)
     if path.suffix == ".npz" and not path.is_dir():
-        if path.exists() and not args.overwrite:
-            raise UserError(f"{path} exists. Choose another --output, or pass --overwrite.")
+        refuse_existing(path, args.overwrite, "--output")
         return path
     if path.suffix == ".npz":
         raise UserError(f"--output {path} is a folder. Choose a name without .npz for a folder.")
@@ -166,6 +169,7 @@ def output_path(args: argparse.Namespace) -> Path:
             f"--overwrite does not apply to a folder: complete files in {path} are kept. "
             "Remove the folder, or choose another --output."
         )
+    check_writable(path, "--output")
     return path
 
 
@@ -397,7 +401,10 @@ def sha256_of_weights(encoder: VideoEncoder) -> str:
 
 
 def folder_settings(extraction: Extraction, read_out: ReadOut, weights: str) -> dict:
-    """Return the settings on which features depend. weights: their SHA-256."""
+    """Return the settings on which features and their file names depend.
+
+    weights: their SHA-256.
+    """
     args = extraction.args
     config = extraction.config
     shape = [config["embed_dim"]]
@@ -406,6 +413,10 @@ def folder_settings(extraction: Extraction, read_out: ReadOut, weights: str) -> 
     return {
         "checkpoint": args.checkpoint,
         "weights": weights,
+        "num_heads": config["num_heads"],
+        "mean": list(config["mean"]),
+        "std": list(config["std"]),
+        "data": common_folder(extraction.samples.paths, args.data_dir),
         "layer": read_out.layer,
         "tokens": read_out.kind,
         "shape": shape,
@@ -426,6 +437,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     source = describe_checkpoint(args.checkpoint, given_sizes(args))
     args = parse_again(parser, argv, source.flags, CLIP_FLAGS)
+    check_seconds("stride_seconds", args.stride_seconds, args.target_fps)
     env = dist.setup(args.device)
     output = dist.on_rank0(lambda: output_path(args))
     samples = dist.on_rank0(lambda: list_samples(args.data_dir, args.data_csv, source.classes))

@@ -19,7 +19,7 @@ import numpy as np
 
 from data.input_files import ReadError
 from util.dist import UserError
-from util.files import atomic_write
+from util.files import MAX_NAME, atomic_write
 
 SETTINGS = "features.json"
 LIST = "index.csv"
@@ -129,13 +129,24 @@ def file_names(paths: list[str], folder: str) -> list[str]:
     """Return the name of each file's features: its path below a folder, or below their common one.
 
     "/data/a/x.mp4" and "/data/b/y.mp4" give "a/x.mp4.npy" and "b/y.mp4.npy". folder: where the
-    paths were found, "" if they come from a manifest.
+    paths were found, "" if they come from a manifest. Raises UserError if a name is too long.
     """
-    absolute = [os.path.abspath(path) for path in paths]
-    root = os.path.abspath(folder)
-    if not folder:
-        root = os.path.commonpath({os.path.dirname(path) for path in absolute})
-    return [os.path.relpath(path, root) + ".npy" for path in absolute]
+    root = common_folder(paths, folder)
+    names = [os.path.relpath(path, root) + ".npy" for path in paths]
+    for path, name in zip(paths, names, strict=True):
+        if len(os.fsencode(os.path.basename(name))) > MAX_NAME:
+            raise UserError(
+                f"{path}: the file of its features would have more than {MAX_NAME} bytes in its "
+                "name. Rename the video, or write an .npz."
+            )
+    return names
+
+
+def common_folder(paths: list[str], folder: str) -> str:
+    """Return the absolute path of a folder, or of the common one of all paths if it is ""."""
+    if folder:
+        return os.path.abspath(folder)
+    return os.path.commonpath({os.path.dirname(os.path.abspath(path)) for path in paths})
 
 
 def count_clips(path: Path, shape: tuple[int, ...]) -> int:
@@ -221,10 +232,10 @@ def write_lists(
     table["windows"] = [count_clips(folder / file, shape) for file in table["file"]]
     table = table[table["windows"] > 0]
     with atomic_write(folder / LIST) as temporary:
-        table.to_csv(temporary, index=False)
+        table.to_csv(temporary, index=False, errors="surrogateescape")
     (folder / UNREADABLE).unlink(missing_ok=True)
     if unreadable:
         with atomic_write(folder / UNREADABLE) as temporary:
             reasons = pd.DataFrame(unreadable.items(), columns=["path", "reason"])
-            reasons.to_csv(temporary, index=False)
+            reasons.to_csv(temporary, index=False, errors="surrogateescape")
     return len(table)

@@ -33,6 +33,7 @@ from data.video_index import VideoIndex, new_index
 from engine_finetune import model_input
 from models_vit import VisionTransformer
 from tools.data_doctor import Probed, Progress, probe_files
+from tools.output_files import refuse_existing
 from tools.prediction_tables import (
     Prediction,
     Sample,
@@ -47,6 +48,7 @@ from tools.reading import (
     add_device_flags,
     add_loader_flags,
     add_size_flags,
+    check_seconds,
     given_sizes,
     nothing_readable,
     parse_again,
@@ -164,26 +166,16 @@ def given_flags(args: argparse.Namespace) -> dict:
 
 
 def check_output(output: Path | None, sources: list[str], overwrite: bool) -> None:
-    """Raise UserError unless the file to write ends in .csv and is new, and no input."""
+    """Raise UserError unless the file to write ends in .csv, can be made, and is no input."""
     if output is None:
         return
     if output.suffix != ".csv":
         raise UserError(f"--output {output} does not end in .csv. Choose such a name.")
-    if not output.exists():
-        return
-    if any(os.path.exists(source) and output.samefile(source) for source in sources):
-        raise UserError(f"--output {output} is one of the inputs. Choose another name.")
-    if not overwrite or not output.is_file():
-        raise UserError(f"{output} exists. Choose another --output, or pass --overwrite.")
-
-
-def make_folder(output: Path | None) -> None:
-    """Make the folder of the file to write. Raises UserError if it cannot be written to."""
-    if output is None:
-        return
-    output.parent.mkdir(parents=True, exist_ok=True)
-    if not os.access(output.parent, os.W_OK):
-        raise UserError(f"--output {output}: its folder cannot be written to. Choose another one.")
+    if output.exists():
+        for source in sources:
+            if os.path.exists(source) and output.samefile(source):
+                raise UserError(f"--output {output} is one of the inputs. Choose another name.")
+    refuse_existing(output, overwrite, "--output")
 
 
 def find_files(sources: list[str]) -> list[str]:
@@ -405,7 +397,9 @@ def parse_flags(argv: list[str] | None) -> tuple[argparse.Namespace, ModelSource
     args = parser.parse_args(argv)
     source = describe_checkpoint(args.checkpoint, given_flags(args))
     require_head(source)
-    return parse_again(parser, argv, source.flags, CLIP_FLAGS), source
+    args = parse_again(parser, argv, source.flags, CLIP_FLAGS)
+    check_seconds("segment_seconds", args.segment_seconds, args.target_fps)
+    return args, source
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -419,7 +413,6 @@ def main(argv: list[str] | None = None) -> None:
         args.checkpoint, given=given_flags(args), class_names=args.class_names
     ).to(env.device)
     config = model.config
-    dist.on_rank0(lambda: make_folder(output))
     samples = list_samples(paths, args, env)
     print0(*describe_task(samples.all, config, args), sep="\n")
 

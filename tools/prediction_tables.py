@@ -8,8 +8,8 @@ from typing import NamedTuple
 import pandas as pd
 
 from data.clips import Span
-from tools.reading import printable
 from util.checkpoint import truncate
+from util.dist import escaped
 from util.files import atomic_write
 
 MAX_SHOWN = 20  # samples in the printed table
@@ -57,14 +57,15 @@ def prediction_table(
 
 
 def save_table(path: Path, table: pd.DataFrame) -> None:
-    """Write a table as CSV."""
+    """Write a table as CSV. Make its folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as temporary:
         table.to_csv(temporary, index=False, errors="surrogateescape")
 
 
 def short_name(sample: Sample, folder: str) -> str:
     """Return the name of a sample's file below `folder`, its end if it is long, and its segment."""
-    name = printable(os.path.relpath(sample.path, folder))
+    name = escaped(os.path.relpath(sample.path, folder))
     if len(name) > FILE_WIDTH:
         name = "..." + name[3 - FILE_WIDTH :]
     if sample.span:
@@ -94,7 +95,7 @@ def table_lines(samples: list[Sample], predictions: list[Prediction]) -> list[st
     for sample, prediction in readable[:MAX_SHOWN]:
         row = [short_name(sample, folder)]
         for name, score in zip(prediction.classes, prediction.scores, strict=True):
-            row.append(f"{truncate(printable(name), CLASS_WIDTH)} {score:.1%}")
+            row.append(f"{truncate(escaped(name), CLASS_WIDTH)} {score:.1%}")
         rows.append(row)
     width = shutil.get_terminal_size((DEFAULT_WIDTH, 0)).columns
     lines = align(rows, width)

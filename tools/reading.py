@@ -11,7 +11,7 @@ from data.loader import WorkerSettings
 from data.transforms import decode_short_side, view_transform
 from data.video_index import VideoIndex
 from util.cli import Parser, nonnegative_int, positive_int
-from util.dist import UserError, available_cpus, local_world_size, print0
+from util.dist import UserError, available_cpus, escaped, local_world_size, print0
 
 CLIP_FLAGS = ("sampling_rate", "target_fps", "short_side", "decoder")
 MAX_DEFAULT_WORKERS = 16  # loader processes
@@ -93,6 +93,18 @@ def positive_float(text: str) -> float:
     if not 0 < value < math.inf:
         raise argparse.ArgumentTypeError(f"{text} is not a positive number")
     return value
+
+
+def check_seconds(flag: str, seconds: float | None, target_fps: float) -> None:
+    """Raise UserError if the parts that a flag cuts videos into are shorter than half a frame.
+
+    There would be more of them than frames, and a file could exhaust the memory.
+    """
+    if seconds is not None and seconds * target_fps < 0.5:
+        raise UserError(
+            f"--{flag} {seconds:g} is too short: at --target_fps {target_fps:g} a frame lasts "
+            f"{1 / target_fps:.3g} s. Pass at least half of that."
+        )
 
 
 def clip_reading(args: argparse.Namespace) -> dict:
@@ -184,11 +196,6 @@ def center_clips(
     )
 
 
-def printable(text: str) -> str:
-    """Return a text with a question mark for each character that a terminal cannot show."""
-    return "".join(letter if letter.isprintable() else "?" for letter in text)
-
-
 def print_unreadable(unreadable: dict[str, str], total: int, most: int = MAX_LISTED) -> None:
     """Print the first `most` unreadable files of `total` files, nothing if there are none.
 
@@ -198,7 +205,7 @@ def print_unreadable(unreadable: dict[str, str], total: int, most: int = MAX_LIS
         return
     print0(f"{len(unreadable)} of {total} files cannot be read:")
     for path, reason in list(unreadable.items())[:most]:
-        print0(printable(f"  {path}: {reason}"))
+        print0(escaped(f"  {path}: {reason}"))
     if len(unreadable) > most:
         print0(f"  ... and {len(unreadable) - most} more")
 

@@ -91,8 +91,9 @@ def save_losses(path: Path, found: Results, paths: list[str], masks: Masks) -> N
             for seed, loss in enumerate(losses_of_seeds):
                 rows.append((paths[index], seed, mask_type, ratio, loss))
     table = pd.DataFrame(rows, columns=["path", "seed", "mask_type", "mask_ratio", "loss"])
+    path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as temporary:
-        table.to_csv(temporary, index=False)
+        table.to_csv(temporary, index=False, errors="surrogateescape")
     means = table.groupby(["mask_type", "mask_ratio"], sort=False)["loss"].mean()
     for (mask_type, ratio), mean in means.items():
         print0(f"mean loss with {mask_type}:{ratio:g}: {mean:.6g}")

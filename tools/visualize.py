@@ -30,6 +30,7 @@ from data.manifest import find_videos, read_manifest
 from data.video_index import load_index
 from models_mae import MASK_TYPES, MaskedAutoencoderViT
 from models_vit import VideoEncoder
+from tools.output_files import checkpoint_name, refuse_existing
 from tools.reading import (
     CLIP_FLAGS,
     add_clip_flags,
@@ -46,7 +47,7 @@ from tools.reconstruction_losses import Masks, reconstruction_losses, save_losse
 from util import dist
 from util.attention_maps import attention_maps, draw_maps, label_maps
 from util.cli import Parser, positive_int
-from util.dist import DistEnv, UserError, print0
+from util.dist import DistEnv, UserError, escaped, print0
 from util.files import atomic_write
 from util.model_source import ModelSource, describe_checkpoint
 from util.optim import amp_dtype
@@ -266,22 +267,15 @@ def parse_choice(texts: list[str], count: int, flag: str) -> list[int]:
     return sorted({int(text) - 1 for text in texts})
 
 
-def refuse_existing(files: list[Path], overwrite: bool, flags: str) -> None:
-    """Raise UserError if a file exists that must not be overwritten. flags: those that name it."""
-    for path in files:
-        if path.exists() and not overwrite:
-            raise UserError(f"{path} exists. Choose another {flags}, or pass --overwrite.")
-
-
 def picture_file(args: argparse.Namespace, content: str) -> Path:
     """Return the .png of some content; the .webp beside it has the same stem.
 
     Raises UserError if one of them exists and must not be overwritten.
     """
-    prefix = args.save_prefix or Path(checkpoint_path(args)).stem
+    prefix = args.save_prefix or checkpoint_name(checkpoint_path(args))
     still = Path(args.output_dir, f"{prefix}_{content}.png")
-    files = [still, still.with_suffix(".webp")]
-    refuse_existing(files, args.overwrite, "--output_dir or --save_prefix")
+    for path in (still, still.with_suffix(".webp")):
+        refuse_existing(path, args.overwrite, "--output_dir or --save_prefix")
     return still
 
 
@@ -310,7 +304,7 @@ def read_clips(dataset: ViewDataset, indices: list[int]) -> Tensor:
                 f"{path} cannot be read ({reason}). Repair it or remove it from the data."
             )
         clips.append(sample["clips"])
-        print0(f"clip {len(clips)}: {sample['path']}")
+        print0(escaped(f"clip {len(clips)}: {sample['path']}"))
     return torch.cat(clips)
 
 
@@ -398,13 +392,12 @@ def measure_losses(args: argparse.Namespace, source: ModelSource, env: DistEnv) 
     output = Path(args.losses)
     if output.suffix != ".csv":
         raise UserError(f"--losses {output} does not end in .csv. Choose such a name.")
-    dist.on_rank0(lambda: refuse_existing([output], args.overwrite, "--losses"))
+    dist.on_rank0(lambda: refuse_existing(output, args.overwrite, "--losses"))
     model = load_with_decoder(source, args)
     masks = Masks(chosen_masks(args, model), args.mask_seeds or 1)
     paths = dist.on_rank0(lambda: find_paths(args.data_dirs, args.data_csv))
     known = load_index(args.data_csv, paths)
     dataset = center_clips(paths, model.config, clip_reading(args), known)
-    output.parent.mkdir(parents=True, exist_ok=True)
     workers = worker_settings(args)
     batches = eval_loader(dataset, args.batch_size_per_gpu, workers, env, collate_readable)()
     amp = amp_dtype(args.amp, env.device)
