@@ -309,6 +309,12 @@ def test_t19_a_payload_is_refused_and_not_run(position, tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["hostile.pth"]
 
 
+def test_a_name_that_is_no_text_is_no_damage(tmp_path):
+    path = tmp_path / os.fsdecode(b"run\xff.pth")
+    torch.save({"w": torch.zeros(3)}, path)
+    assert load(path, check=False, lazily=True)["w"].shape == (3,)
+
+
 def test_t19_the_payload_runs_in_a_careless_reader(tmp_path):
     torch.save(Payload(tmp_path / "ran"), tmp_path / "hostile.pth")
     torch.load(tmp_path / "hostile.pth", weights_only=False)

@@ -170,6 +170,30 @@ def test_inspect_lists_the_tensors_of_an_unknown_layout(tmp_path, capsys):
     assert any("contains no video encoder" in row for row in rows)
 
 
+def test_inspect_shows_dictionaries_of_any_keys_that_contain_themselves(tmp_path, capsys):
+    state: dict = {"args": {1: 2, "lr": 3, None: 4}, "a": {"w": torch.zeros(2)}}
+    state["a"]["again"] = state
+    state |= {index: index for index in range(200)}
+    torch.save(state, tmp_path / "a.pth")
+    rows = inspected(tmp_path / "a.pth", capsys)
+    assert rows >= {"tensors 1 tensors, 0.00 M parameters", "a.w (2,)", "--1 2", "--None 4"}
+    assert rows >= {"99 99", "... 100 more"}
+
+
+def test_inspect_prints_one_line_per_row(tmp_path, capsys):
+    torch.save({"name": "a\nb\x1b[31m"}, tmp_path / "a.pth")
+    assert "name a?b?[31m" in inspected(tmp_path / "a.pth", capsys)
+
+
+def test_a_part_of_a_checkpoint_is_refused_with_the_cure(tmp_path):
+    parts = [tmp_path / f"model-0000{index}-of-00002.safetensors" for index in (1, 2)]
+    for part in parts:
+        part.write_bytes(b"")
+    for path in (tmp_path, parts[1]):
+        with pytest.raises(UserError, match="is a part of .* Save them as one file: .*save_pre"):
+            inspect([str(path)])
+
+
 def test_inspect_names_the_sizes_that_an_image_model_lacks(tmp_path, capsys):
     torch.save(timm_vit().state_dict(), tmp_path / "image.pth")
     rows = inspected(tmp_path / "image.pth", capsys)

@@ -21,7 +21,7 @@ from tiny import tiny_mae, tiny_vit
 from models_vit import VisionTransformer
 from util.checkpoint_formats import parse_checkpoint
 from util.dist import UserError
-from util.pixels import IMAGE_MEAN
+from util.pixels import IMAGE_MEAN, VIDEO_MEAN, VIDEO_STD
 from util.pretrained import load_autoencoder, load_classifier, load_encoder
 
 STILL = CLIPS[:, :, :1]  # an image as a clip of one frame
@@ -134,6 +134,22 @@ def test_our_read_out_is_recorded_and_a_contradiction_refused(tmp_path):
     assert load_classifier(tmp_path / "run.pth").config["global_pool"] is False
     with pytest.raises(UserError, match="classifies the class token, not the mean of the patch"):
         load_classifier(tmp_path / "run.pth", given={"global_pool": True})
+
+
+@pytest.mark.parametrize(
+    ("recorded", "classes"),
+    [
+        ([7, None, "run"], ["7", "None", "run", "3", "4"]),
+        (["too", "many", "names", "for", "the", "head"], ["0", "1", "2", "3", "4"]),
+        ("run", ["0", "1", "2", "3", "4"]),
+        ({"run": 0}, ["0", "1", "2", "3", "4"]),
+    ],
+)
+def test_recorded_class_names_are_texts_of_all_outputs(recorded, classes, tmp_path):
+    model = tiny_vit()
+    config = model.config | {"mean": VIDEO_MEAN, "std": VIDEO_STD, "classes": recorded}
+    torch.save({"model": model.state_dict(), "config": config}, tmp_path / "run.pth")
+    assert load_classifier(tmp_path / "run.pth").config["classes"] == classes
 
 
 def test_the_args_of_a_pretraining_run_tell_no_read_out():

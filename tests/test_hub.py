@@ -105,6 +105,8 @@ def test_the_file_of_a_repository_is_chosen(file, names, chosen):
         ("", ["b.pth", "a.pth"], "has several files of weights. Choose one of: a.pth, b.pth."),
         ("", ["README.md"], "a/b has no file of weights. Choose one of: none."),
         ("c.pth", ["a.pth"], "a/b has no file c.pth. Choose one of: a.pth."),
+        ("", ["model-00001-of-00002.safetensors"], "hf:a/b: model-00001-of-00002.safetensors is a"),
+        ("m-00002-of-00002.bin", ["m-00002-of-00002.bin"], "Save them as one file:"),
         ("", [f"{i:02}.pth" for i in range(12)], "09.pth and 2 more."),
     ],
 )

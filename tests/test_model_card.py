@@ -68,11 +68,15 @@ def test_no_folder_of_the_user_is_published(tmp_path):
 
 def test_paths_lose_their_folders_and_nothing_else_changes():
     values = {"a": "/x/y/", "b": ["C:\\u\\v.csv", 1, None], "c": "hf:a/b", "d": "https://a/b"}
+    values |= {"e": "file:///home/u/x", "f": "s3://private/y", "g": "https://me:key@host/z"}
     assert without_folders(values) == {
         "a": "y",
         "b": ["v.csv", 1, None],
         "c": "hf:a/b",
         "d": "https://a/b",
+        "e": "x",
+        "f": "y",
+        "g": "z",
     }
 
 
@@ -133,6 +137,14 @@ def test_the_card_of_weights_alone_has_no_empty_sections():
     state = {"model": model.state_dict(), "config": model.config}
     headings = re.findall(r"^## (.*)$", model_card(state, "hf:a/b"), flags=re.M)
     assert headings == ["Use", "Architecture", "License"]
+
+
+def test_results_that_are_not_numbers_are_left_out(tmp_path):
+    record = {"step": 10, "train_loss": None, "test_acc1": "high", "test_loss": 0.5}
+    (tmp_path / "run_log.txt").write_text(json.dumps(record) + "\n")
+    card = model_card(run_state(tiny_vit(), best_acc1=None), tmp_path / "run_best.pth")
+    assert "| validation loss | 0.5 |" in card
+    assert "top-1" not in card and "training loss" not in card
 
 
 def test_the_license_of_another_family_is_named(tmp_path):

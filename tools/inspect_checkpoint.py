@@ -23,7 +23,7 @@ from util.checkpoint_formats import (
     read_layout,
 )
 from util.cli import Parser
-from util.dist import UserError, print0, run_script
+from util.dist import UserError, print0, printable, run_script
 from util.model_source import read_out_name
 
 Rows = list[tuple[str, str]]  # (heading, text)
@@ -32,6 +32,7 @@ Rows = list[tuple[str, str]]  # (heading, text)
 GUESSED = {"img_size": 224, "num_frames": 16, "t_patch_size": 2, "num_heads": 1}
 OTHER_GUESS = {"img_size": 448, "num_frames": 64, "t_patch_size": 4, "num_heads": 1}
 SHOWN_TENSORS = 10  # of an unknown layout
+SHOWN_ENTRIES = 100  # other than tensors, flags and config
 
 
 def inspect(path: str | Path, given: dict) -> Rows:
@@ -144,31 +145,41 @@ def tensor_rows(checkpoint: dict) -> Rows:
 
 
 def named_tensors(entries: dict) -> dict[str, Tensor]:
-    """Return all tensors in a dictionary and the dictionaries in it, by their keys with dots."""
+    """Return all tensors in a dictionary and the dictionaries in it, by their keys with dots.
+
+    A dictionary that occurs several times, or in itself, counts once.
+    """
     tensors = {}
-    for key, value in entries.items():
+    seen = {id(entries)}
+    waiting = [(str(key), value) for key, value in reversed(entries.items())]
+    while waiting:
+        name, value = waiting.pop()
         if isinstance(value, Tensor):
-            tensors[str(key)] = value
-        elif isinstance(value, dict):
-            inner = named_tensors(value)
-            tensors |= {f"{key}.{name}": tensor for name, tensor in inner.items()}
+            tensors[name] = value
+        elif isinstance(value, dict) and id(value) not in seen:
+            seen.add(id(value))
+            waiting += [(f"{name}.{key}", entry) for key, entry in reversed(value.items())]
     return tensors
 
 
 def entry_rows(checkpoint: dict) -> Rows:
     """Return the entries of a checkpoint that are not tensors, flags and config one by one."""
     rows = []
+    others = []
     for key, value in checkpoint.items():
         if isinstance(value, argparse.Namespace):
             value = vars(value)
         if key == "args" and isinstance(value, dict):
-            rows += [(f"--{name}", truncate(flag)) for name, flag in sorted(value.items())]
+            rows += sorted((f"--{name}", truncate(flag)) for name, flag in value.items())
         elif key == "config" and isinstance(value, dict):
-            rows += [(f"config {name}", truncate(entry)) for name, entry in sorted(value.items())]
+            rows += sorted((f"config {name}", truncate(entry)) for name, entry in value.items())
         elif not isinstance(value, (dict, Tensor)):
-            rows.append((str(key), truncate(value)))
+            others.append((truncate(key), truncate(value)))
         elif key in RUN_STATE:
-            rows.append((key, "present"))
+            others.append((key, "present"))
+    rows += others[:SHOWN_ENTRIES]
+    if len(others) > SHOWN_ENTRIES:
+        rows.append(("...", f"{len(others) - SHOWN_ENTRIES} more"))
     return rows
 
 
@@ -191,7 +202,8 @@ def main(argv: list[str] | None = None) -> None:
     given = given_sizes(args)
     rows = inspect(args.source, given)
     width = max(len(heading) for heading, _ in rows)
-    print0("\n".join(f"{heading:<{width}}  {text}" for heading, text in rows))
+    for heading, text in rows:
+        print0(printable(f"{heading:<{width}}  {text}"))
 
 
 if __name__ == "__main__":

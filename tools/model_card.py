@@ -77,7 +77,7 @@ def without_folders(value: Any) -> Any:
     if not isinstance(value, (str, PurePath)):
         return value
     text = str(value)
-    if re.match(r"hf:|\w+://", text):  # public addresses
+    if re.match(r"hf:|https?://[^@]*$", text):  # public addresses
         return text
     return re.split(r"[/\\]", text.rstrip("/\\"))[-1]
 
@@ -169,15 +169,15 @@ def recipe_rows(flags: dict, source: ModelSource) -> list[tuple[str, object]]:
 def metric_rows(checkpoint: dict, source_path: str | Path) -> list[tuple[str, object]]:
     """Return the results that a checkpoint and the log of its run record."""
     rows: list[tuple[str, object]] = []
-    best = checkpoint.get("best_acc1", -1)
-    if best >= 0:  # else there was no validation
+    best = checkpoint.get("best_acc1")
+    if isinstance(best, (int, float)) and best >= 0:  # else there was no validation
         rows.append(("best validation top-1 (%)", f"{best:.2f}"))
     for name in ("epoch", "step", "samples_consumed"):
         if name in checkpoint:
             rows.append((name, checkpoint[name]))
     record = record_of(checkpoint, source_path)
     for name, meaning in METRICS.items():
-        if name in record:
+        if isinstance(record.get(name), (int, float)):
             rows.append((meaning, f"{record[name]:.4g}"))
     return rows
 

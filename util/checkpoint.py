@@ -26,7 +26,7 @@ from torch import nn
 from util.dist import UserError
 from util.file_kind import ZIP_START, kind_of_file
 from util.files import fsync_path, sha256_of
-from util.hub import PREFERRED, WEIGHT_SUFFIXES, local_path
+from util.hub import PREFERRED, WEIGHT_SUFFIXES, local_path, refuse_parts
 
 # Errors raised for truncated or corrupt files.
 CORRUPTION_ERRORS = (zipfile.BadZipFile, zlib.error, EOFError, pickle.UnpicklingError)
@@ -167,6 +167,7 @@ def file_of(path: str | Path) -> Path:
         names = [name for name in PREFERRED if (file / name).is_file()]
         if not names:
             others = sorted(each.name for each in file.iterdir() if each.suffix in WEIGHT_SUFFIXES)
+            refuse_parts(path, others)
             cure = "Pass a file of weights."
             if others:
                 cure = f"Pass one of its files ({truncate(', '.join(others))})."
@@ -174,6 +175,7 @@ def file_of(path: str | Path) -> Path:
         file = file / names[0]
     if not file.is_file():
         raise UserError(f"checkpoint {path} not found: check the path")
+    refuse_parts(path, [file.name])
     return file
 
 
@@ -190,7 +192,8 @@ def _read_pth(path: Path, check: bool, lazily: bool) -> Any:
         warnings.catch_warnings(),
     ):
         warnings.simplefilter("ignore", UserWarning)  # what fails is reported as an error
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=lazily and zipped)
+        mapped = lazily and zipped and str(path).isprintable()  # torch maps UTF-8 names only
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
 
 
 def _read_safetensors(path: Path, check: bool) -> dict:

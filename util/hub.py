@@ -88,6 +88,7 @@ def choose_file(address: HubAddress, names: list[str], source: str) -> str:
     weights, or more than one.
     """
     if address.file in names:
+        refuse_parts(address.text, [address.file])
         return address.file
     weights = sorted(name for name in names if name.endswith(WEIGHT_SUFFIXES))
     folder = ""
@@ -97,6 +98,7 @@ def choose_file(address: HubAddress, names: list[str], source: str) -> str:
     for preferred in PREFERRED:
         if folder + preferred in inside:
             return folder + preferred
+    refuse_parts(address.text, inside)
     if len(inside) == 1:
         return inside[0]
     if inside:
@@ -110,6 +112,16 @@ def choose_file(address: HubAddress, names: list[str], source: str) -> str:
     if len(choices) > MAX_LISTED:
         listed += f" and {len(choices) - MAX_LISTED} more"
     raise UserError(f"{address.text}: {problem}. Choose one of: {listed}.")
+
+
+def refuse_parts(path: str | Path, names: list[str]) -> None:
+    """Raise UserError if files of weights are parts of one large checkpoint of Hugging Face."""
+    parts = [name for name in names if re.search(r"-\d{5}-of-\d{5}\.\w+$", name)]
+    if parts:
+        raise UserError(
+            f"{path}: {parts[0]} is a part of weights that are split into several files. Save them "
+            'as one file: model.save_pretrained(FOLDER, max_shard_size="100GB").'
+        )
 
 
 def _import_hub(address: HubAddress) -> ModuleType:

@@ -43,8 +43,10 @@ def describe(found: ImportedModel, path: str | Path) -> ModelSource:
     """Return the description of a model that was read from `path`."""
     num_classes = len(found.head["head.weight"]) if found.head else None
     classes = found.config.get("classes")
-    if not isinstance(classes, list) or not found.head:
+    if not isinstance(classes, list) or num_classes is None or len(classes) > num_classes:
         classes = None
+    else:
+        classes = [str(name) for name in classes]
     recorded_name = found.config.get("model")
     if not isinstance(recorded_name, str):
         recorded_name = model_name(found.sizes)
