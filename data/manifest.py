@@ -49,11 +49,16 @@ SHOWN_CHARACTERS = 120  # of a malformed line in an error message
 def walk(folder: str, extensions: tuple[str, ...]) -> list[str]:
     """Return the absolute paths of the files below a folder with these extensions, sorted.
 
-    Extensions match in any case. Hidden files and folders are left out.
+    Extensions match in any case. Hidden files and folders are left out, and so are links to a
+    folder that contains them.
     """
     found = []
     for parent, subfolders, files in os.walk(folder, followlinks=True):
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        subfolders[:] = sorted(
+            name
+            for name in subfolders
+            if not name.startswith(".") and not _leads_back(os.path.join(parent, name))
+        )
         for name in sorted(files):
             if name.lower().endswith(extensions) and not name.startswith("."):
                 found.append(os.path.abspath(os.path.join(parent, name)))
@@ -63,6 +68,19 @@ def walk(folder: str, extensions: tuple[str, ...]) -> list[str]:
 def is_image(path: str) -> bool:
     """Return whether a file's name is that of an image."""
     return path.lower().endswith(IMAGE_EXTENSIONS)
+
+
+def _leads_back(path: str) -> bool:
+    """Return whether a path is a link to a folder above it, in which a walk would not end."""
+    if not os.path.islink(path):
+        return False
+    target = os.stat(path)
+    parent = os.path.dirname(os.path.abspath(path))
+    while not os.path.samestat(os.stat(parent), target):
+        if parent == os.path.dirname(parent):
+            return False
+        parent = os.path.dirname(parent)
+    return True
 
 
 def check_folder(folder: str, flag: str) -> None:

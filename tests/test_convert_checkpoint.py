@@ -170,7 +170,7 @@ def test_inspect_lists_the_tensors_of_an_unknown_layout(tmp_path, capsys):
     assert any("contains no video encoder" in row for row in rows)
 
 
-def test_inspect_shows_dictionaries_of_any_keys_that_contain_themselves(tmp_path, capsys):
+def test_inspect_shows_odd_dictionaries(tmp_path, capsys):
     state: dict = {"args": {1: 2, "lr": 3, None: 4}, "a": {"w": torch.zeros(2)}}
     state["a"]["again"] = state
     state |= {index: index for index in range(200)}

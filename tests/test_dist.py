@@ -214,7 +214,7 @@ def test_an_error_is_one_line_whatever_is_in_a_name(capsys):
 
     with pytest.raises(SystemExit):
         dist.run_script(fail)
-    assert capsys.readouterr().err == "error: a?b?[31m.mp4 cannot be read\n"
+    assert capsys.readouterr().err == "error: a\\nb\\x1b[31m.mp4 cannot be read\n"
 
 
 @pytest.mark.parametrize("error", [errno.ENAMETOOLONG, errno.ELOOP, errno.EDQUOT])

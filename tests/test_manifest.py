@@ -17,6 +17,7 @@ from data.manifest import (
     keep_fraction,
     keep_stratified,
     read_manifest,
+    walk,
     write_classes,
     write_manifest,
 )
@@ -48,6 +49,21 @@ def test_videos_are_found_in_any_case_and_depth_sorted(tmp_path):
     found = find_videos([str(tmp_path)], "--data_dirs")
     expected = ["five.Mov", "a/four.avi", "a/deep/er/three.MKV", "b/one.webm", "b/two.MP4"]
     assert [str(Path(path).relative_to(tmp_path)) for path in found] == expected
+
+
+def test_links_to_a_folder_above_are_not_followed(tmp_path):
+    inner = tmp_path / "videos" / "inner"
+    inner.mkdir(parents=True)
+    (tmp_path / "other").mkdir()
+    for path in (inner / "a.mp4", tmp_path / "other" / "b.mp4"):
+        path.touch()
+    os.symlink(".", inner / "itself")
+    os.symlink(tmp_path / "videos", inner / "above")
+    os.symlink(tmp_path, inner / "root")
+    os.symlink(tmp_path / "other", inner / "other")
+    os.symlink(tmp_path / "videos", tmp_path / "other" / "back")
+    found = walk(str(tmp_path / "videos"), (".mp4",))
+    assert found == [str(inner / "a.mp4"), str(inner / "other" / "b.mp4")]
 
 
 def test_folders_keep_their_order(tmp_path):

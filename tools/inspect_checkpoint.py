@@ -23,7 +23,7 @@ from util.checkpoint_formats import (
     read_layout,
 )
 from util.cli import Parser
-from util.dist import UserError, print0, printable, run_script
+from util.dist import UserError, escaped, print0, run_script
 from util.model_source import read_out_name
 
 Rows = list[tuple[str, str]]  # (heading, text)
@@ -203,7 +203,7 @@ def main(argv: list[str] | None = None) -> None:
     rows = inspect(args.source, given)
     width = max(len(heading) for heading, _ in rows)
     for heading, text in rows:
-        print0(printable(f"{heading:<{width}}  {text}"))
+        print0(escaped(f"{heading:<{width}}  {text}"))
 
 
 if __name__ == "__main__":

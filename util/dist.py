@@ -6,7 +6,6 @@ user error: one line on stderr, then exit code 2.
 """
 
 import errno
-import io
 import os
 import re
 import select
@@ -373,7 +372,6 @@ def run_script(main: Callable[[], object]) -> None:
     exit code 2, Ctrl-C exit code 130. If the reader of stdout has ended, as `head` does, the script
     ends with the shell's code for that, 141, and without a message.
     """
-    _escape_unprintable()
     try:
         main()
     except UserError as error:
@@ -405,13 +403,6 @@ def run_script(main: Callable[[], object]) -> None:
     finally:
         end_progress()
         cleanup()
-
-
-def _escape_unprintable() -> None:
-    """Let both streams print names that they cannot encode, which are not always UTF-8."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
 
 
 def _stdout_is_broken() -> bool:
