@@ -22,7 +22,13 @@ from data.decode import open_video
 from data.transforms import image_transform, view_transform
 from models_vit import VisionTransformer, normalize
 from tools import predict
-from tools.prediction_tables import Prediction, Sample, table_lines, unreadable_files
+from tools.prediction_tables import (
+    Prediction,
+    Sample,
+    table_lines,
+    unreadable_files,
+    width_of,
+)
 from util.dist import UserError
 from util.pixels import IMAGE_MEAN, IMAGE_STD, VIDEO_MEAN, VIDEO_STD
 
@@ -463,6 +469,16 @@ def test_the_printed_table_fits_and_shows_file_names(monkeypatch):
         lines = table_lines(samples, predictions)
         assert max(map(len, lines)) <= max(width, 80)
         assert all("something" in line for line in lines[1:21])
+
+
+def test_wide_and_combining_letters_keep_the_columns_aligned(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    names = ["a.mp4", 30 * "\u65e5" + ".mp4", "e\u0301.mp4"]
+    samples = [Sample(f"/data/{name}") for name in names]
+    lines = table_lines(samples, [Prediction(["run"], [0.5])] * 3)
+    assert lines[2].startswith("..." + 16 * "\u65e5" + ".mp4  run")
+    ends = [width_of(line.removesuffix("run 50.0%")) for line in lines[1:]]
+    assert ends == [41, 41, 41]
 
 
 def test_names_that_are_no_text_are_printed_and_written(finetuned, videos, tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import unicodedata
 from pathlib import Path
 from typing import NamedTuple
 
@@ -63,11 +64,24 @@ def save_table(path: Path, table: pd.DataFrame) -> None:
         table.to_csv(temporary, index=False, errors="surrogateescape")
 
 
+def width_of(text: str) -> int:
+    """Return the number of columns that a text takes in a terminal: Chinese letters take two."""
+    columns = 0
+    for letter in text:
+        if unicodedata.combining(letter):
+            continue
+        columns += 2 if unicodedata.east_asian_width(letter) in "WF" else 1
+    return columns
+
+
 def short_name(sample: Sample, folder: str) -> str:
     """Return the name of a sample's file below `folder`, its end if it is long, and its segment."""
     name = escaped(os.path.relpath(sample.path, folder))
-    if len(name) > FILE_WIDTH:
-        name = "..." + name[3 - FILE_WIDTH :]
+    if width_of(name) > FILE_WIDTH:
+        name = name[-FILE_WIDTH:]
+        while width_of(name) > FILE_WIDTH - 3:
+            name = name[1:]
+        name = "..." + name
     if sample.span:
         start, end = sample.span
         name += f" {round(start, 2):g}-{round(end, 2):g} s"
@@ -78,11 +92,11 @@ def align(rows: list[list[str]], width: int) -> list[str]:
     """Return rows of cells as lines with aligned columns: two, and more as far as they fit."""
     lines = [""] * len(rows)
     for index, cells in enumerate(zip(*rows, strict=True)):
-        cell_width = max(len(cell) for cell in cells)
-        if index >= 2 and len(lines[0]) + cell_width > width:
+        cell_width = max(width_of(cell) for cell in cells)
+        if index >= 2 and width_of(lines[0]) + cell_width > width:
             break
         pairs = zip(lines, cells, strict=True)
-        lines = [line + cell.ljust(cell_width + 2) for line, cell in pairs]
+        lines = [line + cell + " " * (cell_width + 2 - width_of(cell)) for line, cell in pairs]
     return [line.rstrip() for line in lines]
 
 
