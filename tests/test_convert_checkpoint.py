@@ -182,7 +182,7 @@ def test_inspect_shows_odd_dictionaries(tmp_path, capsys):
 
 def test_inspect_prints_one_line_per_row(tmp_path, capsys):
     torch.save({"name": "a\nb\x1b[31m"}, tmp_path / "a.pth")
-    assert "name a?b?[31m" in inspected(tmp_path / "a.pth", capsys)
+    assert r"name a\nb\x1b[31m" in inspected(tmp_path / "a.pth", capsys)
 
 
 def test_a_part_of_a_checkpoint_is_refused_with_the_cure(tmp_path):

@@ -19,7 +19,7 @@ import numpy as np
 
 from data.input_files import ReadError
 from util.dist import UserError
-from util.files import MAX_NAME, atomic_write
+from util.files import MAX_NAME, atomic_write, save_csv
 
 SETTINGS = "features.json"
 LIST = "index.csv"
@@ -231,11 +231,9 @@ def write_lists(
     table = pd.DataFrame(samples, columns=["path", "file", "label"])
     table["windows"] = [count_clips(folder / file, shape) for file in table["file"]]
     table = table[table["windows"] > 0]
-    with atomic_write(folder / LIST) as temporary:
-        table.to_csv(temporary, index=False, errors="surrogateescape")
+    save_csv(table, folder / LIST)
     (folder / UNREADABLE).unlink(missing_ok=True)
     if unreadable:
-        with atomic_write(folder / UNREADABLE) as temporary:
-            reasons = pd.DataFrame(unreadable.items(), columns=["path", "reason"])
-            reasons.to_csv(temporary, index=False, errors="surrogateescape")
+        reasons = pd.DataFrame(unreadable.items(), columns=["path", "reason"])
+        save_csv(reasons, folder / UNREADABLE)
     return len(table)

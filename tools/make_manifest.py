@@ -30,6 +30,7 @@ from data.manifest import (
 from tools.annotations import DATA_SETS, load_classes, reads_only
 from util.cli import Parser
 from util.dist import UserError, print0, run_script
+from util.files import save_csv
 
 FOLDERS = "folders"  # --from for plain folders, which need no annotations
 SPLITS = [f"{part}{number}" for number in (1, 2, 3) for part in ("train", "test")]
@@ -280,7 +281,7 @@ def main(argv: list[str] | None = None) -> None:
         print0("note: no list of classes, since their order is in labels.json: pass --class_names")
     if len(missing):
         rows = missing[["name", "label"]].rename(columns={"name": "id"})
-        rows.to_csv(listing, index=False, errors="surrogateescape")
+        save_csv(rows, listing)
         print0(f"{listing}: the {len(missing)} rows without a file")
 
 

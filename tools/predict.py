@@ -38,7 +38,6 @@ from tools.prediction_tables import (
     Prediction,
     Sample,
     prediction_table,
-    save_table,
     table_lines,
     unreadable_files,
 )
@@ -60,6 +59,7 @@ from util import dist
 from util.cli import Parser
 from util.dist import DistEnv, UserError, print0
 from util.evaluation import predict
+from util.files import save_csv
 from util.model_source import ModelSource, describe_checkpoint, require_head
 from util.optim import amp_dtype
 from util.pretrained import load_classifier
@@ -381,7 +381,8 @@ def report(
     if all(prediction.reason for prediction in predictions):
         raise nothing_readable(unreadable, num_files)
     if output is not None:
-        save_table(output, prediction_table(samples, predictions, segmented))
+        output.parent.mkdir(parents=True, exist_ok=True)
+        save_csv(prediction_table(samples, predictions, segmented), output)
     print0(*table_lines(samples, predictions), sep="\n")
     print_unreadable(unreadable, num_files)
     if output is not None:

@@ -3,7 +3,6 @@
 import os
 import shutil
 import unicodedata
-from pathlib import Path
 from typing import NamedTuple
 
 import pandas as pd
@@ -11,7 +10,6 @@ import pandas as pd
 from data.clips import Span
 from util.checkpoint import truncate
 from util.dist import escaped
-from util.files import atomic_write
 
 MAX_SHOWN = 20  # samples in the printed table
 FILE_WIDTH = 40  # characters of a file's name in the printed table
@@ -55,13 +53,6 @@ def prediction_table(
     for rank in range(1, num_classes + 1):
         columns += [f"top{rank}", f"score{rank}"]
     return pd.DataFrame(rows, columns=[*columns, "reason"])
-
-
-def save_table(path: Path, table: pd.DataFrame) -> None:
-    """Write a table as CSV. Make its folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path) as temporary:
-        table.to_csv(temporary, index=False, errors="surrogateescape")
 
 
 def width_of(text: str) -> int:

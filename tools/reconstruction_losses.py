@@ -14,7 +14,7 @@ from models_mae import MaskedAutoencoderViT
 from tools.reading import nothing_readable, print_unreadable
 from util.dist import print0
 from util.evaluation import Results, clip_losses, gather_readable, padded_batches
-from util.files import atomic_write
+from util.files import save_csv
 from util.seeds import fixed_noise
 
 
@@ -92,8 +92,7 @@ def save_losses(path: Path, found: Results, paths: list[str], masks: Masks) -> N
                 rows.append((paths[index], seed, mask_type, ratio, loss))
     table = pd.DataFrame(rows, columns=["path", "seed", "mask_type", "mask_ratio", "loss"])
     path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path) as temporary:
-        table.to_csv(temporary, index=False, errors="surrogateescape")
+    save_csv(table, path)
     means = table.groupby(["mask_type", "mask_ratio"], sort=False)["loss"].mean()
     for (mask_type, ratio), mean in means.items():
         print0(f"mean loss with {mask_type}:{ratio:g}: {mean:.6g}")

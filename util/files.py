@@ -1,11 +1,17 @@
 """Files of a run, and helpers to write files completely or not at all."""
 
+from __future__ import annotations
+
 import contextlib
+import csv
 import hashlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 MAX_NAME = 255  # bytes of a file's name, on most file systems
 
@@ -63,6 +69,16 @@ def atomic_write(path: Path) -> Iterator[Path]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def save_csv(table: pd.DataFrame, path: Path) -> None:
+    """Write a table as CSV. Names of any bytes are kept."""
+    quoting: Literal[0, 2] = csv.QUOTE_MINIMAL
+    texts = table.select_dtypes(exclude="number")
+    if any("\r" in str(text) for name in texts for text in texts[name]):
+        quoting = csv.QUOTE_NONNUMERIC  # the csv module does not quote a carriage return by itself
+    with atomic_write(path) as temporary:
+        table.to_csv(temporary, index=False, quoting=quoting, errors="surrogateescape")
 
 
 def fsync_path(path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import csv
 import json
 import os
 import platform
@@ -13,7 +12,7 @@ from collections.abc import Iterator
 from datetime import timedelta
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from PIL import Image
 from torch import Tensor
@@ -29,7 +28,7 @@ from util.dist import (
     show_progress,
     world_size,
 )
-from util.files import RunFiles, atomic_write
+from util.files import RunFiles, atomic_write, save_csv
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -190,11 +189,7 @@ class RunLogger:
 
         path = self.files.path(f"_{name}.csv")
         with self.warn_on_oserror(path.name):
-            table = pd.DataFrame(columns)
-            quoting: Literal[0, 2] = csv.QUOTE_MINIMAL
-            if "\r" in "".join(columns.get("path", [])):  # which the csv module does not quote
-                quoting = csv.QUOTE_NONNUMERIC
-            table.to_csv(path, index=False, quoting=quoting, errors="surrogateescape")
+            save_csv(pd.DataFrame(columns), path)
 
     def log_skipped(self, skipped: dict[int, list[str]]) -> None:
         """List skipped updates with the files of all ranks. Call on every rank.
