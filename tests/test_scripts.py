@@ -56,7 +56,7 @@ def run_without(package: str, flags: list[str]) -> subprocess.CompletedProcess:
     return run_python(RUN_WITHOUT_PACKAGE.format(package=package, flags=flags))
 
 
-@pytest.mark.parametrize("package", ["torchvision", "tensorboard", "pandas", "av"])
+@pytest.mark.parametrize("package", ["torchvision", "tensorboard", "av"])
 def test_t20_a_missing_package_is_one_line_with_its_cure(package, videos, tmp_path):
     done = run_without(package, pretrain_command(videos, tmp_path, *TWO_UPDATES))
     assert done.returncode == 2
