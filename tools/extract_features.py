@@ -63,12 +63,11 @@ from tools.reading import (
     given_sizes,
     nothing_readable,
     parse_again,
-    positive_float,
     print_unreadable,
     worker_settings,
 )
 from util import dist
-from util.cli import Parser, nonnegative_int
+from util.cli import Parser, nonnegative_int, positive_float
 from util.dist import DistEnv, UserError, print0
 from util.evaluation import feature_rows, gather_readable
 from util.hub import is_hub_path

@@ -51,12 +51,11 @@ from tools.reading import (
     given_sizes,
     nothing_readable,
     parse_again,
-    positive_float,
     print_unreadable,
     worker_settings,
 )
 from util import dist
-from util.cli import Parser
+from util.cli import Parser, positive_float
 from util.dist import DistEnv, UserError, print0
 from util.evaluation import predict
 from util.files import save_csv

@@ -1,7 +1,6 @@
 """How tools read videos and images: flags, the data set of center clips, unreadable files."""
 
 import argparse
-import math
 from pathlib import Path
 
 import numpy as np
@@ -10,11 +9,10 @@ from data.datasets import ViewDataset
 from data.loader import WorkerSettings
 from data.transforms import decode_short_side, view_transform
 from data.video_index import VideoIndex
-from util.cli import Parser, nonnegative_int, positive_int
-from util.dist import UserError, available_cpus, escaped, local_world_size, print0
+from util.cli import Parser, nonnegative_int, positive_float, positive_int
+from util.dist import UserError, default_workers, escaped, print0
 
 CLIP_FLAGS = ("sampling_rate", "target_fps", "short_side", "decoder")
-MAX_DEFAULT_WORKERS = 16  # loader processes
 MAX_LISTED = 20  # unreadable files that are printed
 
 
@@ -87,14 +85,6 @@ def parse_again(
     return parser.parse_args(argv)
 
 
-def positive_float(text: str) -> float:
-    """Return a number above 0. Raises ArgumentTypeError."""
-    value = float(text)
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-    return value
-
-
 def check_seconds(flag: str, seconds: float | None, target_fps: float) -> None:
     """Raise UserError if the parts that a flag cuts videos into are shorter than half a frame.
 
@@ -150,11 +140,6 @@ def worker_settings(args: argparse.Namespace, quarantine: Path | None = None) ->
         read_timeout=args.read_timeout,
         quarantine=quarantine,
     )
-
-
-def default_workers() -> int:
-    """Return the number of loader processes of this process."""
-    return max(1, min(MAX_DEFAULT_WORKERS, available_cpus() // local_world_size()))
 
 
 def add_device_flags(parser: Parser) -> None:

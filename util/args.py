@@ -13,7 +13,7 @@ import torch
 
 from models_vit import VideoEncoder
 from util.cli import Parser, min_two, nonnegative_int, positive_int
-from util.dist import UserError, available_cpus, local_world_size, print0
+from util.dist import UserError, default_workers, print0
 from util.optim import Schedule, amp_dtype, residual_dtype
 
 RETIRED = (
@@ -31,7 +31,6 @@ RETIRED = (
 )
 EFFECTIVE_BATCH = "batch_size_per_gpu * accum_iter * processes"
 BoolFlag = argparse.BooleanOptionalAction  # --x / --no-x
-MAX_DEFAULT_WORKERS = 16  # loader processes
 
 
 class ScriptParser(Parser):
@@ -507,8 +506,7 @@ def parse(parser: ScriptParser, argv: list[str] | None) -> tuple[argparse.Namesp
     if getattr(args, "datafile_dir", "") is None:  # the image script has no such flag
         args.datafile_dir = args.output_dir
     if args.num_workers is None:
-        cpus_per_process = available_cpus() // local_world_size()
-        args.num_workers = max(1, min(MAX_DEFAULT_WORKERS, cpus_per_process))
+        args.num_workers = default_workers()
     return args, given_flags(parser, argv)
 
 

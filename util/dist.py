@@ -37,6 +37,7 @@ PATH_ERRORS = (  # what the system reports for a path that a user has given
 )
 OWN_PACKAGES = ("util", "data", "tools")
 GROUP_TIMEOUT = timedelta(minutes=10)
+MAX_DEFAULT_WORKERS = 16  # loader processes of a process
 PEAK_TFLOPS = {  # dense bf16 or fp16, from the datasheets of the SXM boards
     "H200": 989,
     "H100": 989,
@@ -115,6 +116,11 @@ def available_cpus() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def default_workers() -> int:
+    """Return the number of loader processes of this process: its share of the CPUs."""
+    return max(1, min(MAX_DEFAULT_WORKERS, available_cpus() // local_world_size()))
 
 
 def _first_host(nodelist: str) -> str:

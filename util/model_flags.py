@@ -51,14 +51,13 @@ def find_start(args: argparse.Namespace, given: set[str], pretrained: str) -> St
     --init_from, "" for none. Sets --save_prefix and the flags of the model. Raises UserError for a
     flag that contradicts the checkpoint.
     """
-    is_evaluation = getattr(args, "eval", False)
     args.save_prefix = dist.on_rank0(lambda: settle_prefix(args, given, pretrained))
     path = dist.on_rank0(lambda: find_checkpoint(args))
     source = None
     if path is not None or pretrained:
         start = str(path or pretrained)
         source = dist.on_rank0(lambda: read_source(args, given, start))
-    resumes = path is not None and not is_evaluation
+    resumes = path is not None and not evaluates(args)
     if source is not None:
         complete_flags(args, given, source, resumes)
         print0(describe_model(args, source))
@@ -80,9 +79,8 @@ def settle_prefix(args: argparse.Namespace, given: set[str], pretrained: str) ->
     if args.save_prefix:
         return args.save_prefix
     folder = Path(args.output_dir)
-    is_evaluation = getattr(args, "eval", False)
     start = pretrained
-    if args.resume not in ("auto", "") or is_evaluation:
+    if args.resume not in ("auto", "") or evaluates(args):
         start = args.resume
     if "model" in given or not start:
         return args.model
@@ -91,7 +89,7 @@ def settle_prefix(args: argparse.Namespace, given: set[str], pretrained: str) ->
     try:
         return prefix_of(args, read_source(args, given, start))
     except UserError:
-        if is_evaluation:
+        if evaluates(args):
             return args.model
         prefix = resume.run_started_from(folder, start)
         if prefix is None:
@@ -129,10 +127,15 @@ def is_classifier(args: argparse.Namespace) -> bool:
     return hasattr(args, "num_classes")
 
 
+def evaluates(args: argparse.Namespace) -> bool:
+    """Return whether the run only evaluates a checkpoint. Pretraining has no --eval."""
+    return getattr(args, "eval", False)
+
+
 def find_checkpoint(args: argparse.Namespace) -> Path | None:
     """Return the checkpoint to resume from or to evaluate, None for a new run. Call on rank 0."""
     files = RunFiles(Path(args.output_dir), args.save_prefix)
-    if getattr(args, "eval", False):
+    if evaluates(args):
         return resume.find_eval_checkpoint(files, args.resume)
     return resume.find_resume(files, args.resume, args.overwrite)
 
