@@ -57,6 +57,20 @@ def torchrun(
     )
 
 
+def torchrun_tool(tool: str, arguments: list) -> subprocess.CompletedProcess:
+    """Run a tool, such as "predict", on two processes, and capture its output."""
+    launcher = "-m torch.distributed.run --standalone --nproc_per_node 2 -m".split()
+    words = [sys.executable, *launcher, f"tools.{tool}", *map(str, arguments)]
+    return subprocess.run(
+        [*words, *"--device cpu --num_workers 0 --batch_size_per_gpu 4".split()],
+        cwd=ROOT,
+        env=clean_environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
 class Job:
     """A script under torchrun with two processes, its output in {out}/printed.txt."""
 

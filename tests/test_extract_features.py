@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from launch import ROOT, clean_environment
+from launch import torchrun_tool
 from make_videos import write_folder, write_video
 from PIL import Image
 from runs import center_clip
@@ -157,22 +155,7 @@ def test_given_sizes_replace_those_of_the_checkpoint(pretrained, videos, tmp_pat
 
 def extract_on_two_processes(checkpoint, *flags) -> str:
     """Run the tool on the CPU with two processes, and return what it prints."""
-    command = f"{sys.executable} -m torch.distributed.run --standalone --nproc_per_node 2 -m"
-    options = "--device cpu --num_workers 0 --batch_size_per_gpu 4"
-    process = subprocess.run(
-        [
-            *command.split(),
-            "tools.extract_features",
-            checkpoint,
-            *options.split(),
-            *map(str, flags),
-        ],
-        cwd=ROOT,
-        env=clean_environment(),
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    process = torchrun_tool("extract_features", [checkpoint, *flags])
     assert process.returncode == 0, process.stderr[-2000:]
     return process.stdout
 

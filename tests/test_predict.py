@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 import torch
 from foreign_models import hugging_face_videomae
-from launch import ROOT, clean_environment
+from launch import ROOT, clean_environment, torchrun_tool
 from make_videos import write_video
 from PIL import Image
 from runs import image_command, pretrained_checkpoint, video_command
@@ -226,17 +226,8 @@ def test_two_processes_write_the_same_file(finetuned, videos, images, broken, tm
     sources = [videos, str(broken), images]
     words = ["--segment_seconds", "0.4", "--views", "2x1"]
     run_predict(finetuned, *sources, *words, "--output", tmp_path / "one.csv")
-    command = f"{sys.executable} -m torch.distributed.run --standalone --nproc_per_node 2 -m"
-    flags = "--device cpu --num_workers 0 --batch_size_per_gpu 4 --checkpoint"
-    output = ["--output", str(tmp_path / "two.csv")]
-    done = subprocess.run(
-        [*command.split(), "tools.predict", *flags.split(), finetuned, *sources, *words, *output],
-        cwd=ROOT,
-        env=clean_environment(),
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    output = ["--output", tmp_path / "two.csv"]
+    done = torchrun_tool("predict", ["--checkpoint", finetuned, *sources, *words, *output])
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("3 of 23 files cannot be read") == 1
     assert (tmp_path / "one.csv").read_bytes() == (tmp_path / "two.csv").read_bytes()

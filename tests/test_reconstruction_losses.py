@@ -3,14 +3,12 @@
 import csv
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from foreign_models import hugging_face_videomae
-from launch import ROOT, clean_environment
+from launch import torchrun_tool
 from make_videos import write_folder
 from runs import center_clip, pretrain_command
 
@@ -103,16 +101,8 @@ def test_two_processes_write_the_same_rows(run, videos, tmp_path):
     (tmp_path / "text.mp4").write_text("not a video")
     flags = ["--data_dirs", videos, str(tmp_path), "--mask_seeds", "2"]
     expected = measure(run, tmp_path / "one.csv", *flags)
-    command = f"{sys.executable} -m torch.distributed.run --standalone --nproc_per_node 2 -m"
-    words = ["tools.visualize", run / "run.pth", "--losses", tmp_path / "two.csv", *flags]
-    process = subprocess.run(
-        [*command.split(), *map(str, words), *"--device cpu --num_workers 0".split()],
-        cwd=ROOT,
-        env=clean_environment(),
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    words = [run / "run.pth", "--losses", tmp_path / "two.csv", *flags]
+    process = torchrun_tool("visualize", words)
     assert process.returncode == 0, process.stderr[-2000:]
     assert process.stdout.count("text.mp4: not a video") == 1
     with open(tmp_path / "two.csv", newline="") as file:
