@@ -46,17 +46,18 @@ METRICS = ("loss", "acc1", "grad_norm")
 
 
 class Split(NamedTuple):
-    """Paths and labels of the training or validation samples."""
+    """The training or validation samples."""
 
     paths: list[str]
     labels: list[int]  # class indices
+    spans: np.ndarray | None = None  # (n, 2) seconds, see `Samples` in data/manifest.py
 
 
 class EvalData(NamedTuple):
     """The samples that a finetuning script evaluates."""
 
     classes: list[str]
-    paths: list[str]
+    samples: Split
     batches: Callable[[], Iterator[dict]]  # this rank's share, on the device
     views: int  # clips per sample
     still_frames: int = 1  # repeat each image to this many frames
@@ -478,15 +479,18 @@ def write_report(scores: Scores, data: EvalData, logger: RunLogger, epoch: int) 
 
 
 def prediction_table(scores: Scores, data: EvalData) -> dict[str, list]:
-    """Return the columns of predictions.csv: path, label, the best classes and their scores."""
+    """Return the columns of predictions.csv: path, label, the best classes and their scores.
+
+    Parts of videos have start and end (seconds).
+    """
 
     def class_name(index: int) -> str:
         return data.classes[index] if index < len(data.classes) else str(index)
 
-    columns: dict[str, list] = {
-        "path": data.paths,
-        "label": [class_name(label) for label in scores.labels.tolist()],
-    }
+    columns: dict[str, list] = {"path": data.samples.paths}
+    if data.samples.spans is not None:
+        columns["start"], columns["end"] = data.samples.spans.T.tolist()
+    columns["label"] = [class_name(label) for label in scores.labels.tolist()]
     for i in range(scores.top.shape[1]):
         columns[f"top{i + 1}"] = [class_name(index) for index in scores.top[:, i].tolist()]
         columns[f"score{i + 1}"] = [f"{score:.6f}" for score in scores.top_scores[:, i].tolist()]

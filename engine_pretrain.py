@@ -28,7 +28,7 @@ from util.optim import (
     pretrain_param_groups,
 )
 from util.train_loop import train_one_epoch
-from util.train_state import TrainState, dataset_fingerprint
+from util.train_state import TrainState
 
 METRICS = ("loss", "grad_norm")  # what `micro_step` returns; `apply_update` appends grad_norm
 
@@ -44,7 +44,7 @@ class PretrainData(NamedTuple):
     """The data that pretrain.py builds."""
 
     dataset: torch.utils.data.Dataset  # the training clips, for pictures
-    paths: list[str]
+    fingerprint: dict  # `dataset_fingerprint` of the training set
     updates_per_epoch: int
     batches: Callable[[int, int], Iterator[dict]]  # (epoch, updates done) -> the rest of it
     validations: list[Validation]
@@ -130,7 +130,7 @@ def start_run(
     checkpointer = Checkpointer(
         state,
         logger,
-        BadFiles(logger.files.folder, limit=args.max_bad_frac * len(data.paths)),
+        BadFiles(logger.files.folder, limit=args.max_bad_frac * data.fingerprint["samples"]),
         keep=args.keep,
         every_steps=args.checkpoint_every_steps,
         every_minutes=args.checkpoint_every_minutes,
@@ -160,7 +160,7 @@ def new_state(
         flops_per_clip=model.flops_per_clip(args.mask_ratio, args.mask_type),
         config=model.config | {"model": args.model, "mean": mean, "std": std},
         flags=vars(args),
-        data=dataset_fingerprint(data.paths),
+        data=data.fingerprint,
     )
 
 

@@ -17,10 +17,12 @@ import argparse
 from pathlib import Path
 
 import engine_finetune
+from data.clips import ClipSampling
 from data.datasets import ClipDataset, ViewDataset
 from data.loader import WorkerSettings, eval_loader, train_loader
 from data.manifest import (
     VIDEO_EXTENSIONS,
+    Samples,
     check_classes,
     class_indices,
     find_labeled,
@@ -74,8 +76,8 @@ def get_parser() -> flags.ScriptParser:
     return parser
 
 
-def labeled_videos(folder: str, manifest: str, kind: str) -> tuple[list[str], list[str]]:
-    """Return paths and class names from --{kind}_dir or --{kind}_csv. Raises UserError."""
+def labeled_videos(folder: str, manifest: str, kind: str) -> Samples:
+    """Return the samples of --{kind}_dir or --{kind}_csv. Raises UserError."""
     if folder:
         return find_labeled(folder, VIDEO_EXTENSIONS, f"--{kind}_dir")
     if not manifest:
@@ -100,25 +102,32 @@ def list_videos(
     source = args.val_dir or args.val_csv or str(val_manifest)
     if args.eval:
         assert known_classes is not None  # `setup` has found them
-        paths, names = labeled_videos(args.val_dir, args.val_csv, "val")
-        val = Split(paths, class_indices(names, known_classes, source))
-        return Split([], []), val, known_classes
+        val = labeled_videos(args.val_dir, args.val_csv, "val")
+        return Split([], []), split(val, known_classes, source), known_classes
     if start.path and known_classes and train_manifest.exists() and val_manifest.exists():
-        train_paths, train_names = read_manifest(train_manifest)
-        val_paths, val_names = read_manifest(val_manifest)
+        train = read_manifest(train_manifest)
+        val = read_manifest(val_manifest)
         classes = known_classes
     else:
-        train_paths, train_names = labeled_videos(args.train_dir, args.train_csv, "train")
-        val_paths, val_names = labeled_videos(args.val_dir, args.val_csv, "val")
-        classes = check_classes(train_names, val_names, known_classes, source)
-        write_manifest(train_manifest, train_paths, train_names)
-        write_manifest(val_manifest, val_paths, val_names)
-        copy_index(args.train_csv, train_manifest, train_paths)
-        copy_index(args.val_csv, val_manifest, val_paths)
+        train = labeled_videos(args.train_dir, args.train_csv, "train")
+        val = labeled_videos(args.val_dir, args.val_csv, "val")
+        classes = check_classes(train.labels, val.labels, known_classes, source)
+        write_manifest(train_manifest, train)
+        write_manifest(val_manifest, val)
+        copy_index(args.train_csv, train_manifest, train.paths)
+        copy_index(args.val_csv, val_manifest, val.paths)
         write_classes(Path(args.datafile_dir, f"{args.save_prefix}_classes.json"), classes)
-    train = Split(train_paths, class_indices(train_names, classes, source))
-    val = Split(val_paths, class_indices(val_names, classes, source))
-    return train, val, classes
+    return split(train, classes, source), split(val, classes, source), classes
+
+
+def split(samples: Samples, classes: list[str], source: str) -> Split:
+    """Return samples with the indices of their classes. Raises UserError, see `class_indices`."""
+    return Split(samples.paths, class_indices(samples.labels, classes, source), samples.spans)
+
+
+def clip_sampling(args: argparse.Namespace) -> ClipSampling:
+    """Return which frames a clip consists of."""
+    return ClipSampling(args.num_frames, args.sampling_rate, args.target_fps)
 
 
 def worker_settings(args: argparse.Namespace) -> WorkerSettings:
@@ -140,15 +149,14 @@ def build_eval_data(
         num_views=clips,
         transform=view_transform(args.img_size, crops),
         known=load_index(manifest, val.paths),
-        num_frames=args.num_frames,
-        sampling_rate=args.sampling_rate,
-        target_fps=args.target_fps,
+        spans=val.spans,
+        sampling=clip_sampling(args),
         decoder=args.decoder,
         short_side=args.short_side or decode_short_side(args.img_size),
     )
     videos_per_batch = max(1, args.batch_size_per_gpu // (clips * crops))
     batches = eval_loader(dataset, videos_per_batch, worker_settings(args), env)
-    return EvalData(classes, val.paths, batches, views=clips * crops)
+    return EvalData(classes, val, batches, views=clips * crops)
 
 
 def build_train_data(args: argparse.Namespace, env: DistEnv, train: Split) -> TrainData | None:
@@ -166,9 +174,8 @@ def build_train_data(args: argparse.Namespace, env: DistEnv, train: Split) -> Tr
     dataset = ClipDataset(
         paths=train.paths,
         labels=train.labels,
-        num_frames=args.num_frames,
-        sampling_rate=args.sampling_rate,
-        target_fps=args.target_fps,
+        spans=train.spans,
+        sampling=clip_sampling(args),
         repeat_aug=args.repeat_aug,
         repeat_windows=args.repeat_windows,
         decoder=args.decoder,
@@ -186,7 +193,7 @@ def build_train_data(args: argparse.Namespace, env: DistEnv, train: Split) -> Tr
         known=load_index(flags.manifest_path(args, "train"), train.paths),
     )
     return TrainData(
-        fingerprint=dataset_fingerprint(train.paths, train.labels),
+        fingerprint=dataset_fingerprint(train.paths, train.labels, train.spans),
         updates_per_epoch=sampler.updates_per_epoch,
         batches=train_loader(dataset, sampler, total_steps, worker_settings(args), env.device),
         repeats=args.repeat_aug,

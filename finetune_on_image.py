@@ -20,6 +20,7 @@ from data.datasets import SUBSTITUTES, ImageDataset
 from data.loader import WorkerSettings, eval_loader, train_loader
 from data.manifest import (
     IMAGE_EXTENSIONS,
+    Samples,
     check_classes,
     class_indices,
     find_labeled,
@@ -70,15 +71,18 @@ def get_parser() -> flags.ScriptParser:
     return parser
 
 
-def labeled_images(source: str, flag: str) -> tuple[list[str], list[str]]:
-    """Return paths and class names of images below a folder, or in a manifest. Raises UserError."""
+def labeled_images(source: str, flag: str) -> Samples:
+    """Return the images below a folder, or in a manifest. Raises UserError."""
     if not source:
         raise UserError(
             f"no images given: {flag} FOLDER with one subfolder per class, "
             "or a manifest with path,label lines"
         )
     if os.path.isfile(source):
-        return read_labeled(source, flag)
+        samples = read_labeled(source, flag)
+        if samples.spans is not None:
+            raise UserError(f"{flag} {source} has start and end: remove them, images have no parts")
+        return samples
     return find_labeled(source, IMAGE_EXTENSIONS, flag)
 
 
@@ -90,19 +94,19 @@ def list_images(
     known_classes: the class names of the checkpoint that is evaluated or resumed, or of
     --class_names.
     """
-    val_paths, val_names = labeled_images(args.val_data_path, "--val_data_path")
+    val = labeled_images(args.val_data_path, "--val_data_path")
     if args.eval:
         assert known_classes is not None  # `setup` has found them
         classes = known_classes
-        train = Split([], [])
+        kept = Split([], [])
     else:
-        paths, names = labeled_images(args.train_data_path, "--train_data_path")
-        classes = check_classes(names, val_names, known_classes, args.val_data_path)
+        train = labeled_images(args.train_data_path, "--train_data_path")
+        classes = check_classes(train.labels, val.labels, known_classes, args.val_data_path)
         write_classes(Path(args.output_dir, f"{args.save_prefix}_classes.json"), classes)
-        labels = class_indices(names, classes, args.train_data_path)
-        train = keep_part(Split(paths, labels), args.frac_retained, args.seed)
-    val = Split(val_paths, class_indices(val_names, classes, args.val_data_path))
-    return train, val, classes
+        labels = class_indices(train.labels, classes, args.train_data_path)
+        kept = keep_part(Split(train.paths, labels), args.frac_retained, args.seed)
+    val_split = Split(val.paths, class_indices(val.labels, classes, args.val_data_path))
+    return kept, val_split, classes
 
 
 def keep_part(train: Split, share: float, seed: int) -> Split:
@@ -156,7 +160,7 @@ def build_eval_data(
     )
     batches = eval_loader(dataset, args.batch_size_per_gpu, worker_settings(args), env)
     still_frames = args.num_frames if args.static_clip == "exact" else 1
-    return EvalData(classes, val.paths, batches, views=1, still_frames=still_frames)
+    return EvalData(classes, val, batches, views=1, still_frames=still_frames)
 
 
 def main(argv: list[str] | None = None) -> None:

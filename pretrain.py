@@ -15,16 +15,19 @@ from pathlib import Path
 import torch
 
 import engine_pretrain
+from data.clips import ClipSampling
 from data.datasets import ClipDataset, ViewDataset
 from data.loader import WorkerSettings, eval_loader, train_loader
 from data.manifest import (
     VIDEO_EXTENSIONS,
+    Samples,
     class_indices,
     class_names,
     find_labeled,
     find_videos,
     keep_fraction,
     read_manifest,
+    unlabeled,
     write_manifest,
 )
 from data.samplers import EpochSampler
@@ -43,6 +46,7 @@ from util.optim import amp_dtype
 from util.pixels import VIDEO_MEAN, VIDEO_STD
 from util.pretrained import load_pretrained
 from util.seeds import derive_seed
+from util.train_state import dataset_fingerprint
 
 
 def get_parser() -> flags.ScriptParser:
@@ -153,45 +157,56 @@ def add_validation(group: argparse._ArgumentGroup) -> None:
     )
 
 
-def find_paths(folders: list[str], csv: str, flag: str) -> list[str]:
-    """Return the paths of videos below folders, or in a manifest. flag: of the folders.
+def find_samples(folders: list[str], csv: str, flag: str) -> Samples:
+    """Return the videos below folders, or the samples of a manifest. flag: of the folders.
 
     Raises UserError if neither is given.
     """
     if csv:
-        paths, _ = read_manifest(csv)
-        return paths
+        return read_manifest(csv)
     if not folders:
         raise UserError("no videos given: --data_dirs FOLDER [FOLDER ...], or --data_csv FILE")
-    return find_videos(folders, flag)
+    return unlabeled(find_videos(folders, flag))
 
 
-def video_paths(args: argparse.Namespace, kind: str, resuming: bool) -> list[str]:
-    """Return the paths of the "train" or "val" videos. Call on every rank.
+def list_samples(args: argparse.Namespace, kind: str, resuming: bool) -> Samples:
+    """Return the "train" or "val" samples. Call on every rank.
 
     Rank 0 lists them in the run's own manifest; a resumed run reads it instead of the folders.
     """
     manifest = flags.manifest_path(args, kind)
     if not (resuming and manifest.exists()):
         dist.on_rank0(lambda: save_manifest(args, kind))
-    paths, _ = read_manifest(manifest)
-    return paths
+    return read_manifest(manifest)
 
 
 def save_manifest(args: argparse.Namespace, kind: str) -> None:
     """Write the run's own manifest, and copy the index of the videos."""
     if kind == "train":
         csv = args.data_csv
-        paths = find_paths(args.data_dirs, csv, "--data_dirs")
-        kept = keep_fraction(paths, args.data_frac)
+        found = find_samples(args.data_dirs, csv, "--data_dirs")
+        kept = keep_fraction(found, args.data_frac)
     else:
         csv = args.val_csv
-        paths = find_paths(args.val_dirs, csv, "--val_dirs")
-        kept = paths
+        found = find_samples(args.val_dirs, csv, "--val_dirs")
+        kept = found
     manifest = flags.manifest_path(args, kind)
     write_manifest(manifest, kept)
-    copy_index(csv, manifest, kept)
-    print0(f"{len(kept)} of {len(paths)} videos, listed in {manifest}")
+    copy_index(csv, manifest, kept.paths)
+    print0(f"{counted(kept)} of {counted(found)}, listed in {manifest}")
+
+
+def counted(samples: Samples) -> str:
+    """Return the number of samples in words."""
+    count = len(samples.paths)
+    if samples.spans is None:
+        return f"{count} videos"
+    return f"{count} parts of {len(set(samples.paths))} videos"
+
+
+def clip_sampling(args: argparse.Namespace) -> ClipSampling:
+    """Return which frames a clip consists of."""
+    return ClipSampling(args.num_frames, args.sampling_rate, args.target_fps)
 
 
 def build_model(args: argparse.Namespace, env: DistEnv, start: Start) -> MaskedAutoencoderViT:
@@ -239,13 +254,12 @@ def build_data(
     args: argparse.Namespace, env: DistEnv, model: MaskedAutoencoderViT, resuming: bool
 ) -> PretrainData:
     """Return the training clips and the validations. Call on every rank."""
-    paths = video_paths(args, "train", resuming)
+    samples = list_samples(args, "train", resuming)
     dataset = ClipDataset(
-        paths=paths,
+        paths=samples.paths,
         labels=None,
-        num_frames=args.num_frames,
-        sampling_rate=args.sampling_rate,
-        target_fps=args.target_fps,
+        spans=samples.spans,
+        sampling=clip_sampling(args),
         repeat_aug=args.repeat_aug,
         repeat_windows=args.repeat_windows,
         decoder=args.decoder,
@@ -259,7 +273,7 @@ def build_data(
             args.color_jitter,
         ),
         short_side=args.short_side or decode_short_side(args.img_size),
-        known=load_index(flags.manifest_path(args, "train"), paths),
+        known=load_index(flags.manifest_path(args, "train"), samples.paths),
     )
     sampler = EpochSampler(
         len(dataset),
@@ -271,7 +285,7 @@ def build_data(
     steps = flags.total_steps(args, sampler.updates_per_epoch)
     return PretrainData(
         dataset=dataset,
-        paths=paths,
+        fingerprint=dataset_fingerprint(samples.paths, spans=samples.spans),
         updates_per_epoch=sampler.updates_per_epoch,
         batches=train_loader(dataset, sampler, steps, worker_settings(args), env.device),
         validations=build_validations(args, env, model, resuming),
@@ -295,52 +309,42 @@ def build_validations(
     amp = amp_dtype(args.amp, env.device)
     validations = []
     if args.val_dirs or args.val_csv:
-        paths = video_paths(args, "val", resuming)
+        samples = list_samples(args, "val", resuming)
 
         def measure_loss(batches) -> dict[str, float]:
             loss = validation_loss(model, batches, args.mask_ratio, args.mask_type, amp)
             return {"val_loss": loss}
 
-        unlabeled = [-1] * len(paths)
-        batches = center_clips(args, env, paths, unlabeled, model.num_tokens)
+        batches = center_clips(args, env, samples, model.num_tokens)
         validations.append(Validation(batches, measure_loss))
     if args.probe_dir:
-        train, train_labels = find_labeled(
-            str(Path(args.probe_dir, "train")), VIDEO_EXTENSIONS, "--probe_dir"
-        )
-        val, val_labels = find_labeled(
-            str(Path(args.probe_dir, "val")), VIDEO_EXTENSIONS, "--probe_dir"
-        )
+        train, val = [
+            find_labeled(str(Path(args.probe_dir, kind)), VIDEO_EXTENSIONS, "--probe_dir")
+            for kind in ("train", "val")
+        ]
         source = f"--probe_dir {args.probe_dir}/val"
-        labels = class_indices(train_labels + val_labels, class_names(train_labels), source)
+        labels = class_indices(train.labels + val.labels, class_names(train.labels), source)
 
         def measure_probes(batches) -> dict[str, float]:
-            return probe(mean_features(model, batches, amp), labels, len(train))
+            return probe(mean_features(model, batches, amp), labels, len(train.paths))
 
-        batches = center_clips(args, env, train + val, labels)
+        batches = center_clips(args, env, unlabeled(train.paths + val.paths))
         validations.append(Validation(batches, measure_probes))
     return validations
 
 
-def center_clips(
-    args: argparse.Namespace,
-    env: DistEnv,
-    paths: list[str],
-    labels: list[int],
-    noise_tokens: int = 0,
-):
-    """Return a function that starts a pass over the center clip and crop of each video.
+def center_clips(args: argparse.Namespace, env: DistEnv, samples: Samples, noise_tokens: int = 0):
+    """Return a function that starts a pass over the center clip and crop of each sample.
 
     noise_tokens: see `ViewDataset`.
     """
     dataset = ViewDataset(
-        paths=paths,
-        labels=labels,
+        paths=samples.paths,
+        labels=[-1] * len(samples.paths),
+        spans=samples.spans,
         num_views=1,
         transform=view_transform(args.img_size, 1),
-        num_frames=args.num_frames,
-        sampling_rate=args.sampling_rate,
-        target_fps=args.target_fps,
+        sampling=clip_sampling(args),
         decoder=args.decoder,
         short_side=args.short_side or decode_short_side(args.img_size),
         noise_tokens=noise_tokens,

@@ -35,7 +35,7 @@ ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT)]
 
 from data import video_index
-from data.clips import frame_indices
+from data.clips import ClipSampling, frame_indices
 from data.datasets import ClipDataset
 from data.decode import describe, open_video
 from data.images import read_image
@@ -70,7 +70,6 @@ FILES = {
     "640x360 GOP 250": Encoding(640, 360, 250, 3),
     "1280x720 GOP 250": Encoding(1280, 720, 250, 3),
 }
-CLIP = {"num_frames": 16, "sampling_rate": 4}
 CROP = train_transform(224, (0.5, 1.0), (0.75, 1.3333), True, 0.0)
 
 
@@ -135,7 +134,7 @@ def window_baseline(
     import decord
 
     reader = decord.VideoReader(path, num_threads=1)
-    wanted = frame_indices(len(reader), info.fps, num_frames=16, sampling_rate=stride, start=start)
+    wanted = frame_indices(len(reader), info.fps, ClipSampling(16, stride), start=start)
     span = reader.get_batch(np.arange(wanted[0], wanted[-1] + 1)).asnumpy()
     return float_crops(span[wanted - wanted[0]], repeats)
 
@@ -147,7 +146,7 @@ def video_baseline(
     with av.open(path) as container:
         container.streams.video[0].codec_context.thread_count = 1
         frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
-    wanted = frame_indices(len(frames), info.fps, num_frames=16, sampling_rate=stride, start=start)
+    wanted = frame_indices(len(frames), info.fps, ClipSampling(16, stride), start=start)
     return float_crops(np.stack([frames[index] for index in wanted]), repeats)
 
 
@@ -157,7 +156,7 @@ def ours(decoder: str) -> Callable:
     def read(path: str, info: VideoInfo, start: float, stride: int, repeats: int) -> torch.Tensor:
         with open_video(path, decoder, 256, info) as video:
             wanted = frame_indices(
-                video.num_frames, video.fps, num_frames=16, sampling_rate=stride, start=start
+                video.num_frames, video.fps, ClipSampling(16, stride), start=start
             )
             window = torch.from_numpy(video.read(wanted)).permute(0, 3, 1, 2)
         crops = [CROP(window).permute(0, 2, 3, 1) for _ in range(repeats)]
@@ -172,7 +171,7 @@ def decode_only(decoder: str) -> Callable:
     def read(path: str, info: VideoInfo, start: float, stride: int, repeats: int) -> np.ndarray:
         with open_video(path, decoder, 256, info) as video:
             wanted = frame_indices(
-                video.num_frames, video.fps, num_frames=16, sampling_rate=stride, start=start
+                video.num_frames, video.fps, ClipSampling(16, stride), start=start
             )
             return video.read(wanted)
 
@@ -248,8 +247,7 @@ def clip_dataset(
     return ClipDataset(
         paths=paths,
         labels=None,
-        **CLIP,
-        target_fps=30,
+        sampling=ClipSampling(num_frames=16, sampling_rate=4),
         repeat_aug=repeats,
         repeat_windows=1,
         transform=transform,

@@ -33,7 +33,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 from data_pipeline import CROP, FILES, RESULTS, machine, write_file
 
 from data import decode
-from data.clips import frame_indices
+from data.clips import ClipSampling, frame_indices
 from data.decode import describe, open_video
 from data.frame_geometry import scaled_size
 from data.loader import stack_clips
@@ -47,7 +47,7 @@ REPEATS = (1, 4, 16)
 
 def wanted_frames(info: VideoInfo, start: float) -> np.ndarray:
     """Return the frame indices (16,) of a clip. start: in [0, 1), position in the video."""
-    return frame_indices(info.frames, info.fps, num_frames=16, sampling_rate=4, start=start)
+    return frame_indices(info.frames, info.fps, ClipSampling(16, 4), start=start)
 
 
 def ours(decoder: str) -> Callable:

@@ -1,13 +1,14 @@
 """Choosing the frames of a clip: index arithmetic, for constant and variable frame rates.
 
-T is the number of frames of a clip, N that of a video. A clip lasts sampling_rate * num_frames
-frames at target_fps, whatever the frame rate of the video is.
+T is the number of frames of a clip, N that of a video. See `ClipSampling` for how long a clip
+lasts, whatever the frame rate of the video is.
 
 A span (start, end) is a part of a video, in seconds. It has the frames that are shown from its
 start until its end, and clips are chosen from it as if it were a video of its own.
 """
 
 import math
+from typing import NamedTuple
 
 import numpy as np
 
@@ -20,31 +21,31 @@ Span = tuple[float, float]  # start and end in seconds
 TIME_TOLERANCE = 1e-9  # seconds: a frame that starts at an instant counts as shown at it
 
 
-def clip_length(
-    fps: float, *, num_frames: int, sampling_rate: int, target_fps: float = 30
-) -> float:
-    """Return the length of a clip in frames of a video with a rate of `fps`."""
-    return sampling_rate * num_frames * fps / target_fps
+class ClipSampling(NamedTuple):
+    """Which frames a clip consists of: it lasts sampling_rate * num_frames / target_fps seconds."""
+
+    num_frames: int  # T
+    sampling_rate: int  # distance of two frames, in frames at target_fps
+    target_fps: float = 30  # frames/s
+
+    @property
+    def seconds(self) -> float:
+        """How long a clip lasts."""
+        return self.sampling_rate * self.num_frames / self.target_fps
 
 
-def clip_slack(
-    available: float, fps: float, *, num_frames: int, sampling_rate: int, target_fps: float = 30
-) -> float:
+def clip_slack(available: float, fps: float, sampling: ClipSampling) -> float:
     """Return by how many frames a video of `available` frames is longer than a clip, at least 0."""
-    length = clip_length(
-        fps, num_frames=num_frames, sampling_rate=sampling_rate, target_fps=target_fps
-    )
-    return max(available - length, 0)
+    return max(available - _clip_length(fps, sampling), 0)
+
+
+def _clip_length(fps: float, sampling: ClipSampling) -> float:
+    """Return the length of a clip in frames of a video with a rate of `fps`."""
+    return sampling.sampling_rate * sampling.num_frames * fps / sampling.target_fps
 
 
 def clip_positions(
-    available: float,
-    fps: float,
-    *,
-    num_frames: int,
-    sampling_rate: int,
-    start: float,
-    target_fps: float = 30,
+    available: float, fps: float, sampling: ClipSampling, start: float
 ) -> np.ndarray:
     """Return the positions (T,) of a clip in a video of constant rate, in frames, not rounded.
 
@@ -52,35 +53,18 @@ def clip_positions(
     It begins at start * max(available - s, 0), with `start` in [0, 1].
     The positions are evenly spread over the clip, ends included.
     """
-    length = clip_length(
-        fps, num_frames=num_frames, sampling_rate=sampling_rate, target_fps=target_fps
-    )
+    length = _clip_length(fps, sampling)
     first = start * max(available - length, 0)
-    return np.linspace(first, first + length - 1, num_frames)
+    return np.linspace(first, first + length - 1, sampling.num_frames)
 
 
-def frame_indices(
-    available: int,
-    fps: float,
-    *,
-    num_frames: int,
-    sampling_rate: int,
-    start: float,
-    target_fps: float = 30,
-) -> np.ndarray:
+def frame_indices(available: int, fps: float, sampling: ClipSampling, start: float) -> np.ndarray:
     """Return the frame indices (T,) int64 of a clip of a video of constant rate.
 
     These are the frames at the positions that `clip_positions` returns. A short video repeats its
     last frame.
     """
-    positions = clip_positions(
-        available,
-        fps,
-        num_frames=num_frames,
-        sampling_rate=sampling_rate,
-        start=start,
-        target_fps=target_fps,
-    )
+    positions = clip_positions(available, fps, sampling, start)
     return positions.clip(0, available - 1).astype(np.int64)
 
 
@@ -92,13 +76,7 @@ def frame_duration(times: np.ndarray) -> float:
 
 
 def frame_indices_by_time(
-    times: np.ndarray,
-    *,
-    num_frames: int,
-    sampling_rate: int,
-    start: float,
-    target_fps: float = 30,
-    span: Span | None = None,
+    times: np.ndarray, sampling: ClipSampling, start: float, span: Span | None = None
 ) -> np.ndarray:
     """Return the frame indices (T,) of a clip of a video whose frames are shown at `times` (N,).
 
@@ -115,10 +93,9 @@ def frame_indices_by_time(
     if span is not None:
         begin, end = span
         last_index = int(np.searchsorted(times, end - TIME_TOLERANCE, side="left")) - 1
-    clip_duration = sampling_rate * num_frames / target_fps
-    first = begin + start * max(end - begin - clip_duration, 0)
-    last = first + max(clip_duration - duration, 0)
-    instants = np.linspace(first, last, num_frames)
+    first = begin + start * max(end - begin - sampling.seconds, 0)
+    last = first + max(sampling.seconds - duration, 0)
+    instants = np.linspace(first, last, sampling.num_frames)
     indices = np.searchsorted(times, instants + TIME_TOLERANCE, side="right") - 1
     return indices.clip(0, last_index)
 
@@ -157,13 +134,7 @@ def available_frames(video: VideoReader, span: Span | None) -> float:
 
 
 def clip_indices(
-    video: VideoReader,
-    *,
-    num_frames: int,
-    sampling_rate: int,
-    start: float,
-    target_fps: float = 30,
-    span: Span | None = None,
+    video: VideoReader, sampling: ClipSampling, start: float, span: Span | None = None
 ) -> np.ndarray:
     """Return the frame indices (T,) of a clip of an open video, or of a span of it.
 
@@ -173,33 +144,19 @@ def clip_indices(
     if span is not None:
         span = span_in_video(video, span)
     if video.times is not None:
-        return frame_indices_by_time(
-            video.times,
-            num_frames=num_frames,
-            sampling_rate=sampling_rate,
-            start=start,
-            target_fps=target_fps,
-            span=span,
-        )
-    spacing: dict = {
-        "num_frames": num_frames,
-        "sampling_rate": sampling_rate,
-        "start": start,
-        "target_fps": target_fps,
-    }
+        return frame_indices_by_time(video.times, sampling, start, span)
     if span is None:
-        return frame_indices(video.num_frames, video.fps, **spacing)
-    return _frame_indices_of_span(video, span, spacing)
+        return frame_indices(video.num_frames, video.fps, sampling, start)
+    return _frame_indices_of_span(video, sampling, start, span)
 
 
-def _frame_indices_of_span(video: VideoReader, span: Span, spacing: dict) -> np.ndarray:
-    """Return the frame indices (T,) of a clip of a span of an open video of constant rate.
-
-    spacing: the other arguments of `clip_positions`.
-    """
+def _frame_indices_of_span(
+    video: VideoReader, sampling: ClipSampling, start: float, span: Span
+) -> np.ndarray:
+    """Return the frame indices (T,) of a clip of a span of an open video of constant rate."""
     begin, end = span
     fps = video.fps
-    positions = clip_positions((end - begin) * fps, fps, **spacing)
+    positions = clip_positions((end - begin) * fps, fps, sampling, start)
     first = int((begin + TIME_TOLERANCE) * fps)
     last = max(first, math.ceil((end - TIME_TOLERANCE) * fps) - 1)
     shown = positions + (begin + TIME_TOLERANCE) * fps

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from data.clips import (
+    ClipSampling,
     Span,
     available_frames,
     check_spans,
@@ -51,24 +52,29 @@ class ReadClips(NamedTuple):
     replaced: int = 0  # number of these that could not be decoded and repeat a neighbor
 
 
-class PackedStrings:
-    """A list of strings in two flat arrays.
+class PackedPaths:
+    """The path of each sample, in flat arrays; the path of several samples is kept once.
 
     Worker processes share the arrays' memory. They would slowly copy a list of str, because reading
     a str changes its reference count.
+
+    files: (n,) int64 file of each sample, numbered in the order of their first samples.
     """
 
-    def __init__(self, strings: list[str]):
-        encoded = [os.fsencode(string) for string in strings]
-        lengths = [len(string) for string in encoded]
+    def __init__(self, paths: list[str]):
+        number_of: dict[str, int] = {}
+        self.files = np.array([number_of.setdefault(path, len(number_of)) for path in paths], int)
+        encoded = [os.fsencode(path) for path in number_of]
+        lengths = [len(path) for path in encoded]
         self.ends = np.cumsum([0, *lengths])
         self.bytes = np.frombuffer(b"".join(encoded), dtype=np.uint8)
 
     def __len__(self) -> int:
-        return len(self.ends) - 1
+        return len(self.files)
 
     def __getitem__(self, index: int) -> str:
-        encoded = self.bytes[self.ends[index] : self.ends[index + 1]]
+        file = self.files[index]
+        encoded = self.bytes[self.ends[file] : self.ends[file + 1]]
         return encoded.tobytes().decode("utf-8", "surrogateescape")
 
 
@@ -79,11 +85,15 @@ class SampleDataset(Dataset):
     files {path: reason} that must not be opened.
 
     Args:
-        paths: One file per sample.
+        paths: The file of each sample. Samples may share a file.
         labels: Class index of each sample, or None.
         seed: Seed of all draws.
-        substitutes: Number of other files to try in place of an unreadable one.
-        known: The video index of the manifest, or None.
+        substitutes: Number of other samples to try in place of an unreadable one.
+        known: The video index, of one row per file in the order of their first samples, or None.
+        spans: The part (start, end) of its file that each sample consists of, in seconds (n, 2);
+            None for whole files. See data/clips.py.
+
+    Raises UserError for spans that `check_spans` refuses.
     """
 
     def __init__(
@@ -93,8 +103,12 @@ class SampleDataset(Dataset):
         seed: int,
         substitutes: int,
         known: VideoIndex | None = None,
+        spans: list[Span] | np.ndarray | None = None,
     ):
-        self.paths = PackedStrings(paths)
+        self.paths = PackedPaths(paths)
+        self.spans = None
+        if spans is not None:
+            self.spans = check_spans(spans, len(paths))
         self.labels = None
         if labels is not None:
             self.labels = np.array(labels)
@@ -107,22 +121,25 @@ class SampleDataset(Dataset):
     def __len__(self) -> int:
         return len(self.paths)
 
-    def read_clips(self, epoch: int, index: int, path: str, info: VideoInfo | None) -> ReadClips:
-        """Read the clips (R, C, T, H, W) uint8 of a file with the draws of sample (epoch, index).
+    def read_clips(
+        self, key: tuple[int, int], path: str, span: Span | None, info: VideoInfo | None
+    ) -> ReadClips:
+        """Read the clips (R, C, T, H, W) uint8 of a file with the draws of sample `key`.
 
-        info: what the video index holds of the file, or None. Raises ReadError.
+        span: the part of the file to read, None: all. info: what the video index holds of the file,
+        or None. Raises ReadError.
         """
         raise NotImplementedError
 
     def _unreadable_reason(self, index: int, path: str) -> str | None:
-        """Return why file `index` must not be read, or None."""
+        """Return why the file of sample `index` must not be read, or None."""
         reason = self.quarantine.get(path)
         if not reason and self.known is not None:
-            reason = self.known.reason(index, path)
+            reason = self.known.reason(self.paths.files[index], path)
         return reason
 
-    def _read(self, epoch: int, index: int, candidate: int) -> ReadClips:
-        """Read the clips of file `candidate` with the draws of sample (epoch, index).
+    def _read(self, key: tuple[int, int], candidate: int) -> ReadClips:
+        """Read the clips of sample `candidate` with the draws of sample `key`.
 
         Raises ReadError, also for any error that a library raises: one bad file must not end a run.
         """
@@ -130,19 +147,23 @@ class SampleDataset(Dataset):
         reason = self._unreadable_reason(candidate, path)
         if reason:
             raise ReadError(reason)
+        span = None
+        if self.spans is not None:
+            start, end = self.spans[candidate].tolist()
+            span = (start, end)
         try:
             with self.watchdog.watch(candidate):
                 info = None
                 if self.known is not None:
-                    info = self.known.info(candidate, path)
-                return self.read_clips(epoch, index, path, info)
+                    info = self.known.info(self.paths.files[candidate], path)
+                return self.read_clips(key, path, span, info)
         except (ReadError, UserError, ImportError):  # a missing package is not the file's fault
             raise
         except Exception as error:
             raise ReadError(f"{type(error).__name__}: {error_summary(error)}") from error
 
     def _candidates(self, epoch: int, index: int) -> list[int]:
-        """Return the index of the sample's own file and those of its substitutes, in order."""
+        """Return the index of the sample itself and those of its substitutes, in order."""
         draws = np.random.default_rng(derive_seed(self.seed, epoch, index, 0, SUBSTITUTE_STREAM))
         substitutes = draws.integers(len(self), size=self.substitutes)
         return [index, *substitutes.tolist()]
@@ -174,7 +195,7 @@ class SampleDataset(Dataset):
         for candidate in self._candidates(epoch, index):
             path = self.paths[candidate]
             try:
-                read = self._read(epoch, index, candidate)
+                read = self._read(key, candidate)
             except ReadError as error:
                 sample["bad"].append((path, str(error)))
                 continue
@@ -196,8 +217,8 @@ class ClipDataset(SampleDataset):
     Each window is decoded once and cropped repeat_aug / repeat_windows times.
 
     Args:
-        paths, labels, seed, known: See `SampleDataset`.
-        num_frames, sampling_rate, target_fps: T and the spacing of the frames, see `clip_indices`.
+        paths, labels, seed, known, spans: See `SampleDataset`.
+        sampling: T and the spacing of the frames.
         repeat_aug: R, clips of a video.
         repeat_windows: Time windows of a video; divides repeat_aug.
         transform: Crops uint8 (T, C, H, W), drawing from torch's global generator.
@@ -211,9 +232,7 @@ class ClipDataset(SampleDataset):
         *,
         paths: list[str],
         labels: list[int] | None,
-        num_frames: int,
-        sampling_rate: int,
-        target_fps: float,
+        sampling: ClipSampling,
         repeat_aug: int,
         repeat_windows: int,
         transform: Callable[[Tensor], Tensor],
@@ -222,18 +241,17 @@ class ClipDataset(SampleDataset):
         seed: int,
         noise_tokens: int,
         known: VideoIndex | None = None,
+        spans: list[Span] | np.ndarray | None = None,
     ):
         """Raise UserError if repeat_windows does not divide repeat_aug."""
-        super().__init__(paths, labels, seed, SUBSTITUTES, known)
+        super().__init__(paths, labels, seed, SUBSTITUTES, known, spans)
         warn_if_decord_missing(decoder)
         if repeat_aug % repeat_windows != 0:
             raise UserError(
                 f"--repeat_aug {repeat_aug} is not divisible by --repeat_windows {repeat_windows}: "
                 "change one of them"
             )
-        self.num_frames = num_frames
-        self.sampling_rate = sampling_rate
-        self.target_fps = target_fps
+        self.sampling = sampling
         self.repeat_aug = repeat_aug
         self.repeat_windows = repeat_windows
         self.transform = transform
@@ -241,14 +259,19 @@ class ClipDataset(SampleDataset):
         self.short_side = short_side
         self.noise_tokens = noise_tokens
 
-    def read_clips(self, epoch: int, index: int, path: str, info: VideoInfo | None) -> ReadClips:
-        """Read the clips (R, C, T, S, S) uint8 of a video with the draws of sample (epoch, index).
+    def read_clips(
+        self, key: tuple[int, int], path: str, span: Span | None, info: VideoInfo | None
+    ) -> ReadClips:
+        """Read the clips (R, C, T, S, S) uint8 of a video with the draws of sample `key`.
 
-        Raises ReadError.
+        Raises ReadError, also if the video ends before the span starts.
         """
-        seeds = [derive_seed(self.seed, epoch, index, repeat) for repeat in range(self.repeat_aug)]
+        seeds = [derive_seed(self.seed, *key, repeat) for repeat in range(self.repeat_aug)]
         clips_per_window = self.repeat_aug // self.repeat_windows
-        windows, replaced = self._read_windows(path, info, seeds[::clips_per_window])
+        with open_video(path, self.decoder, self.short_side, info) as video:
+            windows = self._read_windows(video, span, seeds[::clips_per_window])
+            replaced = video.replaced
+        # Closed before the first crop: decord's threads would continue to decode beside it.
         for repeat, seed in enumerate(seeds):
             window = windows[repeat // clips_per_window]
             with fork_rng(seed):
@@ -258,31 +281,20 @@ class ClipDataset(SampleDataset):
             if repeat == 0:
                 clips = clip.new_empty(self.repeat_aug, *clip.shape)  # (R, T, S, S, C)
             clips[repeat] = clip  # copied at once, so that the next crop can reuse its memory
-        frames = len(windows) * self.num_frames
+        frames = len(windows) * self.sampling.num_frames
         return ReadClips(clips.permute(0, 4, 1, 2, 3), frames, replaced)
 
     def _read_windows(
-        self, path: str, info: VideoInfo | None, seeds: list[int]
-    ) -> tuple[list[Tensor], int]:
-        """Read a window (T, C, H, W) uint8, channels last, for each seed.
-
-        Return the windows and the number of replaced frames. The video is closed before the first
-        crop, because decord's threads would continue to decode beside it. Raises ReadError.
-        """
+        self, video: VideoReader, span: Span | None, seeds: list[int]
+    ) -> list[Tensor]:
+        """Read a window (T, C, H, W) uint8, channels last, for each seed. Raises ReadError."""
         windows = []
-        with open_video(path, self.decoder, self.short_side, info) as video:
-            for seed in seeds:
-                with fork_rng(seed):
-                    start = torch.rand(()).item()
-                indices = clip_indices(
-                    video,
-                    num_frames=self.num_frames,
-                    start=start,
-                    sampling_rate=self.sampling_rate,
-                    target_fps=self.target_fps,
-                )
-                windows.append(video.read_tensor(indices))
-            return windows, video.replaced
+        for seed in seeds:
+            with fork_rng(seed):
+                start = torch.rand(()).item()
+            indices = clip_indices(video, self.sampling, start, span)
+            windows.append(video.read_tensor(indices))
+        return windows
 
     def noise(self, epoch: int, index: int) -> Tensor:
         """Return the mask noise (R, L) float32 of a sample."""
@@ -306,16 +318,14 @@ class ViewDataset(SampleDataset):
     R = num_views * crops. The frames of all clips are decoded in one pass.
 
     Args:
-        paths, labels, known: See `SampleDataset`.
-        num_frames, sampling_rate, target_fps: T and the spacing of the frames, see `clip_indices`.
-        num_views: Clips of a video.
+        paths, labels, known, spans: See `SampleDataset`. A file with spans stays open from one
+            sample to the next.
+        sampling: T and the spacing of the frames.
+        num_views: Clips of a video, or of the sample's part of it.
         transform: Crops uint8 (T, C, H, W) to (crops, T, C, S, S).
         decoder: See `open_video`.
         short_side: Short side of the decoded frames in pixels.
         noise_tokens: L of the mask noise, 0 for none. Samples with noise have one view.
-        spans: The part (start, end) of its file that each sample consists of, in seconds (n, 2);
-            None for whole files. Samples may share a file, which stays open from one to the next.
-            See data/clips.py.
     """
 
     def __init__(
@@ -323,9 +333,7 @@ class ViewDataset(SampleDataset):
         *,
         paths: list[str],
         labels: list[int],
-        num_frames: int,
-        sampling_rate: int,
-        target_fps: float,
+        sampling: ClipSampling,
         num_views: int,
         transform: Callable[[Tensor], Tensor],
         decoder: str,
@@ -334,39 +342,28 @@ class ViewDataset(SampleDataset):
         known: VideoIndex | None = None,
         spans: list[Span] | np.ndarray | None = None,
     ):
-        """Raise UserError for spans that `check_spans` refuses."""
-        super().__init__(paths, labels, seed=0, substitutes=0, known=known)
+        super().__init__(paths, labels, seed=0, substitutes=0, known=known, spans=spans)
         warn_if_decord_missing(decoder)
-        self.spans = None
         self.kept: tuple[str, VideoReader] | None = None  # the last file, open, and its path
-        if spans is not None:
-            self.spans = check_spans(spans, len(paths))
-        self.spacing: dict = {
-            "num_frames": num_frames,
-            "sampling_rate": sampling_rate,
-            "target_fps": target_fps,
-        }
+        self.sampling = sampling
         self.num_views = num_views
+        self.noise_tokens = noise_tokens
         self.transform = transform
         self.decoder = decoder
         self.short_side = short_side
-        self.noise_tokens = noise_tokens
 
-    def read_clips(self, epoch: int, index: int, path: str, info: VideoInfo | None) -> ReadClips:
+    def read_clips(
+        self, key: tuple[int, int], path: str, span: Span | None, info: VideoInfo | None
+    ) -> ReadClips:
         """Read the views (R, C, T, S, S) uint8 of a video, clips in order of time.
 
-        Raises ReadError, also if the file ends before the sample's span starts.
+        Raises ReadError, also if the video ends before the span starts.
         """
-        span = None
-        if self.spans is not None:
-            span = tuple(self.spans[index].tolist())
         with self._open(path, info) as video:
             available = available_frames(video, span)
-            slack = clip_slack(available, video.fps, **self.spacing)
+            slack = clip_slack(available, video.fps, self.sampling)
             starts = [view_start(slack, view, self.num_views) for view in range(self.num_views)]
-            clips = [
-                clip_indices(video, start=start, span=span, **self.spacing) for start in starts
-            ]
+            clips = [clip_indices(video, self.sampling, start, span) for start in starts]
             indices = np.stack(clips)  # (num_views, T)
             distinct, inverse = np.unique(indices, return_inverse=True)
             frames = video.read_tensor(distinct)
@@ -429,8 +426,10 @@ class ImageDataset(SampleDataset):
         super().__init__(paths, labels, seed, substitutes)
         self.transform = transform
 
-    def read_clips(self, epoch: int, index: int, path: str, info: VideoInfo | None) -> ReadClips:
+    def read_clips(
+        self, key: tuple[int, int], path: str, span: Span | None, info: VideoInfo | None
+    ) -> ReadClips:
         """Read the image as (1, C, 1, S, S) uint8. Raises ReadError."""
-        with fork_rng(derive_seed(self.seed, epoch, index)):
+        with fork_rng(derive_seed(self.seed, *key)):
             image = self.transform(read_image(path))
         return ReadClips(image[None, :, None])

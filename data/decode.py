@@ -1,7 +1,7 @@
 """Opening video files: selects the decoder of a file and describes the file.
 
     with open_video(path, short_side=256) as video:
-        indices = clip_indices(video, num_frames=16, sampling_rate=4, start=0.5)
+        indices = clip_indices(video, ClipSampling(num_frames=16, sampling_rate=4), start=0.5)
         frames = video.read(indices)
 
 Both decoders give the frames of a file the same indices and the same frame rate.

@@ -1,7 +1,8 @@
-"""Manifests: which files a dataset consists of, and their classes.
+"""Manifests: which samples a dataset consists of, and their classes.
 
-A manifest is a CSV file of one video per line, path[,label]. Files are found in folders or listed
-in manifests. A label is a class name; its index is its position in the list of classes.
+A manifest is a CSV file of one sample per line, path[,label[,start,end]]: a file, or the part of a
+video between two times in seconds. Files are found in folders or listed in manifests. A label is a
+class name; its index is its position in the list of classes. n: number of samples.
 
 Names are those of the file system: bytes that are not UTF-8 are surrogates in a str (os.fsdecode).
 """
@@ -16,7 +17,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -35,8 +36,13 @@ IMAGE_EXTENSIONS = (  # those of torchvision's ImageFolder
     ".tiff",
     ".webp",
 )
-HEADER_NAMES = ("path", "video", "file", "filename", "filepath", "video_path", "name")
-LABEL_HEADER_NAMES = ("label", "class", "target")
+COLUMNS = {  # names in a header
+    "path": ("path", "video", "file", "filename", "filepath", "video_path", "name"),
+    "label": ("label", "class", "target"),
+    "start": ("start",),
+    "end": ("end",),
+}
+NO_SPAN = (0.0, math.inf)  # seconds: the whole file
 SEPARATOR_ROWS = 20  # number of first rows by which the separator is recognized
 SEPARATOR_CHARACTERS = 1 << 18  # these rows have fewer, since a path has at most 4,096 bytes
 EXACT_START = '"path"'  # of a manifest whose fields are all quoted, as they are to be read
@@ -44,6 +50,26 @@ URL_START = r"[A-Za-z][A-Za-z0-9+.-]+:"
 VIDEOMAE_VIDEO = ["0", "-1"]  # what follows the path of a video in VideoMAE v2's pretraining lists
 SHOWN_CLASSES = 5  # class names in an error message
 SHOWN_CHARACTERS = 120  # of a malformed line in an error message
+
+
+class Samples(NamedTuple):
+    """The samples of a data set, in order."""
+
+    paths: list[str]  # absolute; samples may share a file
+    labels: list[str]  # class names, "" for none
+    spans: np.ndarray | None = None  # (n, 2) start and end in seconds; None: all are whole files
+
+    def part(self, indices: list[int] | range) -> "Samples":
+        """Return some of the samples."""
+        spans = None
+        if self.spans is not None:
+            spans = self.spans[list(indices)]
+        return Samples([self.paths[i] for i in indices], [self.labels[i] for i in indices], spans)
+
+
+def unlabeled(paths: list[str]) -> Samples:
+    """Return samples of whole files without labels."""
+    return Samples(paths, [""] * len(paths))
 
 
 def walk(folder: str, extensions: tuple[str, ...]) -> list[str]:
@@ -109,10 +135,8 @@ def find_videos(folders: list[str], flag: str) -> list[str]:
     return found
 
 
-def find_labeled(
-    folder: str, extensions: tuple[str, ...], flag: str
-) -> tuple[list[str], list[str]]:
-    """Return the paths and class names of a folder with one subfolder per class.
+def find_labeled(folder: str, extensions: tuple[str, ...], flag: str) -> Samples:
+    """Return the files of a folder with one subfolder per class.
 
     Files may be nested more deeply. flag: how the folder was given, for messages. Raises UserError
     for a class without files.
@@ -134,7 +158,7 @@ def find_labeled(
             )
         paths += found
         labels += [name] * len(found)
-    return paths, labels
+    return Samples(paths, labels)
 
 
 def class_names(labels: list[str]) -> list[str]:
@@ -205,9 +229,9 @@ def write_classes(path: Path, classes: list[str]) -> None:
     path.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
-def keep_fraction(paths: list[str], share: float) -> list[str]:
-    """Return the first ceil(n * share) of n paths."""
-    return paths[: math.ceil(len(paths) * share)]
+def keep_fraction(samples: Samples, share: float) -> Samples:
+    """Return the first ceil(n * share) of n samples."""
+    return samples.part(range(math.ceil(len(samples.paths) * share)))
 
 
 def keep_stratified(labels: list[int], share: float, seed: int) -> list[int]:
@@ -225,16 +249,21 @@ def keep_stratified(labels: list[int], share: float, seed: int) -> list[int]:
     return sorted(kept)
 
 
-def write_manifest(path: str | Path, paths: list[str], labels: list[str] | None = None) -> None:
-    """Write a manifest with the columns path and, if given, label. Make its folder.
+def write_manifest(path: str | Path, samples: Samples) -> None:
+    """Write a manifest with the columns path and, if there are any, label, start, end.
 
-    If a field has characters that a reader might drop or change, all fields are quoted.
+    Make its folder. If a field has characters that a reader might drop or change, all fields are
+    quoted.
     """
-    header: tuple[str, ...] = ("path",)
-    rows: list = [(name,) for name in paths]
-    if labels is not None:
-        header = ("path", "label")
-        rows = list(zip(paths, labels, strict=True))
+    header = ["path"]
+    columns = [samples.paths]
+    if any(samples.labels):
+        header.append("label")
+        columns.append(samples.labels)
+    if samples.spans is not None:
+        header += ["start", "end"]
+        columns += [list(map(_seconds_text, bound)) for bound in samples.spans.T.tolist()]
+    rows = list(zip(*columns, strict=True))
     quoting: Literal[0, 1] = csv.QUOTE_MINIMAL
     if not all(_is_plain(field) for row in rows for field in row):
         quoting = csv.QUOTE_ALL
@@ -254,46 +283,96 @@ def _is_plain(field: str) -> bool:
     return field.isprintable() and field == field.strip()
 
 
-def read_manifest(path: str | Path) -> tuple[list[str], list[str]]:
-    """Return the paths and labels of a manifest, path[,label] per line; "" for no label.
+def read_manifest(path: str | Path) -> Samples:
+    """Return the samples of a manifest, path[,label[,start,end]] per line.
 
-    Fields are separated by comma, tab, semicolon or spaces and may be quoted; a header is optional.
-    Relative paths start at the manifest's folder. If all labels are whole numbers, 3.0 is 3.
-    Whether the videos exist is not checked. Raises UserError with file and line for a malformed
-    row.
+    Fields are separated by comma, tab, semicolon or spaces and may be quoted. A header is optional;
+    with one, columns have any order. Relative paths start at the manifest's folder. If all labels
+    are whole numbers, 3.0 is 3. No start or end is that of the file. Whether the videos exist is
+    not checked. Raises UserError with file and line for a malformed row.
     """
     text = _read_text(path)
     folder = os.path.dirname(os.path.abspath(path))
     rows = _parse_rows(text, _separator(text[:SEPARATOR_CHARACTERS]), path)
     first_rows = list(itertools.islice(rows, 2))
-    if _has_header(first_rows, folder, path):
+    columns = _header_columns(first_rows, folder, path)
+    if columns is not None:
         del first_rows[0]
     if not first_rows:
         raise UserError(f"manifest {path} has a header but no videos: list one video per line")
     may_be_foreign = not (_is_utf8(text) or text.startswith(EXACT_START))
     paths = []
     labels = []
+    spans = []
     for line, row in itertools.chain(first_rows, rows):
-        problem = _row_problem(row, folder)
+        fields = _fields(row, columns)
+        problem = _row_problem(row, fields, folder, columns is not None)
         if may_be_foreign and not problem:
-            problem = _encoding_problem(row, folder)
+            problem = _encoding_problem(row, fields["path"], folder)
         if problem:
             raise UserError(f"manifest {path}, line {line}: {problem}: {_shown(row)}")
-        paths.append(_absolute(row[0], folder))
-        labels.append(row[1] if len(row) == 2 else "")
-    return paths, _whole_numbers(labels)
+        paths.append(_absolute(fields["path"], folder))
+        labels.append(fields.get("label", ""))
+        spans.append(_parse_span(fields))
+    table = None
+    if any(span != NO_SPAN for span in spans):
+        table = np.array(spans)
+    return Samples(paths, _whole_numbers(labels), table)
 
 
-def read_labeled(path: str | Path, flag: str) -> tuple[list[str], list[str]]:
-    """Return the paths and labels of a manifest, given as `flag`, whose rows all have a label.
+def read_labeled(path: str | Path, flag: str) -> Samples:
+    """Return the samples of a manifest, given as `flag`, whose rows all have a label.
 
     Raises UserError, also for a row without one.
     """
-    paths, labels = read_manifest(path)
-    if "" in labels:
-        unlabeled = paths[labels.index("")]
-        raise UserError(f"{flag} {path}: {unlabeled} has no label: give path,label on each line")
-    return paths, labels
+    samples = read_manifest(path)
+    if "" in samples.labels:
+        name = samples.paths[samples.labels.index("")]
+        raise UserError(f"{flag} {path}: {name} has no label: give path,label on each line")
+    return samples
+
+
+def _fields(row: list[str], columns: list[str] | None) -> dict[str, str]:
+    """Return the fields of a row by column. columns: those of the header, None without one.
+
+    Fields at the end of a row may be absent. Cuts VideoMAE's `PATH 0 -1` to the path.
+    """
+    if columns is None:
+        if row[1:] == VIDEOMAE_VIDEO:
+            del row[1:]
+        columns = list(COLUMNS)
+    return dict(zip(columns, row, strict=False))
+
+
+def _parse_span(fields: dict[str, str]) -> tuple[float, float]:
+    """Return start and end of a row in seconds, those of the file if absent.
+
+    Raises ValueError if a field is not a number.
+    """
+    start, end = NO_SPAN
+    if fields.get("start"):
+        start = float(fields["start"])
+    if fields.get("end"):
+        end = float(fields["end"])
+    return start, end
+
+
+def _span_problem(fields: dict[str, str]) -> str:
+    """Return what is wrong with start and end of a row, "" for nothing."""
+    try:
+        start, end = _parse_span(fields)
+    except ValueError:
+        return "start and end must be seconds, such as 12.5"
+    if not 0 <= start < end:  # also if one is not a number
+        return "the start must be 0 or more, and before the end (seconds)"
+    return ""
+
+
+def _seconds_text(seconds: float) -> str:
+    """Return the text of a time, from which it is read back equal; "" for no end."""
+    if seconds == math.inf:
+        return ""
+    return repr(seconds)
 
 
 def _shown(row: list[str]) -> str:
@@ -339,15 +418,18 @@ def _separator(text: str) -> str:
 
     It is that of a known header, else the one by which all rows have a path and a label. For a
     semicolon the label must not be the name of a file, for spaces neither have slash nor dot unless
-    it is a number. Otherwise it is a comma or tab that occurs anywhere outside quotes. If there is
-    none, there is one column, and the comma serves as well.
+    it is a number. Rows may also have four fields of which the last two are numbers. Otherwise it
+    is a comma or tab that occurs anywhere outside quotes. If there is none, there is one column,
+    and the comma serves as well.
     """
     rows_by = {separator: _first_rows(text, separator) for separator in "\t,; "}
     for separator, rows in rows_by.items():
-        header = [field.lower() for field in rows[0]]
-        if header[0] in HEADER_NAMES and len(header) > 1 and header[1].isidentifier():
+        header = rows[0]
+        if len(header) > 1 and header[1].isidentifier() and "path" in _column_names(header):
             return separator
     for separator, rows in rows_by.items():
+        if all(len(row) == 4 and _are_numbers(row[2:]) for row in rows):
+            return separator
         if all(len(row) == 2 and _is_label(row[1], separator) for row in rows):
             return separator
     if all(len(row) == 3 and _are_integers(row[1:]) for row in rows_by[" "]):
@@ -386,6 +468,15 @@ def _are_integers(fields: list[str]) -> bool:
     return all(re.fullmatch(r"-?\d+", field) for field in fields)
 
 
+def _are_numbers(fields: list[str]) -> bool:
+    """Return whether all fields are numbers."""
+    try:
+        list(map(float, fields))
+    except ValueError:
+        return False
+    return True
+
+
 def _parse_rows(text: str, separator: str, path: str | Path) -> Iterator[tuple[int, list[str]]]:
     """Yield the rows that are not blank with their line numbers from 1.
 
@@ -411,28 +502,50 @@ def _parse_rows(text: str, separator: str, path: str | Path) -> Iterator[tuple[i
         ) from None
 
 
-def _has_header(rows: list[tuple[int, list[str]]], folder: str, path: str | Path) -> bool:
-    """Return whether the first row is a header.
+def _column_names(header: list[str]) -> list[str]:
+    """Return which of COLUMNS each field of a header names, "" for none."""
+    known = {name: column for column, names in COLUMNS.items() for name in names}
+    return [known.get(field.lower(), "") for field in header]
 
-    It is if its first field is a usual name of the column. It also is if no such file exists, nor
-    could by its extension, while that of the second row does. Raises UserError for a header whose
-    first column is the label.
+
+def _header_columns(
+    rows: list[tuple[int, list[str]]], folder: str, path: str | Path
+) -> list[str] | None:
+    """Return which of COLUMNS each column is, by a header; None if the first row is none.
+
+    It is a header if its first field is a usual name of the path, or all are names of COLUMNS with
+    the path among them. It also is if no file of the first field's name exists, nor could by its
+    extension, while that of the second row does. Raises UserError for a column that is unknown or
+    occurs twice.
     """
     header = rows[0][1]
-    first, second = [*header, ""][:2]
-    if first.lower() in HEADER_NAMES:
-        return True
-    if first.lower() in LABEL_HEADER_NAMES and second.lower() in HEADER_NAMES:
-        raise UserError(
-            f"manifest {path} has the columns {_shown(header)}: put the path first, then the label"
-        )
+    columns = _column_names(header)
+    is_known = columns[0] == "path" or (all(columns) and "path" in columns)
+    if not is_known and not _is_unknown_header(rows, folder):
+        return None
+    if not is_known:
+        print0(f"note: the first line of {path} is read as a header: {_shown(header)}")
+        columns[0] = "path"
+    if len(columns) == 1:
+        return [*columns, "label"]  # rows may have a label all the same
+    if not columns[1] and "label" not in columns:
+        columns[1] = "label"
+    for field, column in zip(header, columns, strict=True):
+        if not column or columns.count(column) > 1:
+            raise UserError(
+                f"manifest {path}: column {field!r} of its header is unknown or occurs twice. "
+                "Columns are path, label, start and end, in any order."
+            )
+    return columns
+
+
+def _is_unknown_header(rows: list[tuple[int, list[str]]], folder: str) -> bool:
+    """Return whether the first row names no file while the second one does."""
+    first = rows[0][1][0]
     if len(rows) == 1 or first.lower().endswith(VIDEO_EXTENSIONS + IMAGE_EXTENSIONS):
         return False
     following = rows[1][1][0]
-    if _exists(first, folder) or not following or not _exists(following, folder):
-        return False
-    print0(f"note: the first line of {path} is read as a header: {_shown(header)}")
-    return True
+    return not _exists(first, folder) and following != "" and _exists(following, folder)
 
 
 def _exists(item: str, folder: str) -> bool:
@@ -440,27 +553,29 @@ def _exists(item: str, folder: str) -> bool:
     return os.path.exists(_absolute(item, folder))
 
 
-def _row_problem(row: list[str], folder: str) -> str:
-    """Return what is malformed in a row, "" for nothing; cut VideoMAE's `PATH 0 -1` to the path."""
-    if row[1:] == VIDEOMAE_VIDEO:
-        del row[1:]
-    if not row[0]:
+def _row_problem(row: list[str], fields: dict[str, str], folder: str, has_header: bool) -> str:
+    """Return what is malformed in a row, "" for nothing. fields: the row's, by column.
+
+    Without a header a row has one, two or four fields.
+    """
+    name = fields.get("path", "")
+    if not name:
         return "no path"
-    if len(row) == 3 and _are_integers(row[1:]):
+    if len(row) == 3 and not has_header and _are_integers(row[1:]):
         return (
             "two numbers after the path, as in VideoMAE's lists of frame folders "
-            "(list video files, path or path,label)"
+            "(list path,label, or add the header path,start,end)"
         )
-    if len(row) > 2:
-        return "more than two fields (quote a path that contains the separator)"
-    if ":" in row[0] and re.match(URL_START, row[0]) and not _exists(row[0], folder):
+    if len(row) > len(fields) or (len(row) == 3 and not has_header):
+        return "too many fields (quote a path that contains the separator)"
+    if ":" in name and re.match(URL_START, name) and not _exists(name, folder):
         return "a URL or protocol, not a file (download it first)"
-    return ""
+    return _span_problem(fields)
 
 
-def _encoding_problem(row: list[str], folder: str) -> str:
+def _encoding_problem(row: list[str], name: str, folder: str) -> str:
     """Return what is wrong in a row: it is not UTF-8, nor is its path that of a file; else ""."""
-    if _is_utf8("".join(row)) or (not _is_utf8(row[0]) and _exists(row[0], folder)):
+    if _is_utf8("".join(row)) or (not _is_utf8(name) and _exists(name, folder)):
         return ""
     return "not UTF-8, nor the name of a file (save the list as UTF-8)"
 

@@ -2,6 +2,7 @@
 
 `python -m tools.data_doctor` makes it. NAME.csv has NAME.index.npy, a table of one row per video in
 the order of the manifest, and NAME.times.npy, the display times of videos of variable frame rate.
+A video has one row, at its first place, even if several rows of the manifest are parts of it.
 Worker processes map both into memory. A row is valid while its file keeps its size and date.
 Without a valid row, a file is examined whenever it is read.
 """
@@ -80,6 +81,12 @@ class VideoIndex:
             self.times = np.concatenate([self.times, *self.added_times])
             self.added_times = []
         return self.times
+
+    def of_files(self, paths: Sequence[str]) -> "VideoIndex":
+        """Return the rows of these paths, each path's once. All must be in this index."""
+        order = np.argsort(self.rows["file"], kind="stable")
+        found = np.searchsorted(self.rows["file"], hash_paths(distinct(paths)), sorter=order)
+        return VideoIndex(self.rows[order[found]], self.all_times())
 
     def reason(self, index: int, path: str) -> str | None:
         """Return why video `index` cannot be read, or None."""
@@ -174,6 +181,11 @@ def times_path(index: str | Path) -> Path:
     return Path(index).with_suffix("").with_suffix(".times.npy")
 
 
+def distinct(paths: Sequence[str]) -> list[str]:
+    """Return the distinct paths, in the order of their first places."""
+    return list(dict.fromkeys(paths))
+
+
 def hash_paths(paths: Sequence[str]) -> np.ndarray:
     """Return a 64-bit hash of each path (n,)."""
     digests = [hashlib.blake2b(os.fsencode(path), digest_size=8).digest() for path in paths]
@@ -197,23 +209,28 @@ def open_index(target: str | Path) -> VideoIndex | None:
 
 
 def load_index(manifest: str | Path, paths: Sequence[str]) -> VideoIndex | None:
-    """Map the index of a manifest into memory. Return None if there is none of these paths."""
+    """Map the index of a manifest into memory. Return None if there is none of these paths.
+
+    paths: of the manifest's samples.
+    """
     if not manifest:
         return None
+    files = distinct(paths)
     index = open_index(index_path(manifest))
-    if index is None or len(index) != len(paths):
+    if index is None or len(index) != len(files):
         return None
     usable = (index.rows["state"] == UNKNOWN) | (index.rows["version"] == VERSION)
-    if not usable.all() or not np.array_equal(index.rows["file"], hash_paths(paths)):
+    if not usable.all() or not np.array_equal(index.rows["file"], hash_paths(files)):
         return None
     return index
 
 
 def new_index(paths: Sequence[str], known: VideoIndex | None) -> VideoIndex:
-    """Return an index of the paths, with the rows of `known` for files that have not changed.
+    """Return an index of the distinct paths, with the rows of `known` for unchanged files.
 
     All other rows are UNKNOWN.
     """
+    paths = distinct(paths)
     rows = _unknown_rows(paths)
     index = VideoIndex(rows, NO_TIMES)
     if known is None or len(known) == 0:

@@ -32,7 +32,7 @@ from make_videos import write_folder
 
 import finetune
 import pretrain
-from data.manifest import walk, write_manifest
+from data.manifest import Samples, walk, write_manifest
 from models_mae import MaskedAutoencoderViT
 from models_vit import VideoEncoder, VisionTransformer
 from tools import (
@@ -229,7 +229,8 @@ class Sample:
     def labeled(self, classes: list[str]) -> str:
         """Return a manifest of the videos, labeled alternately by the first two classes."""
         manifest = self.folder / "labeled.csv"
-        write_manifest(manifest, self.paths, [classes[i % 2] for i in range(len(self.paths))])
+        labels = [classes[i % 2] for i in range(len(self.paths))]
+        write_manifest(manifest, Samples(self.paths, labels))
         return str(manifest)
 
 

@@ -1,5 +1,6 @@
 """A small data set of training clips, shared by the tests of data/."""
 
+from data.clips import ClipSampling
 from data.datasets import ClipDataset
 from data.transforms import train_transform
 
@@ -12,9 +13,7 @@ def clip_dataset(paths: list[str], **changes) -> ClipDataset:
     arguments = {
         "paths": paths,
         "labels": None,
-        "num_frames": 4,
-        "sampling_rate": 2,
-        "target_fps": 30,
+        "sampling": ClipSampling(4, 2),
         "repeat_aug": 2,
         "repeat_windows": 1,
         "transform": transform,

@@ -18,7 +18,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from video_checks import DECODERS, matrix_table
 
-from data.clips import clip_indices
+from data.clips import ClipSampling, clip_indices
 from data.decode import describe, open_video
 from data.input_files import ReadError
 from data.pyav_video import PyAVVideo
@@ -55,7 +55,7 @@ def read_frames(path: Path, decoder: str, info: VideoInfo) -> np.ndarray | str:
         with open_video(str(path), decoder, info=info) as video:
             if decoder == "decord" and isinstance(video, PyAVVideo):
                 return "handed to PyAV"
-            indices = clip_indices(video, num_frames=NUM_FRAMES, sampling_rate=4, start=0.6)
+            indices = clip_indices(video, ClipSampling(NUM_FRAMES, 4), start=0.6)
             return video.read(indices)
     except ReadError as error:
         return str(error)

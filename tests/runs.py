@@ -9,7 +9,7 @@ from PIL import Image
 from tiny import same
 
 import pretrain
-from data.clips import clip_slack, frame_indices, view_start
+from data.clips import ClipSampling, clip_slack, frame_indices, view_start
 from data.decode import open_video
 from data.transforms import view_transform
 from models_mae import MaskedAutoencoderViT
@@ -151,10 +151,10 @@ def center_clip(
     path: str, num_frames: int = 4, img_size: int = 32, sampling_rate: int = 2
 ) -> torch.Tensor:
     """Return a video's center clip and crop (1, 3, T, H, W), normalized; decoded at 48 pixels."""
-    spacing = {"num_frames": num_frames, "sampling_rate": sampling_rate}
+    sampling = ClipSampling(num_frames, sampling_rate)
     with open_video(path, "pyav", 48) as video:
-        start = view_start(clip_slack(video.num_frames, video.fps, **spacing), 0, 1)
-        indices = frame_indices(video.num_frames, video.fps, **spacing, start=start)
+        start = view_start(clip_slack(video.num_frames, video.fps, sampling), 0, 1)
+        indices = frame_indices(video.num_frames, video.fps, sampling, start)
         frames = video.read_tensor(indices)
     crops = view_transform(img_size, 1)(frames)  # (1, T, 3, H, W)
     return normalize(crops.transpose(1, 2), VIDEO_MEAN, VIDEO_STD)

@@ -9,6 +9,7 @@ from video_matrix import CASES
 from video_writer import write_case
 
 from data.clips import (
+    ClipSampling,
     available_frames,
     check_spans,
     clip_indices,
@@ -43,16 +44,16 @@ VARIABLE = (
 
 def test_indices_follow_the_formula():
     # 16 frames at stride 4 of a 60 fps video: a span of 128 source frames
-    clip = {"num_frames": 16, "sampling_rate": 4}
-    first_clip = frame_indices(1000, 60, **clip, start=0)
+    clip = ClipSampling(16, 4)
+    first_clip = frame_indices(1000, 60, clip, start=0)
     assert first_clip.tolist() == [int(i * 127 / 15) for i in range(16)]
-    last_clip = frame_indices(1000, 60, **clip, start=1)
+    last_clip = frame_indices(1000, 60, clip, start=1)
     assert last_clip[[0, -1]].tolist() == [872, 999]
-    assert frame_indices(1000, 30, **clip, start=0.5)[0] == 468
+    assert frame_indices(1000, 30, clip, start=0.5)[0] == 468
 
 
 def test_a_short_video_repeats_its_last_frame():
-    indices = frame_indices(10, 30, num_frames=8, sampling_rate=4, start=0.7)
+    indices = frame_indices(10, 30, ClipSampling(8, 4), start=0.7)
     assert indices.tolist() == [min(int(i * 31 / 7), 9) for i in range(8)]
 
 
@@ -63,9 +64,9 @@ def test_times_of_a_constant_rate_give_the_same_indices():
         fps = float(random.choice([12.5, 23.976, 25, 30, 59.94, 480]))
         sampling_rate = int(random.integers(1, 9))
         start = float(random.random())
-        clip = {"num_frames": 16, "sampling_rate": sampling_rate, "start": start}
-        by_time = frame_indices_by_time(np.arange(num_frames) / fps, **clip)
-        assert by_time.tolist() == frame_indices(num_frames, fps, **clip).tolist()
+        clip = (ClipSampling(16, sampling_rate), start)
+        by_time = frame_indices_by_time(np.arange(num_frames) / fps, *clip)
+        assert by_time.tolist() == frame_indices(num_frames, fps, *clip).tolist()
 
 
 @pytest.mark.parametrize("name", VARIABLE)
@@ -80,7 +81,7 @@ def test_clips_of_variable_rate_are_chosen_by_time(tmp_path, name, indexed):
     with open_video(path, info=info) as video:
         assert video.fps == pytest.approx((len(times) - 1) / times[-1], rel=0.01)
         for start in (0, 0.3, 1):
-            indices = clip_indices(video, num_frames=8, sampling_rate=4, start=start)
+            indices = clip_indices(video, ClipSampling(8, 4), start=start)
             first = start * max(times[-1] + frame_duration - clip_duration, 0)
             instants = first + np.linspace(0, clip_duration - frame_duration, 8)
             for index, instant in zip(indices, instants, strict=True):
@@ -102,20 +103,20 @@ def test_videos_of_constant_rate_need_no_times(tmp_path, name):
 
 
 def test_views_are_evenly_spread_over_the_video():
-    clip = {"num_frames": 16, "sampling_rate": 4}
-    slack = clip_slack(301, 30, **clip)
+    clip = ClipSampling(16, 4)
+    slack = clip_slack(301, 30, clip)
     assert slack == 237
 
     def first_frame(view, num_views):
         start = view_start(slack, view, num_views)
-        return frame_indices(301, 30, **clip, start=start)[0]
+        return frame_indices(301, 30, clip, start)[0]
 
     assert first_frame(0, 1) == 237 // 2
     assert [first_frame(view, 5) for view in range(5)] == [view * (237 // 4) for view in range(5)]
 
 
 def test_all_views_of_a_short_video_start_at_its_first_frame():
-    slack = clip_slack(10, 30, num_frames=16, sampling_rate=4)
+    slack = clip_slack(10, 30, ClipSampling(16, 4))
     assert view_start(slack, 2, 3) == 0
 
 
@@ -138,11 +139,11 @@ def test_a_span_between_frames_is_a_video_of_its_own():
         num_frames = int(random.integers(1, 900))
         first = int(random.integers(num_frames))
         end = int(random.integers(first + 1, num_frames + 1))
-        clip = {"num_frames": 16, "sampling_rate": int(random.integers(1, 9))}
-        clip["start"] = float(random.integers(5)) / 4
+        clip = ClipSampling(16, int(random.integers(1, 9)))
+        start = float(random.integers(5)) / 4
         span = (first / fps, end / fps)
-        indices = clip_indices(steady_video(num_frames, fps), **clip, span=span)
-        alone = frame_indices(end - first, fps, **clip)
+        indices = clip_indices(steady_video(num_frames, fps), clip, start, span)
+        alone = frame_indices(end - first, fps, clip, start)
         assert indices.tolist() == (first + alone).tolist()
 
 
@@ -155,22 +156,22 @@ def test_a_span_takes_a_number_of_frames_without_rounding_errors():
 
 
 def test_frames_that_are_longer_than_a_clip_stay_in_their_span():
-    clip = {"num_frames": 4, "sampling_rate": 1, "start": 0.5}
+    clip = (ClipSampling(4, 1), 0.5)
     video = steady_video(10, 1)
-    assert clip_indices(video, **clip, span=(3, 4)).tolist() == [3] * 4
-    assert clip_indices(video, **clip, span=(3, 3.5)).tolist() == [3] * 4
+    assert clip_indices(video, *clip, span=(3, 4)).tolist() == [3] * 4
+    assert clip_indices(video, *clip, span=(3, 3.5)).tolist() == [3] * 4
 
 
 def test_a_span_of_a_whole_video_changes_nothing():
-    clip = {"num_frames": 16, "sampling_rate": 2, "start": 0.3}
+    clip = (ClipSampling(16, 2), 0.3)
     for video in (steady_video(700, 23.976), irregular_video(700), steady_video(7, 30)):
-        whole = clip_indices(video, **clip)
-        assert clip_indices(video, **clip, span=(0, math.inf)).tolist() == whole.tolist()
-        assert clip_indices(video, **clip, span=(0, 999)).tolist() == whole.tolist()
+        whole = clip_indices(video, *clip)
+        assert clip_indices(video, *clip, span=(0, math.inf)).tolist() == whole.tolist()
+        assert clip_indices(video, *clip, span=(0, 999)).tolist() == whole.tolist()
 
 
 def test_a_clip_of_a_span_shows_the_frame_of_each_instant():
-    clip = {"num_frames": 8, "sampling_rate": 4}
+    clip = ClipSampling(8, 4)
     random = np.random.default_rng(2)
     for video in (irregular_video(600), steady_video(600, 23.976)):
         times = video.times
@@ -181,7 +182,7 @@ def test_a_clip_of_a_span_shows_the_frame_of_each_instant():
             begin = random.uniform(0, times[-1] - 4)
             end = begin + random.uniform(0.01, 4)
             start = random.random()
-            indices = clip_indices(video, **clip, start=start, span=(begin, end))
+            indices = clip_indices(video, clip, start, (begin, end))
             first = begin + start * max(end - begin - 32 / 30, 0)
             instants = first + np.linspace(0, 32 / 30 - distance, 8)
             shown = [sum(times <= instant) - 1 for instant in instants]
@@ -190,29 +191,27 @@ def test_a_clip_of_a_span_shows_the_frame_of_each_instant():
 
 
 def test_a_span_that_is_shorter_than_a_clip_repeats_its_end():
-    indices = clip_indices(
-        steady_video(90, 30), num_frames=8, sampling_rate=2, start=0.5, span=(1.0, 1.1)
-    )
+    indices = clip_indices(steady_video(90, 30), ClipSampling(8, 2), start=0.5, span=(1.0, 1.1))
     assert indices.tolist() == [30, 32, 32, 32, 32, 32, 32, 32]
 
 
 def test_a_pause_is_part_of_the_spans_that_show_it():
     times = np.array([0, 0.04, 0.08, 60, 60.04])  # frame 2 is shown for a minute
     video = SimpleNamespace(num_frames=5, fps=5 / 60, times=times)
-    clip = {"num_frames": 4, "sampling_rate": 1, "start": 0.0}
-    assert clip_indices(video, **clip, span=(30, 31)).tolist() == [2, 2, 2, 2]
-    assert clip_indices(video, **clip, span=(59.96, 61)).tolist() == [2, 2, 3, 4]
-    assert clip_indices(video, **clip, span=(0.02, 0.05)).tolist() == [0, 1, 1, 1]
+    clip = (ClipSampling(4, 1), 0.0)
+    assert clip_indices(video, *clip, span=(30, 31)).tolist() == [2, 2, 2, 2]
+    assert clip_indices(video, *clip, span=(59.96, 61)).tolist() == [2, 2, 3, 4]
+    assert clip_indices(video, *clip, span=(0.02, 0.05)).tolist() == [0, 1, 1, 1]
 
 
 @pytest.mark.parametrize("name", ["h264.mp4", "irregular_h264.mkv"])
 def test_a_span_after_the_end_is_a_read_error(tmp_path, name):
-    clip = {"num_frames": 4, "sampling_rate": 1, "start": 0.5}
+    clip = (ClipSampling(4, 1), 0.5)
     with open_video(str(write_case(CASE_BY_NAME[name], tmp_path))) as video:
         duration = video_duration(video.num_frames, video.fps, video.times)
-        assert clip_indices(video, **clip, span=(duration - 0.001, 99)).tolist() == [47] * 4
+        assert clip_indices(video, *clip, span=(duration - 0.001, 99)).tolist() == [47] * 4
         with pytest.raises(ReadError, match="its part starts at"):
-            clip_indices(video, **clip, span=(duration, duration + 1))
+            clip_indices(video, *clip, span=(duration, duration + 1))
 
 
 def test_the_duration_includes_the_last_frame():

@@ -17,7 +17,7 @@ from make_videos import frame_number, numbered_frame, write_video
 from video_matrix import CASES
 from video_writer import Encoding, encode, write_case
 
-from data.clips import frame_indices
+from data.clips import ClipSampling, frame_indices
 from data.decode import decord_installed, describe, open_video
 from data.decord_video import DecordVideo
 from data.frame_geometry import scaled_size
@@ -67,7 +67,7 @@ def numbers_shown(video, wanted) -> list[int]:
 
 def middle_clip(video) -> np.ndarray:
     """Return the frame indices (8,) of a clip in the second half of a video."""
-    return frame_indices(video.num_frames, video.fps, num_frames=8, sampling_rate=4, start=0.6)
+    return frame_indices(video.num_frames, video.fps, ClipSampling(8, 4), start=0.6)
 
 
 # The right frames

@@ -12,8 +12,8 @@ from video_matrix import H264, IRREGULAR, QUICK
 from video_writer import Case, NoEncoder, number_of, write_case
 
 from data import datasets
-from data.clips import frame_indices
-from data.datasets import PackedStrings, ViewDataset
+from data.clips import ClipSampling, frame_indices
+from data.datasets import PackedPaths, ViewDataset
 from data.decode import open_video
 from data.manifest import find_videos
 from data.transforms import view_transform
@@ -107,7 +107,7 @@ def test_a_clip_draws_its_start_and_then_its_crop(videos):
             start = torch.rand(()).item()
         with open_video(videos[5], "pyav", 64) as video:
             num_frames, fps = video.num_frames, video.fps
-        indices = frame_indices(num_frames, fps, num_frames=4, sampling_rate=2, start=start)
+        indices = frame_indices(num_frames, fps, ClipSampling(4, 2), start=start)
         window = read_window(videos[5], indices)
         with fork_rng(derive_seed(SEED, 1, 5, repeat)):
             torch.rand(())
@@ -144,9 +144,7 @@ def test_views_of_a_video_are_those_read_one_by_one(tmp_path):
     data = ViewDataset(
         paths=[path],
         labels=[3],
-        num_frames=4,
-        sampling_rate=4,
-        target_fps=30,
+        sampling=ClipSampling(4, 4),
         decoder="pyav",
         short_side=64,
         num_views=5,
@@ -178,9 +176,7 @@ def spans_dataset(path: str, spans, decoder: str, num_views: int = 1) -> ViewDat
     return ViewDataset(
         paths=[path] * len(spans),
         labels=[-1] * len(spans),
-        num_frames=4,
-        sampling_rate=2,
-        target_fps=30,
+        sampling=ClipSampling(4, 2),
         decoder=decoder,
         short_side=64,
         num_views=num_views,
@@ -297,15 +293,46 @@ def test_spans_of_one_file_open_it_once(tmp_path, monkeypatch):
 
     monkeypatch.setattr(datasets, "open_video", open_and_record)
     data = spans_dataset(paths[0], [(0, 1), (1, 2), (9, 10), (0, 1), (0, 1)], "pyav")
-    data.paths = PackedStrings([*paths[:1] * 4, paths[1]])
+    data.paths = PackedPaths([*paths[:1] * 4, paths[1]])
     samples = [data[(0, index)] for index in range(5)]
     assert [sample["clips"] is None for sample in samples] == [False, False, True, False, False]
     assert opened == [paths[0], paths[0], paths[1]]  # again after the error
     assert closed == [paths[0], paths[0]]
 
 
-def test_packed_strings_are_a_list_of_strings():
-    names = ["/a/b.mp4", "", "/ü/ö.mkv", "x" * 300]
-    packed = PackedStrings(names)
-    assert len(packed) == 4
-    assert [packed[index] for index in range(4)] == names
+def test_packed_paths_are_a_list_of_paths_that_keeps_each_once():
+    names = ["/a/b.mp4", "", "/ü/ö.mkv", "x" * 300, "", "/a/b.mp4", "/ü/ö.mkv"]
+    packed = PackedPaths(names)
+    assert len(packed) == 7
+    assert [packed[index] for index in range(7)] == names
+    assert packed.files.tolist() == [0, 1, 2, 3, 1, 0, 2]
+    assert len(packed.bytes) == sum(len(name.encode()) for name in set(names))
+
+
+def test_training_clips_stay_in_their_span(tmp_path):
+    path = str(write_case(LONG, tmp_path))
+    spans = [(0, 0.5), (1.5, 2.5), (3.5, math.inf), (9, 10)]
+    data = clip_dataset(
+        [path] * 4,
+        labels=[0, 1, 2, 3],
+        spans=spans,
+        transform=lambda frames: frames,
+        repeat_windows=2,
+    )
+    bounds = [(0, 14), (45, 74), (105, 119)]
+    starts = set()
+    for epoch in range(6):
+        for index, (first, last) in enumerate(bounds):
+            sample = data[(epoch, index)]
+            assert sample["label"] == index
+            for numbers in shown_numbers(sample["clips"]):
+                assert first <= min(numbers) <= max(numbers) <= last
+                assert np.diff(numbers).max() == 3  # 4 frames of 8, ends included
+                starts.add((index, numbers[0]))
+    assert len(starts) > 20
+    sample = data[(0, 3)]  # the video is 4 s long
+    assert sample["bad"][0] == (path, "the video ends at 4.000 s, its part starts at 9.000 s")
+    assert sample["label"] in (0, 1, 2)
+    numbers = shown_numbers(sample["clips"])[0]
+    first, last = bounds[sample["label"]]
+    assert first <= numbers[0] <= numbers[-1] <= last

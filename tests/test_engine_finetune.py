@@ -21,7 +21,7 @@ from tiny import tiny_vit
 
 import finetune
 import finetune_on_image
-from data.clips import clip_slack, frame_indices, view_start
+from data.clips import ClipSampling, clip_slack, frame_indices, view_start
 from data.decode import open_video
 from data.transforms import view_transform
 from models_vit import VisionTransformer, normalize
@@ -31,7 +31,7 @@ from util.dist import UserError
 from util.pixels import VIDEO_MEAN, VIDEO_STD
 
 BATCH = ["--batch_size_per_gpu", "4"]
-SPACING = {"num_frames": 4, "sampling_rate": 2}
+SPACING = ClipSampling(num_frames=4, sampling_rate=2)
 
 
 def saved_classifier(path: Path) -> VisionTransformer:
@@ -51,10 +51,10 @@ def mean_probabilities(
     """Return the mean of a video's views' probabilities (K,), computed one view at a time."""
     probabilities = []
     with open_video(path, "pyav", 48) as video:
-        slack = clip_slack(video.num_frames, video.fps, **SPACING)
+        slack = clip_slack(video.num_frames, video.fps, SPACING)
         for index in range(num_clips):
             start = view_start(slack, index, num_clips)
-            indices = frame_indices(video.num_frames, video.fps, **SPACING, start=start)
+            indices = frame_indices(video.num_frames, video.fps, SPACING, start)
             frames = torch.from_numpy(video.read(indices)).permute(0, 3, 1, 2)
             for crop in view_transform(32, num_crops)(frames):  # (T, C, H, W)
                 clip = normalize(crop.transpose(0, 1)[None], VIDEO_MEAN, VIDEO_STD)

@@ -10,6 +10,7 @@ from runs import center_clip, log_records, pretrain_command, saved_model, saved_
 from tiny import tiny_mae, tiny_vit
 
 import pretrain
+from data.clips import ClipSampling
 from data.datasets import ViewDataset
 from data.loader import WorkerSettings, collate, collate_readable, eval_loader
 from data.manifest import find_videos
@@ -188,9 +189,7 @@ def read_views(paths: list[str], out, collate_fn):
     dataset = ViewDataset(
         paths=paths,
         labels=[0] * len(paths),
-        num_frames=8,
-        sampling_rate=1,
-        target_fps=30,
+        sampling=ClipSampling(8, 1, 30),
         num_views=2,
         transform=view_transform(32, 1),
         decoder="pyav",

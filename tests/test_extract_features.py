@@ -18,7 +18,7 @@ from tiny import tiny_mae, tiny_vit
 import finetune
 import finetune_on_image
 import pretrain
-from data.clips import frame_indices
+from data.clips import ClipSampling, frame_indices
 from data.datasets import ViewDataset
 from data.decode import open_video
 from data.input_files import ReadError
@@ -242,7 +242,7 @@ def clip_from(path, start: float) -> torch.Tensor:
     first = round(start * 30)
     with open_video(str(path), "pyav", 48) as video:
         left = video.num_frames - first
-        indices = first + frame_indices(left, 30, num_frames=8, sampling_rate=2, start=0)
+        indices = first + frame_indices(left, 30, ClipSampling(8, 2), start=0)
         frames = video.read_tensor(indices)
     return normalize(view_transform(24, 1)(frames).transpose(1, 2), VIDEO_MEAN, VIDEO_STD)
 
@@ -299,11 +299,11 @@ def test_an_interrupted_folder_is_continued(pretrained, mixed, tmp_path, monkeyp
     read_clips = ViewDataset.read_clips
     reads = []
 
-    def counted(self, epoch, index, path, info):
+    def counted(self, key, path, span, info):
         reads.append(path)
         if len(reads) == 10:
             raise KeyboardInterrupt
-        return read_clips(self, epoch, index, path, info)
+        return read_clips(self, key, path, span, info)
 
     monkeypatch.setattr(ViewDataset, "read_clips", counted)
     with pytest.raises(KeyboardInterrupt):
@@ -331,10 +331,10 @@ def test_a_video_with_an_unreadable_clip_is_left_out(
 ):
     read_clips = ViewDataset.read_clips
 
-    def failing(self, epoch, index, path, info):
-        if index == 3:
+    def failing(self, key, path, span, info):
+        if key[1] == 3:
             raise ReadError("nothing there")
-        return read_clips(self, epoch, index, path, info)
+        return read_clips(self, key, path, span, info)
 
     monkeypatch.setattr(ViewDataset, "read_clips", failing)
     extract(pretrained, "--data_dir", mixed, *STRIDE, "--output", tmp_path / output)
@@ -436,9 +436,9 @@ def test_an_index_saves_opening_the_files(pretrained, mixed, tmp_path, monkeypat
     monkeypatch.setattr(feature_clips, "probe_files", lambda paths, *_: [] if not paths else None)
     read_clips = ViewDataset.read_clips
 
-    def with_info(self, epoch, index, path, info):
+    def with_info(self, key, path, span, info):
         assert info is not None
-        return read_clips(self, epoch, index, path, info)
+        return read_clips(self, key, path, span, info)
 
     monkeypatch.setattr(ViewDataset, "read_clips", with_info)
     extract(pretrained, "--data_csv", manifest, *flags, tmp_path / "indexed.npz")

@@ -85,7 +85,7 @@ class LoggedReads(SampleDataset):
             file.write(f"{key[0]} {key[1]}\n")
         return super().__getitem__(key)
 
-    def read_clips(self, epoch, index, path, info):
+    def read_clips(self, key, path, span, info):
         """Return a black clip."""
         return ReadClips(torch.zeros(1, 3, 1, 2, 2, dtype=torch.uint8))
 

@@ -1,14 +1,17 @@
 """Manifests: files found in folders, CSV files of any usual form, and classes."""
 
 import json
+import math
 import os
 import random
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from data.manifest import (
     VIDEO_EXTENSIONS,
+    Samples,
     check_classes,
     class_indices,
     class_names,
@@ -17,6 +20,7 @@ from data.manifest import (
     keep_fraction,
     keep_stratified,
     read_manifest,
+    unlabeled,
     walk,
     write_classes,
     write_manifest,
@@ -85,7 +89,7 @@ def test_errors_about_folders_name_the_flag_that_was_given(tmp_path, flag):
 
 def test_subfolders_are_classes(tmp_path):
     touch(tmp_path, "run/deep/1.mp4", "jump/2.mp4", "jump/3.mp4", ".git/4.mp4")
-    paths, labels = find_labeled(str(tmp_path), VIDEO_EXTENSIONS, "--train_dir")
+    paths, labels, _ = find_labeled(str(tmp_path), VIDEO_EXTENSIONS, "--train_dir")
     assert [Path(path).name for path in paths] == ["2.mp4", "3.mp4", "1.mp4"]
     assert labels == ["jump", "jump", "run"]
     (tmp_path / "empty").mkdir()
@@ -97,19 +101,22 @@ def test_subfolders_are_classes(tmp_path):
 
 def test_fraction_keeps_the_first_and_rounds_up():
     paths = [str(index) for index in range(10)]
-    assert keep_fraction(paths, 0.25) == ["0", "1", "2"]
-    assert keep_fraction(paths, 1.0) == paths
-    assert keep_fraction(paths, 0.001) == ["0"]
+    spans = np.arange(20.0).reshape(10, 2)
+    kept = keep_fraction(Samples(paths, paths, spans), 0.25)
+    assert kept.paths == kept.labels == ["0", "1", "2"]
+    assert kept.spans.tolist() == [[0, 1], [2, 3], [4, 5]]
+    assert keep_fraction(unlabeled(paths), 0.01) == (["0"], [""], None)
+    assert keep_fraction(unlabeled(paths), 1) == unlabeled(paths)
 
 
 def test_t17_a_written_manifest_reads_back(tmp_path):
     names = ["plain", "with, comma", 'with "quote"', "with space", "ü"]
     paths = [f"/v/{name}.mp4" for name in names]
     labels = ["a", "NA", "None", "3", "b c"]
-    write_manifest(tmp_path / "made/m.csv", paths, labels)
-    assert read_manifest(tmp_path / "made/m.csv") == (paths, labels)
-    write_manifest(tmp_path / "made/m.csv", paths)
-    assert read_manifest(tmp_path / "made/m.csv") == (paths, [""] * 5)
+    write_manifest(tmp_path / "made/m.csv", Samples(paths, labels))
+    assert read_manifest(tmp_path / "made/m.csv")[:2] == (paths, labels)
+    write_manifest(tmp_path / "made/m.csv", unlabeled(paths))
+    assert read_manifest(tmp_path / "made/m.csv")[:2] == (paths, [""] * 5)
     assert [path.name for path in (tmp_path / "made").iterdir()] == ["m.csv"]
 
 
@@ -131,12 +138,12 @@ def test_t17_a_written_manifest_reads_back(tmp_path):
     ],
 )
 def test_t17_all_usual_forms_are_the_same_manifest(tmp_path, text, encoding):
-    assert read_manifest(write_text(tmp_path, text, encoding)) == TWO_ROWS
+    assert read_manifest(write_text(tmp_path, text, encoding))[:2] == TWO_ROWS
 
 
 def test_t17_one_column_and_relative_paths(tmp_path):
     manifest = write_text(tmp_path, "sub/a clip.mp4\n../b.mp4\n/c.mp4\n")
-    paths, labels = read_manifest(manifest)
+    paths, labels, _ = read_manifest(manifest)
     assert paths == [str(tmp_path / "sub/a clip.mp4"), str(tmp_path.parent / "b.mp4"), "/c.mp4"]
     assert labels == ["", "", ""]
 
@@ -144,14 +151,20 @@ def test_t17_one_column_and_relative_paths(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("/v/a.mp4,x\n/v/b.mp4,y,z\n", "line 2: more than two fields"),
+        ("/v/a.mp4,x\n/v/b.mp4,y,z\n", "line 2: too many fields"),
         ("/v/a.mp4,x\n,y\n", "line 2: no path"),
         ("/v/a.mp4,x\n\nconcat:a|b,y\n", "line 3: a URL or protocol"),
         ("/v/a.mp4,x\nhttp://host/b.mp4,y\n", "line 2: a URL"),
         ("/v/a.mp4,x\n/v/b.mp4,y,z,w,v\n", "line 2"),
         ("/v/a,0,90\n", "line 1: two numbers after the path, as in VideoMAE's lists of frame"),
         ("/v/a 0 90\n/v/b 1 30\n", "line 1: two numbers after the path"),
-        ("label,path\nx,/v/a.mp4\n", "put the path first"),
+        ("/v/a.mp4,x,1,\n/v/b.mp4,y,9\n", "line 1: too many fields"),
+        ("/v/a.mp4,x,3,3\n", "line 1: the start must be 0 or more, and before the end"),
+        ("/v/a.mp4,x,nan,3\n", "line 1: the start must be 0 or more"),
+        ("path,end\n/v/a.mp4,1:30\n", "line 2: start and end must be seconds, such as 12.5"),
+        ("path,start\n/v/a.mp4,-1\n", "line 2: the start must be 0 or more"),
+        ("path,label,fold\n/v/a.mp4,x,1\n", "column 'fold' of its header is unknown"),
+        ("path,start,start\n/v/a.mp4,1,2\n", "column 'start' of its header is unknown or occurs"),
         ('/v/a.mp4,x\n"/v/b.mp4,y\n/v/c.mp4,z\n', "line 2: unexpected end of data"),
         ('"/v/a.mp4" b,x\n', "line 1: ',' expected after '\"'"),
         ("/v/a.mp4,x\x00", "binary or in UTF-16"),
@@ -172,17 +185,17 @@ def test_t17_half_a_million_rows_and_duplicates_are_read(tmp_path):
     labels = [("NA", "None", "null", "007", "1e3")[row % 5] for row in range(NUM_ROWS)]
     rows = [f"{path},{label}" for path, label in zip(paths, labels, strict=True)]
     manifest = write_text(tmp_path, "\r\n".join(["path,label", *rows]), "utf-8-sig")
-    assert read_manifest(manifest) == (paths, labels)
+    assert read_manifest(manifest)[:2] == (paths, labels)
     with open(manifest, "a") as file:
         file.write("\r\n/videos/a.mp4,x,y")
-    with pytest.raises(UserError, match=f"line {NUM_ROWS + 2}: more than two fields"):
+    with pytest.raises(UserError, match=f"line {NUM_ROWS + 2}: too many fields"):
         read_manifest(manifest)
 
 
 def test_semicolons_and_spaces_in_one_column_are_names(tmp_path):
     for names in (["a;b.mp4", "c;d.mp4"], ["a b.mp4", "c d.mp4"], ["a 0 9.mp4"], ["a;b c.webm"]):
         manifest = write_text(tmp_path, "\n".join(f"/v/{name}" for name in names))
-        assert read_manifest(manifest) == ([f"/v/{name}" for name in names], [""] * len(names))
+        assert read_manifest(manifest)[:2] == ([f"/v/{name}" for name in names], [""] * len(names))
 
 
 def test_labels_may_hold_other_separators(tmp_path):
@@ -192,13 +205,13 @@ def test_labels_may_hold_other_separators(tmp_path):
         "path;label\n/v/a.mp4;pour, slowly\n",
         "video\tclass\n/v/a.mp4\tpour, slowly\n",
     ):
-        _, labels = read_manifest(write_text(tmp_path, text))
+        _, labels, _ = read_manifest(write_text(tmp_path, text))
         assert labels[0] == "pour, slowly"
 
 
 def test_videomae_v2_lists_of_videos_have_no_labels(tmp_path):
     manifest = write_text(tmp_path, "/v/a.mp4 0 -1\n/v/c.mp4 0 -1\n")
-    assert read_manifest(manifest) == (["/v/a.mp4", "/v/c.mp4"], ["", ""])
+    assert read_manifest(manifest)[:2] == (["/v/a.mp4", "/v/c.mp4"], ["", ""])
 
 
 @pytest.mark.parametrize("header", ["clip_path,label", "video_name,tag", "Video Name;Tag", "clips"])
@@ -208,11 +221,11 @@ def test_unknown_headers_are_told_by_the_files(header, tmp_path, capsys):
     rows = [f"{name}.mp4{separator}{label}" for name, label in (("a", "x"), ("b", "y"))]
     manifest = write_text(tmp_path, "\n".join([header, *rows]))
     expected = [str(tmp_path / "a.mp4"), str(tmp_path / "b.mp4")], ["x", "y"]
-    assert read_manifest(manifest) == expected
+    assert read_manifest(manifest)[:2] == expected
     (note,) = capsys.readouterr().out.splitlines()
     assert "is read as a header" in note
     manifest.write_text("\n".join(rows))
-    assert read_manifest(manifest) == expected
+    assert read_manifest(manifest)[:2] == expected
     assert capsys.readouterr().out == ""
 
 
@@ -260,18 +273,18 @@ def test_every_name_reads_back_and_opens(alphabet, tmp_path):
         assert len(found) == len(names) + 1
         labels = [random_name(draw, alphabet) for _ in found]
         for given in (None, labels):
-            write_manifest(tmp_path / "m.csv", found, given)
-            assert read_manifest(tmp_path / "m.csv") == (found, given or [""] * len(found))
+            write_manifest(tmp_path / "m.csv", Samples(found, given or [""] * len(found)))
+            assert read_manifest(tmp_path / "m.csv")[:2] == (found, given or [""] * len(found))
         assert all(Path(path).read_bytes() == b"x" for path in read_manifest(tmp_path / "m.csv")[0])
 
 
 def test_spaces_around_a_written_label_are_kept(tmp_path):
-    write_manifest(tmp_path / "m.csv", ["/v/a.mp4"], [" a "])
-    assert read_manifest(tmp_path / "m.csv") == (["/v/a.mp4"], [" a "])
+    write_manifest(tmp_path / "m.csv", Samples(["/v/a.mp4"], [" a "]))
+    assert read_manifest(tmp_path / "m.csv")[:2] == (["/v/a.mp4"], [" a "])
 
 
 def test_usual_names_are_written_without_quotes(tmp_path):
-    write_manifest(tmp_path / "m.csv", ["/v/a b;c.mp4", '/v/a"b,ü.mp4'], ["1", "x y"])
+    write_manifest(tmp_path / "m.csv", Samples(["/v/a b;c.mp4", '/v/a"b,ü.mp4'], ["1", "x y"]))
     written = 'path,label\n/v/a b;c.mp4,1\n"/v/a""b,ü.mp4",x y\n'
     assert (tmp_path / "m.csv").read_text(encoding="utf-8") == written
 
@@ -336,3 +349,36 @@ def test_a_stratified_part_is_the_same_for_the_same_seed():
     assert kept == keep_stratified(labels, 0.3, seed=1)
     assert kept != keep_stratified(labels, 0.3, seed=2)
     assert keep_stratified(labels, 1.0, seed=1) == list(range(14))
+
+
+SPANS_FORMS = [
+    "path,label,start,end\n/v/a.mp4,x,0,2.5\n/v/a.mp4,y,2.5,\n/v/b.mp4,x,,\n",
+    "start,end,label,path\n0,2.5,x,/v/a.mp4\n2.5,,y,/v/a.mp4\n,,x,/v/b.mp4\n",
+    "Label;Start;Path;End\nx;0.0;/v/a.mp4;2.50\ny;2.5;/v/a.mp4\nx;;/v/b.mp4\n",
+    "video\tend\tstart\tclass\n/v/a.mp4\t2.5\t0\tx\n/v/a.mp4\t\t2.5\ty\n/v/b.mp4\t\t\tx\n",
+    "/v/a.mp4,x,0,2.5\n/v/a.mp4,y,2.5,inf\n/v/b.mp4,x\n",
+    "/v/a.mp4 x 0 2.5\n/v/a.mp4 y 2.5 1e400\n/v/b.mp4 x 0 inf\n",
+]
+
+
+@pytest.mark.parametrize("text", SPANS_FORMS)
+def test_rows_may_be_parts_of_videos_in_any_column_order(text, tmp_path):
+    samples = read_manifest(write_text(tmp_path, text))
+    assert samples.paths == ["/v/a.mp4", "/v/a.mp4", "/v/b.mp4"]
+    assert samples.labels == ["x", "y", "x"]
+    assert samples.spans.tolist() == [[0, 2.5], [2.5, math.inf], [0, math.inf]]
+
+
+def test_parts_of_videos_are_written_and_read_back_equal(tmp_path):
+    spans = np.array([[0, 1 / 3], [1e-9, math.inf], [0, math.inf], [0.1 + 0.2, 1e6]])
+    paths = ["/v/a b,c.mp4", "/v/\n.mp4", "/v/d.mp4", "/v/d.mp4"]
+    for labels in (["x", "", "z", "2"], [""] * 4):
+        write_manifest(tmp_path / "m.csv", Samples(paths, labels, spans))
+        read = read_manifest(tmp_path / "m.csv")
+        assert read[:2] == (paths, labels)
+        assert np.array_equal(read.spans, spans)
+
+
+def test_a_manifest_of_whole_files_has_no_parts(tmp_path):
+    assert read_manifest(write_text(tmp_path, "path,start,end\n/v/a.mp4,,\n")).spans is None
+    assert read_manifest(write_text(tmp_path, "path,start,end\n/v/a.mp4,0,inf\n")).spans is None

@@ -16,7 +16,7 @@ from runs import image_command, pretrained_checkpoint, video_command
 
 import finetune
 import finetune_on_image
-from data.clips import clip_slack, frame_indices, view_start
+from data.clips import ClipSampling, clip_slack, frame_indices, view_start
 from data.datasets import ViewDataset
 from data.decode import open_video
 from data.transforms import image_transform, view_transform
@@ -33,7 +33,7 @@ from util.dist import UserError
 from util.pixels import IMAGE_MEAN, IMAGE_STD, VIDEO_MEAN, VIDEO_STD
 
 ONE_STEP = "--max_steps 1 --batch_size_per_gpu 4".split()
-SPACING = {"num_frames": 4, "sampling_rate": 2}
+SPACING = ClipSampling(num_frames=4, sampling_rate=2)
 
 
 @pytest.fixture(scope="module")
@@ -93,9 +93,9 @@ def plain_probabilities(model, path: str, windows: int = 1, crops: int = 1) -> t
     rows = []
     for window in range(windows):
         with open_video(path, "pyav", 48) as video:
-            slack = clip_slack(video.num_frames, video.fps, **SPACING)
+            slack = clip_slack(video.num_frames, video.fps, SPACING)
             start = view_start(slack, window, windows)
-            indices = frame_indices(video.num_frames, video.fps, **SPACING, start=start)
+            indices = frame_indices(video.num_frames, video.fps, SPACING, start)
             views = view_transform(32, crops)(video.read_tensor(indices))  # (crops, T, 3, S, S)
         for view in views.transpose(1, 2):
             rows.append(model(normalize(view[None], VIDEO_MEAN, VIDEO_STD)).softmax(1)[0])
@@ -203,9 +203,9 @@ def test_segments_are_read_without_describing_the_file_again(
     described = []
     read_clips = ViewDataset.read_clips
 
-    def record(self, epoch, index, path, info):
+    def record(self, key, path, span, info):
         described.append((path, info.frames))
-        return read_clips(self, epoch, index, path, info)
+        return read_clips(self, key, path, span, info)
 
     monkeypatch.setattr(ViewDataset, "read_clips", record)
     sources = [broken, images, *video_paths(videos)[:3]]
@@ -271,10 +271,10 @@ def test_a_file_that_kills_its_reader_is_listed(finetuned, videos, tmp_path, mon
     deadly = video_paths(videos)[2]
     read_clips = ViewDataset.read_clips
 
-    def die(self, epoch, index, path, info):
+    def die(self, key, path, span, info):
         if path == deadly:
             os._exit(1)
-        return read_clips(self, epoch, index, path, info)
+        return read_clips(self, key, path, span, info)
 
     monkeypatch.setattr(ViewDataset, "read_clips", die)
     output = ["--output", str(tmp_path / "predictions.csv")]

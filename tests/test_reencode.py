@@ -285,7 +285,7 @@ def test_broken_files_are_listed_and_the_manifest_is_written(tmp_path, capsys):
     ]
     pd.DataFrame(rows, columns=["path", "label"]).to_csv(folder / "list.csv", index=False)
     main([str(folder / "list.csv"), str(tmp_path / "dst")])
-    assert read_manifest(tmp_path / "dst" / "manifest.csv") == (
+    assert read_manifest(tmp_path / "dst" / "manifest.csv")[:2] == (
         [
             str(tmp_path / "dst" / name)
             for name in ("x/good.mp4", "y/2 good, too.mp4", "x/good.mp4")

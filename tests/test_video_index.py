@@ -13,7 +13,7 @@ from video_writer import write_case
 
 from data import decode, video_index
 from data.decode import describe
-from data.manifest import find_videos, read_manifest, write_manifest
+from data.manifest import Samples, find_videos, read_manifest, unlabeled, write_manifest
 from data.video import VideoInfo
 from data.video_index import READABLE, UNKNOWN, VideoIndex, index_path, load_index
 from tools.data_doctor import build_index
@@ -40,7 +40,7 @@ def variable_rate(tmp_path):
 
 def list_folder(manifest: Path, folder: Path) -> tuple[Path, list[str]]:
     """Write a manifest of a folder's videos; return it and its paths."""
-    write_manifest(manifest, find_videos([str(folder)], "--data_dirs"))
+    write_manifest(manifest, unlabeled(find_videos([str(folder)], "--data_dirs")))
     return manifest, read_manifest(manifest)[0]
 
 
@@ -198,3 +198,20 @@ def test_times_newer_than_their_rows_are_not_used(variable_rate):
     times = newer.all_times()
     np.save(video_index.times_path(index_path(manifest)), times)  # and the rows were never written
     assert load_index(manifest, paths).info(pause, paths[pause]) is None
+
+
+def test_parts_of_a_video_share_its_row(listed, tmp_path):
+    manifest, paths = listed
+    whole = write_index(manifest, paths)
+    order = [2, 0, 2, 1, 0, 2]
+    spans = np.array([[second, second + 1] for second in range(6)], dtype=float)
+    samples = Samples([paths[i] for i in order], ["x"] * 6, spans)
+    write_manifest(tmp_path / "parts.csv", samples)
+    video_index.copy_index(manifest, tmp_path / "parts.csv", samples.paths)
+    index = load_index(tmp_path / "parts.csv", samples.paths)
+    assert np.array_equal(index.rows, whole.rows[[2, 0, 1]])
+    assert np.array_equal(whole.of_files(samples.paths).rows, index.rows)
+    dataset = clip_dataset(samples.paths, known=index)
+    assert [dataset.paths.files[i] for i in range(6)] == [0, 1, 0, 2, 1, 0]
+    broken = find(paths, "broken.mp4")
+    assert dataset._unreadable_reason(order.index(broken), paths[broken]) or broken not in order

@@ -96,9 +96,9 @@ def read_imagenet(path: str) -> pd.DataFrame:
 
 def read_videomae(path: str) -> pd.DataFrame:
     """Return the videos of a list of VideoMAE, mae_st or optimized-stmae: path and number."""
-    paths, labels = read_manifest(path)
-    names = [os.path.splitext(video)[0] for video in paths]
-    return pd.DataFrame({"name": names, "label": labels})
+    samples = read_manifest(path)
+    names = [os.path.splitext(video)[0] for video in samples.paths]
+    return pd.DataFrame({"name": names, "label": samples.labels})
 
 
 def read_classind(path: str) -> list[str]:

@@ -21,12 +21,12 @@ import pandas as pd
 import torch
 
 from data import video_index
-from data.clips import clip_indices
+from data.clips import ClipSampling, Span, clip_indices
 from data.datasets import ReadClips, SampleDataset
 from data.decode import decord_installed, describe, open_video
 from data.input_files import ReadError
 from data.loader import FaultTolerantLoader, WorkerSettings
-from data.manifest import find_videos, read_manifest, write_manifest
+from data.manifest import find_videos, read_manifest, unlabeled, write_manifest
 from data.samplers import DistributedEvalSampler
 from data.transforms import decode_short_side, train_transform
 from data.video import VideoInfo
@@ -66,7 +66,9 @@ class ProbeDataset(SampleDataset):
     The `clips` of a sample are the VideoInfo of the file, or None; `bad` holds the reason.
     """
 
-    def read_clips(self, epoch: int, index: int, path: str, info: VideoInfo | None) -> ReadClips:
+    def read_clips(
+        self, key: tuple[int, int], path: str, span: Span | None, info: VideoInfo | None
+    ) -> ReadClips:
         """Return the description of a file in place of clips. Raises ReadError."""
         return ReadClips(describe(path))
 
@@ -174,12 +176,7 @@ def clip_cost(
     marks = [time.process_time()]
     with open_video(path, decoder, short_side, info) as video:
         marks.append(time.process_time())
-        indices = clip_indices(
-            video,
-            num_frames=clip.num_frames,
-            sampling_rate=clip.sampling_rate,
-            start=start,
-        )
+        indices = clip_indices(video, ClipSampling(clip.num_frames, clip.sampling_rate), start)
         video.seek(int(indices[0]))
         marks.append(time.process_time())
         frames = video.read_tensor(indices)
@@ -417,7 +414,7 @@ def find_source(source: list[str], write: str | None) -> tuple[list[str], str | 
     Raises UserError for bad input, or if `write` exists.
     """
     if len(source) == 1 and os.path.isfile(source[0]):
-        paths, _ = read_manifest(source[0])
+        paths = video_index.distinct(read_manifest(source[0]).paths)
         if write:
             raise UserError(
                 f"--write {write}: the source is a manifest already. Leave out --write."
@@ -439,7 +436,7 @@ def main(argv: list[str] | None = None) -> None:
         target = video_index.index_path(manifest)
     index = build_index(paths, target, max(1, args.workers), args.read_timeout)
     if args.write:
-        write_manifest(args.write, paths)
+        write_manifest(args.write, unlabeled(paths))
     print0(*summary(paths, index.rows, clip), sep="\n")
     costs = mean_clip_costs(paths, index, args.files, clip)
     if len(costs):

@@ -34,10 +34,10 @@ from models_vit import VideoEncoder, token_grid
 from tools.data_doctor import Progress
 from tools.feature_clips import (
     Clips,
-    Samples,
+    Inputs,
     clips_along,
     index_files,
-    list_samples,
+    list_inputs,
     one_clip_each,
 )
 from tools.feature_files import (
@@ -172,6 +172,24 @@ def output_path(args: argparse.Namespace) -> Path:
     return path
 
 
+def check_parts(samples: Inputs, args: argparse.Namespace, output: Path) -> None:
+    """Raise UserError for images to cut into clips, and for parts of videos to cut or to name."""
+    if samples.are_images and args.stride_seconds is not None:
+        raise UserError("--stride_seconds is for videos, but the files are images. Drop it.")
+    if samples.spans is None:
+        return
+    if args.stride_seconds is not None:
+        raise UserError(
+            f"--stride_seconds cuts whole videos, but {args.data_csv} has start and end already. "
+            "Drop one of them."
+        )
+    if output.suffix != ".npz":
+        raise UserError(
+            f"--output {output} is a folder of a file per video, but {args.data_csv} has parts of "
+            "videos. Choose a name that ends in .npz."
+        )
+
+
 def choose_read_out(source: ModelSource, args: argparse.Namespace) -> ReadOut:
     """Return what to take of the tokens. Raises UserError for a layer that the model lacks.
 
@@ -245,7 +263,7 @@ class Extraction:
         *,
         encoder: VideoEncoder,
         read_out: ReadOut,
-        samples: Samples,
+        samples: Inputs,
         args: argparse.Namespace,
         env: DistEnv,
         quarantine: Path,
@@ -273,7 +291,7 @@ class Extraction:
         index = index_files(
             share, self.samples, self.workers.num_workers, self.workers.read_timeout
         )
-        return clips_along(share, index, self.clip_seconds, stride)
+        return clips_along(share, self.samples, index, self.clip_seconds, stride)
 
     def rows(self, clips: Clips) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Yield (indices of some clips (b,), their features (b, ...) float32), in order.
@@ -287,7 +305,8 @@ class Extraction:
 
         def note_unreadable(batch: dict) -> None:
             for index, reason in batch["unreadable"].items():
-                if clips.spans is not None:
+                if self.args.stride_seconds is not None:
+                    assert clips.spans is not None
                     reason = f"from {clips.spans[index, 0]:g} s on: {reason}"
                 self.unreadable.setdefault(int(clips.file[index]), reason)
 
@@ -304,6 +323,16 @@ class Extraction:
             progress.show(done)
         if done < total:  # the last ones are unreadable
             progress.show(total)
+
+    def spans(self, rows: ClipRows) -> np.ndarray | None:
+        """Return the parts (m, 2) of their files that clips are, in seconds; None: whole files."""
+        stride = self.args.stride_seconds
+        if stride is not None:
+            start = rows.clip * stride
+            return np.stack([start, start + self.clip_seconds], axis=1)
+        if self.samples.spans is not None:
+            return self.samples.spans[rows.file]
+        return None
 
     def make_dataset(self, clips: Clips) -> SampleDataset:
         """Return the center crops of clips of videos, or of images, at the size of the model."""
@@ -336,12 +365,10 @@ def write_table(output: Path, extraction: Extraction) -> None:
     file, clip = divmod(table["index"].numpy(), CLIPS_PER_FILE)
     kept = ~np.isin(file, list(unreadable))
     values = table["features"].numpy()[kept]
-    times = {}
-    if extraction.args.stride_seconds is not None:
-        times = {"stride": extraction.args.stride_seconds, "length": extraction.clip_seconds}
     if extraction.env.rank == 0:
         rows_to_save = ClipRows(file[kept], clip[kept], values)
-        save_table(output, rows_to_save, samples._asdict(), reasons, times)
+        spans = extraction.spans(rows_to_save)
+        save_table(output, rows_to_save, samples._asdict(), reasons, spans)
     print_unreadable(reasons, len(samples.paths))
     shape = " x ".join(map(str, values.shape))
     print0(f"wrote {output}: features {shape}, {len(samples.classes)} classes")
@@ -385,7 +412,7 @@ def find_pending(folder: Path, names: list[str], shape: tuple[int, ...]) -> list
     return sorted(pending)
 
 
-def by_path(samples: Samples, unreadable: dict[int, str]) -> dict[str, str]:
+def by_path(samples: Inputs, unreadable: dict[int, str]) -> dict[str, str]:
     """Return {path: reason} for {file: reason}."""
     return {samples.paths[file]: reason for file, reason in unreadable.items()}
 
@@ -439,9 +466,8 @@ def main(argv: list[str] | None = None) -> None:
     check_seconds("stride_seconds", args.stride_seconds, args.target_fps)
     env = dist.setup(args.device)
     output = dist.on_rank0(lambda: output_path(args))
-    samples = dist.on_rank0(lambda: list_samples(args.data_dir, args.data_csv, source.classes))
-    if samples.are_images and args.stride_seconds is not None:
-        raise UserError("--stride_seconds is for videos, but the files are images. Drop it.")
+    samples = dist.on_rank0(lambda: list_inputs(args.data_dir, args.data_csv, source.classes))
+    check_parts(samples, args, output)
     read_out = choose_read_out(source, args)
     encoder = load_encoder(args.checkpoint, **given_sizes(args))
     in_table = output.suffix == ".npz"

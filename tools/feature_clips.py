@@ -8,6 +8,7 @@ import numpy as np
 from data.manifest import (
     IMAGE_EXTENSIONS,
     VIDEO_EXTENSIONS,
+    Samples,
     check_folder,
     class_indices,
     class_names,
@@ -16,19 +17,20 @@ from data.manifest import (
     walk,
 )
 from data.spans import cut_into_spans, index_durations
-from data.video_index import UNKNOWN, VideoIndex, load_index, new_index
+from data.video_index import UNKNOWN, VideoIndex, distinct, load_index, new_index
 from tools.data_doctor import probe_files
 from util.dist import UserError, print0
 
 
-class Samples(NamedTuple):
-    """The files to read."""
+class Inputs(NamedTuple):
+    """The files to read, or parts of them."""
 
     paths: list[str]
     labels: list[int]  # class indices, -1: none
     classes: list[str]
     are_images: bool
     manifest: str  # where the paths come from, "" for a folder
+    spans: np.ndarray | None  # (n, 2) seconds, None: whole files
 
     def label(self, index: int) -> str:
         """Return the class name of a file, "" for none."""
@@ -43,11 +45,11 @@ class Clips(NamedTuple):
     file: np.ndarray  # (m,) int64 index of the file of each clip
     clip: np.ndarray  # (m,) int64 index of the clip in its file
     spans: np.ndarray | None  # (m, 2) seconds, None for the center clips of whole files
-    known: VideoIndex | None  # a row per clip
+    known: VideoIndex | None  # of the files that have clips
     unreadable: dict[int, str]  # reason by file, of files that have no clips
 
 
-def find_files(folder: str) -> tuple[list[str], list[str]]:
+def find_files(folder: str) -> Samples:
     """Return all videos and images below a folder and their labels. Raises UserError for none.
 
     The label of a file is the name of the subfolder of `folder` that holds it, "" if none does.
@@ -64,7 +66,7 @@ def find_files(folder: str) -> tuple[list[str], list[str]]:
     for path in paths:
         subfolders = Path(path).relative_to(root).parts[:-1]
         labels.append("".join(subfolders[:1]))
-    return paths, labels
+    return Samples(paths, labels)
 
 
 def check_kind(paths: list[str], source: str) -> bool:
@@ -78,24 +80,21 @@ def check_kind(paths: list[str], source: str) -> bool:
     return bool(images)
 
 
-def list_samples(folder: str, csv: str, known_classes: list[str] | None) -> Samples:
-    """Return the files of a folder or a manifest with their class indices.
+def list_inputs(folder: str, csv: str, known_classes: list[str] | None) -> Inputs:
+    """Return the files of a folder, or the samples of a manifest, with their class indices.
 
     known_classes: the classes of a finetuned model. Labels index them, or the data's own classes
     if a label is not among them. Raises UserError.
     """
-    if csv:
-        paths, labels = read_manifest(csv)
-    else:
-        paths, labels = find_files(folder)
+    paths, labels, spans = read_manifest(csv) if csv else find_files(folder)
     source = csv or folder
     are_images = check_kind(paths, source)
-    distinct = sorted(set(labels) - {""})
+    names = sorted(set(labels) - {""})
     classes = []
-    if distinct:
-        classes = class_names(distinct)
+    if names:
+        classes = class_names(names)
     if known_classes is not None:
-        unknown = [name for name in distinct if name not in known_classes]
+        unknown = [name for name in names if name not in known_classes]
         if not unknown:
             classes = known_classes
         else:
@@ -103,18 +102,19 @@ def list_samples(folder: str, csv: str, known_classes: list[str] | None) -> Samp
                 f"note: {unknown[0]!r} is not a class of the checkpoint. "
                 f"The labels are indices of the {len(classes)} classes of {source}."
             )
-    indices = dict(zip(distinct, class_indices(distinct, classes, source), strict=True))
-    return Samples(paths, [indices.get(label, -1) for label in labels], classes, are_images, csv)
+    indices = dict(zip(names, class_indices(names, classes, source), strict=True))
+    numbers = [indices.get(label, -1) for label in labels]
+    return Inputs(paths, numbers, classes, are_images, csv, spans)
 
 
 def index_files(
-    files: list[int], samples: Samples, num_workers: int, read_timeout: float
+    files: list[int], samples: Inputs, num_workers: int, read_timeout: float
 ) -> VideoIndex:
     """Return the video index of some files; those that the manifest's index lacks are opened.
 
     num_workers processes open them, each file for at most read_timeout seconds.
     """
-    paths = [samples.paths[file] for file in files]
+    paths = distinct([samples.paths[file] for file in files])
     index = new_index(paths, known_rows(files, samples))
     unknown = np.flatnonzero(index.rows["state"] == UNKNOWN).tolist()
     unknown_paths = [paths[row] for row in unknown]
@@ -124,34 +124,44 @@ def index_files(
     return index
 
 
-def known_rows(files: list[int], samples: Samples) -> VideoIndex | None:
+def known_rows(files: list[int], samples: Inputs) -> VideoIndex | None:
     """Return the rows of some files in the index of the manifest, None if it has none."""
     if samples.are_images:
         return None
     known = load_index(samples.manifest, samples.paths)
     if known is None:
         return None
-    return VideoIndex(known.rows[files], known.all_times())
+    return known.of_files([samples.paths[file] for file in files])
 
 
-def one_clip_each(files: list[int], samples: Samples) -> Clips:
-    """Return a clip of each file."""
+def one_clip_each(files: list[int], samples: Inputs) -> Clips:
+    """Return a clip of each file, or of each part."""
     file = np.array(files, dtype=np.int64)
     known = known_rows(files, samples)
-    return Clips(file, np.zeros_like(file), None, known, {})
+    spans = None
+    if samples.spans is not None:
+        spans = samples.spans[file]
+    return Clips(file, np.zeros_like(file), spans, known, {})
 
 
-def clips_along(files: list[int], index: VideoIndex, seconds: float, stride: float) -> Clips:
+def clips_along(
+    files: list[int], samples: Inputs, index: VideoIndex, seconds: float, stride: float
+) -> Clips:
     """Return clips of `seconds` from every `stride` seconds of each video on.
 
     index: of the files.
     """
-    row, spans = cut_into_spans(index_durations(index), seconds, stride)
-    absent = np.setdiff1d(np.arange(len(files)), row).tolist()
+    paths = [samples.paths[file] for file in files]
+    row_of = {path: row for row, path in enumerate(distinct(paths))}
+    rows = np.array([row_of[path] for path in paths], dtype=np.int64)  # of the index
+    number, spans = cut_into_spans(index_durations(index)[rows], seconds, stride)
+    with_clips = np.unique(number)  # in `files`, as `number`
+    absent = np.setdiff1d(np.arange(len(files)), with_clips).tolist()
+    reasons = index.rows["reason"][rows]
     return Clips(
-        file=np.array(files, dtype=np.int64)[row],
+        file=np.array(files, dtype=np.int64)[number],
         clip=np.rint(spans[:, 0] / stride).astype(np.int64),
         spans=spans,
-        known=VideoIndex(index.rows[row], index.all_times()),
-        unreadable={files[i]: index.rows["reason"][i].decode(errors="replace") for i in absent},
+        known=index.of_files([paths[i] for i in with_clips]),
+        unreadable={files[i]: reasons[i].decode(errors="replace") for i in absent},
     )

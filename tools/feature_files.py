@@ -37,13 +37,17 @@ class ClipRows(NamedTuple):
 
 
 def save_table(
-    path: Path, rows: ClipRows, samples: dict[str, list], unreadable: dict[str, str], times: dict
+    path: Path,
+    rows: ClipRows,
+    samples: dict[str, list],
+    unreadable: dict[str, str],
+    spans: np.ndarray | None,
 ) -> None:
     """Write the features of all clips to an .npz file.
 
     samples: paths and labels of all files, of which those with clips are written, and classes.
-    times: stride and length of the clips in seconds, {} for one clip per file. unreadable:
-    {path: reason}.
+    unreadable: {path: reason}. spans: (m, 2) start and end of the clips in seconds, None for a clip
+    of each whole file.
     """
     kept, video = np.unique(rows.file, return_inverse=True)
     arrays = {
@@ -54,9 +58,8 @@ def save_table(
         "unreadable": np.array(list(unreadable), str),
         "reasons": np.array(list(unreadable.values()), str),
     }
-    if times:
-        start = rows.clip * times["stride"]
-        arrays |= {"video": video, "start": start, "end": start + times["length"]}
+    if spans is not None:
+        arrays |= {"video": video, "start": spans[:, 0], "end": spans[:, 1]}
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as temporary:
         np.savez(temporary, **arrays)

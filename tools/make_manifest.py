@@ -20,6 +20,7 @@ import pandas as pd
 from data.manifest import (
     IMAGE_EXTENSIONS,
     VIDEO_EXTENSIONS,
+    Samples,
     check_folder,
     class_names,
     find_labeled,
@@ -236,8 +237,8 @@ def labeled_folders(folder: str) -> pd.DataFrame:
     extensions: tuple[str, ...] = VIDEO_EXTENSIONS
     if not walk(folder, VIDEO_EXTENSIONS):
         extensions = IMAGE_EXTENSIONS
-    paths, labels = find_labeled(folder, extensions, "VIDEOS")
-    return pd.DataFrame({"path": paths, "label": labels})
+    samples = find_labeled(folder, extensions, "VIDEOS")
+    return pd.DataFrame({"path": samples.paths, "label": samples.labels})
 
 
 def summary(table: pd.DataFrame, found: pd.DataFrame, classes: list[str] | None) -> str:
@@ -267,8 +268,8 @@ def main(argv: list[str] | None = None) -> None:
         table, classes = annotated_files(args)
     found = table[table["path"] != ""]
     missing = table[table["path"] == ""]
-    labels = None if (found["label"] == "").all() else found["label"].tolist()
-    write_manifest(manifest, found["path"].tolist(), labels)
+    samples = Samples(found["path"].tolist(), found["label"].tolist())
+    write_manifest(manifest, samples)
     print0(f"{manifest}: {summary(table, found, classes)}")
     class_list.unlink(missing_ok=True)
     listing.unlink(missing_ok=True)
@@ -277,7 +278,7 @@ def main(argv: list[str] | None = None) -> None:
         print0(
             f"{class_list}: {len(classes)} classes in the order of their numbers, for --class_names"
         )
-    elif labels is not None:
+    elif any(samples.labels):
         print0("note: no list of classes, since their order is in labels.json: pass --class_names")
     if len(missing):
         rows = missing[["name", "label"]].rename(columns={"name": "id"})

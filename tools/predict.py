@@ -22,12 +22,17 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-
-from data.clips import Span, video_duration
+from data.clips import ClipSampling, Span, video_duration
 from data.datasets import ImageDataset, SampleDataset, ViewDataset
 from data.loader import collate_readable, eval_loader
-from data.manifest import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, is_image, read_manifest, walk
+from data.manifest import (
+    IMAGE_EXTENSIONS,
+    NO_SPAN,
+    VIDEO_EXTENSIONS,
+    is_image,
+    read_manifest,
+    walk,
+)
 from data.transforms import decode_short_side, image_transform, view_transform
 from data.video_index import VideoIndex, new_index
 from engine_finetune import model_input
@@ -73,11 +78,16 @@ class Views(NamedTuple):
     crops: int  # of each window
 
 
-class Samples(NamedTuple):
+class Inputs(NamedTuple):
     """All samples in the order of the input."""
 
     all: list[Sample]
-    known: VideoIndex | None = None  # a row for each video among the samples, if it was opened
+    known: VideoIndex | None = None  # of the videos among them, if they were opened
+
+    @property
+    def segmented(self) -> bool:
+        """Whether there are segments of videos among the samples."""
+        return any(sample.span for sample in self.all)
 
 
 class Pass(NamedTuple):
@@ -177,14 +187,14 @@ def check_output(output: Path | None, sources: list[str], overwrite: bool) -> No
     refuse_existing(output, overwrite, "--output")
 
 
-def find_files(sources: list[str]) -> list[str]:
-    """Return the absolute paths of all files to classify, in the order given, each once.
+def find_files(sources: list[str]) -> list[Sample]:
+    """Return all files to classify, or their segments, in the order given, each once.
 
-    Print a note about duplicates. Raises UserError for a source without files.
+    Paths are absolute. Print a note about duplicates. Raises UserError for a source without files.
     """
     found = []
     for source in sources:
-        found += [os.path.abspath(path) for path in files_of(source)]
+        found += samples_of(source)
     distinct = list(dict.fromkeys(found))
     duplicates = len(found) - len(distinct)
     if duplicates:
@@ -192,8 +202,22 @@ def find_files(sources: list[str]) -> list[str]:
     return distinct
 
 
+def samples_of(source: str) -> list[Sample]:
+    """Return the samples of a manifest, the files of a folder, or the file itself.
+
+    Raises UserError.
+    """
+    if os.path.isfile(source) and source.lower().endswith(MANIFEST_EXTENSIONS):
+        listed = read_manifest(source)
+        spans: list = [None] * len(listed.paths)
+        if listed.spans is not None:
+            spans = [tuple(span) if span != [*NO_SPAN] else None for span in listed.spans.tolist()]
+        return [Sample(*pair) for pair in zip(listed.paths, spans, strict=True)]
+    return [Sample(os.path.abspath(path)) for path in files_of(source)]
+
+
 def files_of(source: str) -> list[str]:
-    """Return the files of a folder or a manifest, or the file itself. Raises UserError."""
+    """Return the files of a folder, or the file itself. Raises UserError."""
     if os.path.isdir(source):
         extensions = VIDEO_EXTENSIONS + IMAGE_EXTENSIONS
         paths = walk(source, extensions)
@@ -206,9 +230,6 @@ def files_of(source: str) -> list[str]:
         raise UserError(
             f"{source} not found: give videos, images, folders of both, or manifests (.csv, .txt)"
         )
-    if source.lower().endswith(MANIFEST_EXTENSIONS):
-        paths, _ = read_manifest(source)
-        return paths
     return [source]
 
 
@@ -240,13 +261,12 @@ def index_videos(paths: list[str], args: argparse.Namespace, env: DistEnv) -> Vi
     return index
 
 
-def split_videos(paths: list[str], length: float, index: VideoIndex) -> Samples:
+def split_videos(paths: list[str], length: float, index: VideoIndex) -> Inputs:
     """Return all segments of `length` seconds of the videos, and the images as they are.
 
     index: of the videos. An unreadable video stays a single sample.
     """
     samples = []
-    rows = []  # of the index, for the segments
     videos = 0
     for path in paths:
         if is_image(path):
@@ -258,34 +278,41 @@ def split_videos(paths: list[str], length: float, index: VideoIndex) -> Samples:
             duration = video_duration(info.frames, info.fps, info.times)
             spans = [*split_duration(duration, length)]
         samples += [Sample(path, span) for span in spans]
-        rows += [videos] * len(spans)
         videos += 1
-    return Samples(samples, VideoIndex(index.rows[np.array(rows, dtype=int)], index.all_times()))
+    return Inputs(samples, index)
 
 
-def list_samples(paths: list[str], args: argparse.Namespace, env: DistEnv) -> Samples:
-    """Return the files to classify, or the segments of the videos. Call on every rank."""
+def list_inputs(found: list[Sample], args: argparse.Namespace, env: DistEnv) -> Inputs:
+    """Return the samples to classify, or the segments of the videos. Call on every rank.
+
+    Raises UserError for segments that would be cut again.
+    """
+    inputs = Inputs(found)
     if args.segment_seconds is None:
-        return Samples([Sample(path) for path in paths])
+        return inputs
+    if inputs.segmented:
+        raise UserError(
+            "--segment_seconds cuts whole videos, but a manifest has start and end already. "
+            "Drop one of them."
+        )
+    paths = [sample.path for sample in found]
     videos = [path for path in paths if not is_image(path)]
     return split_videos(paths, args.segment_seconds, index_videos(videos, args, env))
 
 
-def video_pass(samples: Samples, config: dict, args: argparse.Namespace) -> Pass:
+def video_pass(samples: Inputs, config: dict, args: argparse.Namespace) -> Pass:
     """Return the pass over the videos among the samples, at the size of the model."""
     indices = [index for index, sample in enumerate(samples.all) if not is_image(sample.path)]
     videos = [samples.all[index] for index in indices]
     spans = None
-    if samples.known is not None:
-        spans = [video.span or (0.0, math.inf) for video in videos]
+    if samples.segmented:
+        spans = [video.span or NO_SPAN for video in videos]
     dataset = ViewDataset(
         paths=[video.path for video in videos],
         labels=[-1] * len(videos),
         num_views=args.views.windows,
         transform=view_transform(config["img_size"], args.views.crops),
-        num_frames=config["num_frames"],
-        sampling_rate=args.sampling_rate,
-        target_fps=args.target_fps,
+        sampling=ClipSampling(config["num_frames"], args.sampling_rate, args.target_fps),
         decoder=args.decoder,
         short_side=args.short_side or decode_short_side(config["img_size"]),
         known=samples.known,
@@ -294,7 +321,7 @@ def video_pass(samples: Samples, config: dict, args: argparse.Namespace) -> Pass
     return Pass("classifying videos", indices, dataset, views=args.views.windows * args.views.crops)
 
 
-def image_pass(samples: Samples, config: dict, static_clip: str) -> Pass:
+def image_pass(samples: Inputs, config: dict, static_clip: str) -> Pass:
     """Return the pass over the images among the samples, at the size of the model.
 
     static_clip: "exact": the model gets an image as all frames of a clip, "folded": as one frame.
@@ -368,9 +395,7 @@ def describe_task(samples: list[Sample], config: dict, args: argparse.Namespace)
     return lines
 
 
-def report(
-    samples: list[Sample], predictions: list[Prediction], output: Path | None, segmented: bool
-) -> None:
+def report(samples: list[Sample], predictions: list[Prediction], output: Path | None) -> None:
     """Write the predictions, and print the first ones and the unreadable files.
 
     Raises UserError if no file can be read.
@@ -381,7 +406,7 @@ def report(
         raise nothing_readable(unreadable, num_files)
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
-        save_csv(prediction_table(samples, predictions, segmented), output)
+        save_csv(prediction_table(samples, predictions), output)
     print0(*table_lines(samples, predictions), sep="\n")
     print_unreadable(unreadable, num_files)
     if output is not None:
@@ -408,20 +433,19 @@ def main(argv: list[str] | None = None) -> None:
     output = Path(args.output) if args.output else None
     env = dist.setup(args.device)
     dist.on_rank0(lambda: check_output(output, args.source, args.overwrite))
-    paths = dist.on_rank0(lambda: find_files(args.source))
+    found = dist.on_rank0(lambda: find_files(args.source))
     model = load_classifier(
         args.checkpoint, given=given_flags(args), class_names=args.class_names
     ).to(env.device)
     config = model.config
-    samples = list_samples(paths, args, env)
+    samples = list_inputs(found, args, env)
     print0(*describe_task(samples.all, config, args), sep="\n")
 
     static_clip = source.flags.get("static_clip", "exact")
     by_index = classify(model, video_pass(samples, config, args), args, env)
     by_index |= classify(model, image_pass(samples, config, static_clip), args, env)
     predictions = [by_index[index] for index in range(len(samples.all))]
-    segmented = args.segment_seconds is not None
-    dist.on_rank0(lambda: report(samples.all, predictions, output, segmented))
+    dist.on_rank0(lambda: report(samples.all, predictions, output))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Tables of predictions: the CSV file of tools.predict, and what it prints."""
 
+import math
 import os
 import shutil
 import unicodedata
@@ -32,22 +33,25 @@ class Prediction(NamedTuple):
     reason: str = ""  # why the file cannot be read
 
 
-def prediction_table(
-    samples: list[Sample], predictions: list[Prediction], segmented: bool
-) -> pd.DataFrame:
-    """Return the table to write; an unreadable sample has a path and a reason only."""
+def prediction_table(samples: list[Sample], predictions: list[Prediction]) -> pd.DataFrame:
+    """Return the table to write; an unreadable sample has a path and a reason only.
+
+    It has the columns start and end (seconds) if there are segments.
+    """
     rows = []
     for sample, prediction in zip(samples, predictions, strict=True):
         row = {"path": sample.path, "reason": prediction.reason}
         if sample.span:
-            row["start"], row["end"] = [f"{seconds:.3f}" for seconds in sample.span]
+            row["start"], row["end"] = [
+                f"{seconds:.3f}" if math.isfinite(seconds) else "" for seconds in sample.span
+            ]
         best = zip(prediction.classes, prediction.scores, strict=True)
         for rank, (name, score) in enumerate(best, 1):
             row[f"top{rank}"] = name
             row[f"score{rank}"] = f"{score:.6f}"
         rows.append(row)
     columns = ["path"]
-    if segmented:
+    if any(sample.span for sample in samples):
         columns += ["start", "end"]
     num_classes = max(len(prediction.classes) for prediction in predictions)
     for rank in range(1, num_classes + 1):
@@ -75,7 +79,9 @@ def short_name(sample: Sample, folder: str) -> str:
         name = "..." + name
     if sample.span:
         start, end = sample.span
-        name += f" {round(start, 2):g}-{round(end, 2):g} s"
+        name += f" {round(start, 2):g}-"
+        if math.isfinite(end):
+            name += f"{round(end, 2):g} s"
     return name
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
+from data.clips import ClipSampling
 from data.datasets import ViewDataset
 from data.loader import WorkerSettings
 from data.transforms import decode_short_side, view_transform
@@ -163,7 +164,7 @@ def center_clips(
     """Return the data set of each video's center clip and crop, at the size of a model.
 
     config: the model's. reading: see `clip_reading`; a short_side of None is that of the crop.
-    known: the index of the paths' manifest. spans: parts of the videos, see `ViewDataset`.
+    known: the index of the files. spans: parts of the videos, see `ViewDataset`.
     """
     img_size = config["img_size"]
     return ViewDataset(
@@ -171,9 +172,9 @@ def center_clips(
         labels=[-1] * len(paths),
         num_views=1,
         transform=view_transform(img_size, 1),
-        num_frames=config["num_frames"],
-        sampling_rate=reading["sampling_rate"],
-        target_fps=reading["target_fps"],
+        sampling=ClipSampling(
+            config["num_frames"], reading["sampling_rate"], reading["target_fps"]
+        ),
         decoder=reading["decoder"],
         short_side=reading["short_side"] or decode_short_side(img_size),
         known=known,

@@ -7,9 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import pandas as pd
 import torch
 from torch import Tensor
 
+from data.manifest import Samples
 from models_mae import MaskedAutoencoderViT
 from tools.reading import nothing_readable, print_unreadable
 from util.dist import print0
@@ -73,27 +75,41 @@ def reconstruction_losses(
     return gather_readable(rows, skipped)
 
 
-def save_losses(path: Path, found: Results, paths: list[str], masks: Masks) -> None:
-    """Write a row for each video, kind of mask and seed; print the means and the unreadable videos.
+def loss_table(found: Results, samples: Samples, masks: Masks) -> pd.DataFrame:
+    """Return a row for each readable sample, kind of mask and seed.
 
-    Raises UserError if no video is readable.
+    Parts of videos have start and end (seconds).
     """
-    import pandas as pd
-
-    unreadable = {paths[index]: reason for index, reason in found.unreadable.items()}
-    if not found.table:
-        raise nothing_readable(unreadable, len(paths))
-    print_unreadable(unreadable, len(paths), most=len(paths))  # the table does not list them
     rows = []
     for index, losses in zip(found.table["index"].tolist(), found.table["loss"], strict=True):
         losses_of_kinds = losses.unflatten(0, (-1, masks.num_seeds)).tolist()
         for (mask_type, ratio), losses_of_seeds in zip(masks.kinds, losses_of_kinds, strict=True):
             for seed, loss in enumerate(losses_of_seeds):
-                rows.append((paths[index], seed, mask_type, ratio, loss))
+                rows.append((index, seed, mask_type, ratio, loss))
     table = pd.DataFrame(rows, columns=["path", "seed", "mask_type", "mask_ratio", "loss"])
+    if samples.spans is not None:
+        spans = samples.spans[table["path"]]
+        table.insert(1, "start", spans[:, 0])
+        table.insert(2, "end", spans[:, 1])
+    table["path"] = table["path"].map(dict(enumerate(samples.paths)))
+    return table
+
+
+def save_losses(path: Path, found: Results, samples: Samples, masks: Masks) -> None:
+    """Write the table of the losses; print the means and the unreadable videos.
+
+    Raises UserError if no video is readable.
+    """
+    paths = samples.paths
+    unreadable = {paths[index]: reason for index, reason in found.unreadable.items()}
+    if not found.table:
+        raise nothing_readable(unreadable, len(paths))
+    print_unreadable(unreadable, len(paths), most=len(paths))  # the table does not list them
+    table = loss_table(found, samples, masks)
     path.parent.mkdir(parents=True, exist_ok=True)
     save_csv(table, path)
     means = table.groupby(["mask_type", "mask_ratio"], sort=False)["loss"].mean()
     for (mask_type, ratio), mean in means.items():
         print0(f"mean loss with {mask_type}:{ratio:g}: {mean:.6g}")
-    print0(f"wrote {path}: {len(rows)} rows, {len(found.table['index'])} of {len(paths)} videos")
+    readable = len(found.table["index"])
+    print0(f"wrote {path}: {len(table)} rows, {readable} of {len(paths)} videos")

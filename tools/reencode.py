@@ -39,7 +39,7 @@ from data.frame_geometry import (
     square_pixel_size,
 )
 from data.input_files import ReadError, check_path
-from data.manifest import find_videos, read_manifest, write_manifest
+from data.manifest import Samples, find_videos, read_manifest, unlabeled, write_manifest
 from data.pyav_compat import ON_ONE_THREAD, open_container, to_rgb
 from tools.data_doctor import ClipSpec, clip_cost
 from util.cli import Parser
@@ -71,8 +71,8 @@ class Encoded(NamedTuple):
 class Source(NamedTuple):
     """The videos to convert."""
 
-    paths: list[str]
-    labels: list[str] | None  # of a manifest
+    samples: Samples
+    from_manifest: bool
     root: str  # the folder that the names of the outputs are relative to
 
 
@@ -379,13 +379,13 @@ def find_source(src: str, dst: str) -> Source:
     if os.path.isdir(src):
         if Path(os.path.realpath(dst)).is_relative_to(os.path.realpath(src)):
             raise UserError(f"DST {dst} is SRC or a folder inside it. Give a folder elsewhere.")
-        return Source(find_videos([src], "SRC"), None, os.path.abspath(src))
+        return Source(unlabeled(find_videos([src], "SRC")), False, os.path.abspath(src))
     if os.path.realpath(src) == os.path.realpath(os.path.join(dst, "manifest.csv")):
         raise UserError(f"SRC {src} would be overwritten by the manifest of DST. Give another DST.")
-    paths, labels = read_manifest(src)
-    paths = [os.path.normpath(path) for path in paths]
+    samples = read_manifest(src)
+    paths = [os.path.normpath(path) for path in samples.paths]
     root = os.path.commonpath([os.path.dirname(path) for path in paths])
-    return Source(paths, labels, root)
+    return Source(samples._replace(paths=paths), True, root)
 
 
 def prepare_folder(dst: str, settings: dict) -> None:
@@ -417,7 +417,7 @@ def prepare_folder(dst: str, settings: dict) -> None:
 
 def plan_targets(source: Source, dst: str) -> dict[str, str]:
     """Return {source: target} of each video once. Raises UserError if a target is a source."""
-    paths = list(dict.fromkeys(source.paths))
+    paths = list(dict.fromkeys(source.samples.paths))
     names = target_names([os.path.relpath(path, source.root) for path in paths])
     folder = os.path.abspath(dst)
     targets = {path: os.path.join(folder, name) for path, name in zip(paths, names, strict=True)}
@@ -490,21 +490,14 @@ def convert_all(jobs: list[tuple], dst: str, workers: int, num_converted: int) -
     return progress.failed
 
 
-def write_converted_manifest(
-    paths: list[str], labels: list[str], converted: dict[str, str], dst: str
-) -> None:
-    """Write DST/manifest.csv with the rows of the source's manifest that were converted."""
-    target_paths = []
-    target_labels = []
-    for path, label in zip(paths, labels, strict=True):
-        if path in converted:
-            target_paths.append(os.path.relpath(converted[path], dst))
-            target_labels.append(label)
-    manifest = os.path.join(dst, "manifest.csv")
-    if any(target_labels):
-        write_manifest(manifest, target_paths, target_labels)
-    else:
-        write_manifest(manifest, target_paths)
+def write_converted_manifest(samples: Samples, converted: dict[str, str], dst: str) -> None:
+    """Write DST/manifest.csv with the rows of the source's manifest that were converted.
+
+    Their times stay: an output has the time stamps of its source.
+    """
+    kept = samples.part([i for i, path in enumerate(samples.paths) if path in converted])
+    targets = [os.path.relpath(converted[path], dst) for path in kept.paths]
+    write_manifest(os.path.join(dst, "manifest.csv"), kept._replace(paths=targets))
 
 
 def seconds_per_clip(path: str, decoder: str, short_side: int) -> float:
@@ -615,8 +608,8 @@ def main(argv: list[str] | None = None) -> None:
             f"See {os.path.join(args.dst, FAILURES)}."
         )
     converted = {path: target for path, target in targets.items() if os.path.exists(target)}
-    if source.labels is not None:
-        write_converted_manifest(source.paths, source.labels, converted, args.dst)
+    if source.from_manifest:
+        write_converted_manifest(source.samples, converted, args.dst)
     if len(jobs) > failed:
         report_gain(converted, args.decoder, args.short_side)
 

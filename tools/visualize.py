@@ -26,7 +26,7 @@ from torch import Tensor
 
 from data.datasets import ViewDataset
 from data.loader import collate_readable, eval_loader
-from data.manifest import find_videos, read_manifest
+from data.manifest import Samples, find_videos, read_manifest, unlabeled
 from data.video_index import load_index
 from models_mae import MASK_TYPES, MaskedAutoencoderViT
 from models_vit import VideoEncoder
@@ -279,14 +279,16 @@ def picture_file(args: argparse.Namespace, content: str) -> Path:
     return still
 
 
-def find_paths(folders: list[str], csv: str) -> list[str]:
-    """Return the videos of a manifest, or those below the folders. Raises UserError for neither."""
+def find_samples(folders: list[str], csv: str) -> Samples:
+    """Return the samples of a manifest, or the videos below the folders.
+
+    Raises UserError for neither.
+    """
     if csv:
-        paths, _ = read_manifest(csv)
-        return paths
+        return read_manifest(csv)
     if not folders:
         raise UserError("no videos given: pass --data_dirs FOLDER [FOLDER ...] or --data_csv FILE")
-    return find_videos(folders, "--data_dirs")
+    return unlabeled(find_videos(folders, "--data_dirs"))
 
 
 def evenly_spread(count: int, most: int) -> list[int]:
@@ -310,9 +312,9 @@ def read_clips(dataset: ViewDataset, indices: list[int]) -> Tensor:
 
 def drawn_clips(args: argparse.Namespace, model: VideoEncoder) -> tuple[Tensor, list[int]]:
     """Return the clips to draw (B, 3, T, H, W) uint8, and the indices of their videos."""
-    paths = find_paths(args.data_dirs, args.data_csv)
-    indices = evenly_spread(len(paths), args.clips or DEFAULT_CLIPS)
-    dataset = center_clips(paths, model.config, clip_reading(args))
+    samples = find_samples(args.data_dirs, args.data_csv)
+    indices = evenly_spread(len(samples.paths), args.clips or DEFAULT_CLIPS)
+    dataset = center_clips(samples.paths, model.config, clip_reading(args), spans=samples.spans)
     return read_clips(dataset, indices), indices
 
 
@@ -395,16 +397,16 @@ def measure_losses(args: argparse.Namespace, source: ModelSource, env: DistEnv) 
     dist.on_rank0(lambda: refuse_existing(output, args.overwrite, "--losses"))
     model = load_with_decoder(source, args)
     masks = Masks(chosen_masks(args, model), args.mask_seeds or 1)
-    paths = dist.on_rank0(lambda: find_paths(args.data_dirs, args.data_csv))
-    known = load_index(args.data_csv, paths)
-    dataset = center_clips(paths, model.config, clip_reading(args), known)
+    samples = dist.on_rank0(lambda: find_samples(args.data_dirs, args.data_csv))
+    known = load_index(args.data_csv, samples.paths)
+    dataset = center_clips(samples.paths, model.config, clip_reading(args), known, samples.spans)
     workers = worker_settings(args)
     batches = eval_loader(dataset, args.batch_size_per_gpu, workers, env, collate_readable)()
     amp = amp_dtype(args.amp, env.device)
     model.to(env.device)
     found = reconstruction_losses(model, batches, args.batch_size_per_gpu, masks, amp)
     if env.rank == 0:
-        save_losses(output, found, paths, masks)
+        save_losses(output, found, samples, masks)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -3,6 +3,7 @@
 import hashlib
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -10,9 +11,13 @@ from util.metrics import DataWaitTimer, MetricSums
 from util.optim import Schedule
 
 
-def dataset_fingerprint(paths: list[str], labels: list[int] | None = None) -> dict:
-    """Return the number of samples and a hash of their paths and labels, in order."""
+def dataset_fingerprint(
+    paths: list[str], labels: list[int] | None = None, spans: np.ndarray | None = None
+) -> dict:
+    """Return the number of samples and a hash of their paths, labels and spans, in order."""
     text = "\n".join(paths) + "\n" + ",".join(map(str, labels or []))
+    if spans is not None:
+        text += "\n" + repr(spans.tolist())
     encoded = text.encode("utf-8", "surrogateescape")
     return {"samples": len(paths), "sha256": hashlib.sha256(encoded).hexdigest()}
 
