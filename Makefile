@@ -1,6 +1,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 CONSTRAINTS ?= /dev/null
+# Files of tests are spread over the cores: most of their time is the start of processes.
+PYTEST := -m pytest -q -n auto --maxprocesses 4 --dist loadfile
 
 # make demo PY=python uses an interpreter that has the packages, and makes no environment.
 ifndef PY
@@ -24,10 +26,10 @@ demo: $(ENVIRONMENT)  ## run the five-minute demo; all files go to demo/
 	@OMP_NUM_THREADS=1 $(PY) examples/demo.py
 
 test: $(ENVIRONMENT)  ## run the quick tests (CPU)
-	$(PY) -m pytest -q -m "not slow"
+	OMP_NUM_THREADS=1 $(PY) $(PYTEST) -m "not slow"
 
 test-all: $(ENVIRONMENT)  ## run all tests (CPU), slow ones included
-	$(PY) -m pytest -q
+	OMP_NUM_THREADS=1 $(PY) $(PYTEST)
 
 test-oldest:  ## run the quick tests with the oldest Python and packages that the requirements admit
 	$(MAKE) in-new-environment VENV=.venv-oldest CONSTRAINTS=requirements-oldest.txt \

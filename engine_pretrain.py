@@ -127,10 +127,11 @@ def start_run(
     """Return the run's state with its log and checkpoints, resumed if there is a checkpoint."""
     state = new_state(args, env, model, data)
     logger = RunLogger(RunFiles(Path(args.output_dir), args.save_prefix))
+    most_unreadable = args.max_bad_frac * data.fingerprint["samples"]
     checkpointer = Checkpointer(
         state,
         logger,
-        BadFiles(logger.files.folder, limit=args.max_bad_frac * data.fingerprint["samples"]),
+        BadFiles(logger.files.folder, limit=most_unreadable),
         keep=args.keep,
         every_steps=args.checkpoint_every_steps,
         every_minutes=args.checkpoint_every_minutes,

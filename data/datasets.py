@@ -5,9 +5,8 @@ dataset yields clips (R, C, T, H, W) uint8. A sample is a function of (seed, epo
 alone, so the numbers of workers and ranks do not change it.
 """
 
-import contextlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -24,9 +23,10 @@ from data.clips import (
     clip_slack,
     view_start,
 )
-from data.decode import open_video, warn_if_decord_missing
+from data.decode import warn_if_decord_missing
 from data.images import read_image
 from data.input_files import ReadError, error_summary
+from data.open_videos import OpenVideos
 from data.video import VideoInfo, VideoReader
 from data.video_index import VideoIndex
 from data.watchdog import WorkerWatchdog
@@ -255,9 +255,8 @@ class ClipDataset(SampleDataset):
         self.repeat_aug = repeat_aug
         self.repeat_windows = repeat_windows
         self.transform = transform
-        self.decoder = decoder
-        self.short_side = short_side
         self.noise_tokens = noise_tokens
+        self.videos = OpenVideos(decoder, short_side)
 
     def read_clips(
         self, key: tuple[int, int], path: str, span: Span | None, info: VideoInfo | None
@@ -268,10 +267,10 @@ class ClipDataset(SampleDataset):
         """
         seeds = [derive_seed(self.seed, *key, repeat) for repeat in range(self.repeat_aug)]
         clips_per_window = self.repeat_aug // self.repeat_windows
-        with open_video(path, self.decoder, self.short_side, info) as video:
+        with self.videos.open(path, info, keep=span is not None) as video:
             windows = self._read_windows(video, span, seeds[::clips_per_window])
             replaced = video.replaced
-        # Closed before the first crop: decord's threads would continue to decode beside it.
+        # Whole files are closed before the first crop: decord's threads would decode on beside it.
         for repeat, seed in enumerate(seeds):
             window = windows[repeat // clips_per_window]
             with fork_rng(seed):
@@ -318,8 +317,7 @@ class ViewDataset(SampleDataset):
     R = num_views * crops. The frames of all clips are decoded in one pass.
 
     Args:
-        paths, labels, known, spans: See `SampleDataset`. A file with spans stays open from one
-            sample to the next.
+        paths, labels, known, spans: See `SampleDataset`.
         sampling: T and the spacing of the frames.
         num_views: Clips of a video, or of the sample's part of it.
         transform: Crops uint8 (T, C, H, W) to (crops, T, C, S, S).
@@ -344,13 +342,11 @@ class ViewDataset(SampleDataset):
     ):
         super().__init__(paths, labels, seed=0, substitutes=0, known=known, spans=spans)
         warn_if_decord_missing(decoder)
-        self.kept: tuple[str, VideoReader] | None = None  # the last file, open, and its path
         self.sampling = sampling
         self.num_views = num_views
-        self.noise_tokens = noise_tokens
         self.transform = transform
-        self.decoder = decoder
-        self.short_side = short_side
+        self.noise_tokens = noise_tokens
+        self.videos = OpenVideos(decoder, short_side)
 
     def read_clips(
         self, key: tuple[int, int], path: str, span: Span | None, info: VideoInfo | None
@@ -359,7 +355,7 @@ class ViewDataset(SampleDataset):
 
         Raises ReadError, also if the video ends before the span starts.
         """
-        with self._open(path, info) as video:
+        with self.videos.open(path, info, keep=span is not None) as video:
             available = available_frames(video, span)
             slack = clip_slack(available, video.fps, self.sampling)
             starts = [view_start(slack, view, self.num_views) for view in range(self.num_views)]
@@ -371,29 +367,6 @@ class ViewDataset(SampleDataset):
         positions = torch.from_numpy(inverse.reshape(indices.shape))  # in `frames`
         views = [self.transform(frames[clip]) for clip in positions]
         return ReadClips(torch.cat(views).transpose(1, 2), len(distinct), replaced)
-
-    @contextlib.contextmanager
-    def _open(self, path: str, info: VideoInfo | None) -> Iterator[VideoReader]:
-        """Yield the open video of a file. With spans it stays open for the next sample.
-
-        Opening a long file takes longer than reading a clip of it. Raises ReadError.
-        """
-        kept_path, video = self.kept or ("", None)
-        self.kept = None  # until it is known that this sample can be read
-        if video is not None and kept_path != path:
-            video.close()
-            video = None
-        if video is None:
-            video = open_video(path, self.decoder, self.short_side, info)
-        try:
-            yield video
-        except BaseException:
-            video.close()
-            raise
-        if self.spans is None or not video.restart():
-            video.close()
-        else:
-            self.kept = (path, video)
 
     def __getitem__(self, key: tuple[int, int]) -> dict:
         """Read sample (0, index), see `SampleDataset`; if asked for with its `fixed_noise` (1, L).

@@ -109,6 +109,11 @@ class DecordVideo(VideoReader):
             self.replaced += video.replaced
             return frames
 
+    def restart(self) -> bool:
+        """Return to the state of a file just opened."""
+        self.replaced = 0
+        return True
+
     def close(self) -> None:
         """Release the reader and its threads."""
         self.reader = None

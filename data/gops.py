@@ -9,6 +9,7 @@ VP8 and VP9 that only later ones refer to. DTS are decoding time stamps.
 
 from collections.abc import Iterator
 from itertools import chain, dropwhile, islice
+from operator import attrgetter
 
 import av
 import numpy as np
@@ -28,8 +29,9 @@ JUMPING_FORMATS = ("mpegts", "mpeg")
 NOTHING_READ = -1
 SEEK_FIRST = -2
 TABLE_ENTRY = np.dtype(
-    [("pos", "i8"), ("size", "i8"), ("dts", "i8"), ("is_key", "?"), ("is_shown", "?")]
+    [("pos", "i8"), ("size", "i8"), ("dts", "i8"), ("is_key", "?"), ("is_hidden", "?")]
 )
+TABLE_FIELDS = attrgetter("pos", "size", "timestamp", "is_keyframe", "is_discard")  # in PyAV
 NO_TABLE = np.zeros(0, dtype=TABLE_ENTRY)
 
 
@@ -63,7 +65,7 @@ class GopReader:
         if len(table):
             self.packet_dts = table["dts"]
             self.first_dts = int(self.packet_dts[0])
-            self._index_frames(table["is_key"], table["is_shown"])
+            self._index_frames(table["is_key"], ~table["is_hidden"])
         else:
             self._read_all()
 
@@ -85,11 +87,7 @@ class GopReader:
         """Return the container's table of packets (n,) TABLE_ENTRY, empty if it is not reliable."""
         if not self.in_mov or self.codec in HIDING_CODECS:
             return NO_TABLE  # other containers list keyframes only; VP8 and VP9 hide packets
-        entries = [
-            (entry.pos, entry.size, entry.timestamp, entry.is_keyframe, not entry.is_discard)
-            for entry in packet_table(self.stream)
-        ]
-        table = np.array(entries, dtype=TABLE_ENTRY)
+        table = np.fromiter(map(TABLE_FIELDS, packet_table(self.stream)), dtype=TABLE_ENTRY)
         if not len(table) or len(table) != self.stream.frames:
             return NO_TABLE  # the table of one fragment
         beyond_end = table["pos"] + table["size"] > self.container.size
@@ -100,8 +98,9 @@ class GopReader:
 
     def _is_misleading(self, table: np.ndarray) -> bool:
         """Return whether the packets cannot be found, or not decoded, by means of the table."""
-        repeats = len(np.unique(table["pos"])) < len(table)  # an edit list shows parts twice
-        if repeats:
+        positions = np.sort(table["pos"])
+        repeats = np.diff(positions) == 0  # an edit list shows parts twice
+        if repeats.any():
             return True
         no_progress = np.diff(table["dts"]) <= 0
         cannot_seek = no_progress & table["is_key"][1:]  # a keyframe's DTS is not above the last

@@ -360,8 +360,8 @@ def erase_gops(path: Path, gops) -> None:
 def test_the_cost_grows_with_the_span_of_a_clip(tmp_path, decoder):
     """Corrupt all GOPs but those of a clip: it stays the same, since nothing else is decoded.
 
-    decord's thread runs ahead by up to one GOP. A clip that reaches beyond fails with decord, and
-    shows other frames with PyAV, which conceals the corruption.
+    decord's thread runs ahead, usually by up to one GOP. A clip that reaches beyond fails with
+    decord, and shows other frames with PyAV, which conceals the corruption.
     """
     path = write_video(tmp_path / "v.mp4", frames=100, size=(320, 240), gop=10, b_frames=0)
     near = np.arange(40, 60, 3)
@@ -369,7 +369,7 @@ def test_the_cost_grows_with_the_span_of_a_clip(tmp_path, decoder):
     with open_video(str(path), decoder) as video:
         expected = video.read(near)
     info = describe(str(path))
-    intact = (4, 5, 6) if decoder == "decord" else (4, 5)
+    intact = (4, 5, 6, 7) if decoder == "decord" else (4, 5)
     erase_gops(path, [gop for gop in range(10) if gop not in intact])
     if decoder == "decord":
         with DecordVideo(str(path), None, info) as video:

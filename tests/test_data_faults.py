@@ -21,7 +21,7 @@ from make_videos import write_folder, write_video
 from runs import log_records, pretrain_command, saved_weights
 
 import pretrain
-from data import datasets
+from data import open_videos
 from data.datasets import ClipDataset
 from data.decode import open_video
 from data.loader import FaultTolerantLoader, WorkerSettings, train_loader
@@ -58,7 +58,7 @@ def faulty(monkeypatch):
             os.kill(os.getpid(), signal.SIGKILL)
         return open_video(path, *rest)
 
-    monkeypatch.setattr(datasets, "open_video", open_faulty)
+    monkeypatch.setattr(open_videos, "open_video", open_faulty)
     return faults
 
 
@@ -389,7 +389,7 @@ def test_any_error_of_a_library_is_the_fault_of_the_file(tmp_path, monkeypatch, 
             raise error
         return open_video(path, *rest)
 
-    monkeypatch.setattr(datasets, "open_video", open_or_raise)
+    monkeypatch.setattr(open_videos, "open_video", open_or_raise)
     sample = clip_dataset(paths)[(0, 1)]
     assert sample["path"] in (paths[0], paths[2])
     reason = dict(sample["bad"])[paths[1]]
@@ -401,6 +401,6 @@ def test_an_error_of_the_user_is_not_the_fault_of_a_file(tmp_path, monkeypatch):
     def refuse(*_):
         raise UserError("the cure")
 
-    monkeypatch.setattr(datasets, "open_video", refuse)
+    monkeypatch.setattr(open_videos, "open_video", refuse)
     with pytest.raises(UserError):
         clip_dataset([str(write_video(tmp_path / "v.mp4", frames=4))])[(0, 0)]

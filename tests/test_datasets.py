@@ -11,11 +11,12 @@ from make_videos import write_folder, write_video
 from video_matrix import H264, IRREGULAR, QUICK
 from video_writer import Case, NoEncoder, number_of, write_case
 
-from data import datasets
+from data import open_videos
 from data.clips import ClipSampling, frame_indices
 from data.datasets import PackedPaths, ViewDataset
 from data.decode import open_video
 from data.manifest import find_videos
+from data.open_videos import OpenVideos
 from data.transforms import view_transform
 from util.dist import UserError
 from util.seeds import derive_seed, fork_rng
@@ -65,7 +66,7 @@ def test_repeats_of_a_window_share_one_decode(videos, monkeypatch):
         video.read = lambda indices: reads.append(indices) or read(indices)
         return video
 
-    monkeypatch.setattr(datasets, "open_video", open_counting_reads)
+    monkeypatch.setattr(open_videos, "open_video", open_counting_reads)
     clip_dataset(videos, repeat_aug=4)[(0, 0)]
     assert len(reads) == 1
     reads.clear()
@@ -84,13 +85,11 @@ def test_a_video_is_closed_before_its_first_crop(videos, monkeypatch):
 
     def open_recording_close(*arguments):
         video = open_video(*arguments)
-        close = type(video).__exit__
-        monkeypatch.setattr(
-            type(video), "__exit__", lambda *rest: events.append("close") or close(*rest)
-        )
+        close = video.close
+        video.close = lambda: events.append("close") or close()
         return video
 
-    monkeypatch.setattr(datasets, "open_video", open_recording_close)
+    monkeypatch.setattr(open_videos, "open_video", open_recording_close)
     data = clip_dataset(videos, repeat_aug=4, repeat_windows=2)
     crop = data.transform
     data.transform = lambda window: events.append("crop") or crop(window)
@@ -151,7 +150,7 @@ def test_views_of_a_video_are_those_read_one_by_one(tmp_path):
         transform=transform,
     )
     sample = data[(0, 0)]
-    assert data.kept is None
+    assert data.videos.videos == {}
     assert sample["clips"].shape == (15, 3, 4, 32, 32)
     assert sample["label"] == 3
     for view in range(5):
@@ -234,7 +233,7 @@ def test_a_span_costs_no_more_than_its_frames(tmp_path, monkeypatch):
         opened.append(open_video(*arguments))
         return opened[-1]
 
-    monkeypatch.setattr(datasets, "open_video", open_and_keep)
+    monkeypatch.setattr(open_videos, "open_video", open_and_keep)
     data = spans_dataset(path, [(3, 3 + 8 / 30)], "pyav")
     assert data[(0, 0)]["clips"] is not None
     assert opened[0].decoded < 24  # of 120: two GOPs
@@ -291,13 +290,39 @@ def test_spans_of_one_file_open_it_once(tmp_path, monkeypatch):
         video.close = lambda: closed.append(path) or close()
         return video
 
-    monkeypatch.setattr(datasets, "open_video", open_and_record)
+    monkeypatch.setattr(open_videos, "open_video", open_and_record)
     data = spans_dataset(paths[0], [(0, 1), (1, 2), (9, 10), (0, 1), (0, 1)], "pyav")
     data.paths = PackedPaths([*paths[:1] * 4, paths[1]])
     samples = [data[(0, index)] for index in range(5)]
     assert [sample["clips"] is None for sample in samples] == [False, False, True, False, False]
     assert opened == [paths[0], paths[0], paths[1]]  # again after the error
-    assert closed == [paths[0], paths[0]]
+    assert closed == [paths[0]]
+    assert list(data.videos.videos) == paths
+
+
+def test_the_files_read_last_stay_open_within_limits(tmp_path, monkeypatch):
+    paths = [str(write_video(tmp_path / f"{index}.mp4", frames=30)) for index in range(4)]
+    videos = OpenVideos("pyav", 64)
+
+    def read(index: int) -> list[int]:
+        with videos.open(paths[index], None, keep=True):
+            pass
+        return [paths.index(path) for path in videos.videos]
+
+    monkeypatch.setattr(open_videos, "MAX_FILES", 3)
+    assert [read(index) for index in (0, 1, 2, 1, 3)][-1] == [2, 1, 3]
+    monkeypatch.setattr(open_videos, "MAX_FRAMES", 60)
+    assert read(0) == [3, 0]
+    monkeypatch.setattr(open_videos, "MAX_FRAMES", 1)
+    assert read(2) == [2]
+    with videos.open(paths[1], None, keep=False):
+        pass
+    assert list(videos.videos) == [paths[2]]
+    parent = videos.videos[paths[2]]
+    monkeypatch.setattr(open_videos.os, "getpid", lambda: 1)  # as after a fork
+    with videos.open(paths[2], None, keep=True) as video:
+        assert video is not parent
+    assert parent.read(np.array([3])).shape == (1, 64, 96, 3)  # it was not closed
 
 
 def test_packed_paths_are_a_list_of_paths_that_keeps_each_once():

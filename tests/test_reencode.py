@@ -138,12 +138,12 @@ def test_a_second_run_converts_nothing(tmp_path, capsys):
 def test_a_killed_run_leaves_temporaries_only(tmp_path):
     src, dst = tmp_path / "src", tmp_path / "dst"
     for index in range(2):
-        write_video(src / f"{index}.mp4", frames=250, size=(320, 240), gop=250)
+        write_video(src / f"{index}.mp4", frames=750, size=(320, 240), gop=250)
     command = [sys.executable, "-m", "tools.reencode", str(src), str(dst), "--workers", "1"]
     process = subprocess.Popen(command, cwd=ROOT, start_new_session=True, stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 60
     while not (dst / ".0.mp4.part").exists() and time.monotonic() < deadline:
-        time.sleep(0.01)
+        time.sleep(0.001)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     assert [path.name for path in dst.iterdir() if path.name != "reencode.json"] in (
@@ -153,7 +153,7 @@ def test_a_killed_run_leaves_temporaries_only(tmp_path):
     )
     subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL, timeout=200)
     assert sorted(path.name for path in dst.iterdir()) == ["0.mp4", "1.mp4", "reencode.json"]
-    assert len(packets(dst / "0.mp4")[0]) == 250
+    assert len(packets(dst / "0.mp4")[0]) == 750
 
 
 def test_times_are_kept(tmp_path):

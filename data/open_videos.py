@@ -1,0 +1,70 @@
+"""Video files that stay open from one sample to the next.
+
+Opening a file takes time in proportion to its length: for ten hours of video, as long as reading
+twenty clips. Samples that are parts of long files therefore share open files.
+"""
+
+import contextlib
+import os
+from collections.abc import Iterator
+
+from data.decode import open_video
+from data.video import VideoInfo, VideoReader
+
+MAX_FILES = 32
+MAX_FRAMES = 4_000_000  # of all open files; FFmpeg and the reader keep about 50 bytes of each
+
+
+class OpenVideos:
+    """The files that a process has read last, still open.
+
+    decoder, short_side: see `open_video`.
+    """
+
+    def __init__(self, decoder: str, short_side: int):
+        self.decoder = decoder
+        self.short_side = short_side
+        self.videos: dict[str, VideoReader] = {}  # by path, the one read last at the end
+        self.process = os.getpid()
+        self.inherited: list[dict[str, VideoReader]] = []
+
+    @contextlib.contextmanager
+    def open(self, path: str, info: VideoInfo | None, keep: bool) -> Iterator[VideoReader]:
+        """Yield the open video of a file.
+
+        info: see `open_video`. keep: leave the file open unless reading it fails. Raises ReadError.
+        """
+        self._leave_to_parent()
+        video = self.videos.pop(path, None)
+        if video is None:
+            video = open_video(path, self.decoder, self.short_side, info)
+        try:
+            yield video
+        except BaseException:
+            video.close()
+            raise
+        if keep and video.restart():
+            self.videos[path] = video
+            self._close_oldest()
+        else:
+            video.close()
+
+    def _leave_to_parent(self) -> None:
+        """Forget the files that this process has inherited: their positions are shared.
+
+        They are not closed, because a decoder's threads do not exist after a fork.
+        """
+        if self.process != os.getpid():
+            self.process = os.getpid()
+            self.inherited.append(self.videos)
+            self.videos = {}
+
+    def _close_oldest(self) -> None:
+        """Close files until the others are within the limits. The last one always stays open."""
+        frames = sum(video.num_frames for video in self.videos.values())
+        for path in list(self.videos)[:-1]:
+            if len(self.videos) <= MAX_FILES and frames <= MAX_FRAMES:
+                return
+            video = self.videos.pop(path)
+            frames -= video.num_frames
+            video.close()
