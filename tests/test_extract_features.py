@@ -211,9 +211,9 @@ def test_a_folder_may_have_no_subfolders(finetuned, videos, tmp_path):
 
 def test_labels_index_the_classes_of_the_checkpoint(videos):
     folder = str(videos)
-    own = feature_clips.list_samples(folder, "", ["class_1", "class_0"])
+    own = feature_clips.list_inputs(folder, "", ["class_1", "class_0"])
     assert own.labels == [1, 1, 1, 1, 0, 0, 0]
-    other = feature_clips.list_samples(folder, "", ["class_1", "else"])
+    other = feature_clips.list_inputs(folder, "", ["class_1", "else"])
     assert other.labels == [0, 0, 0, 0, 1, 1, 1]
     assert other.classes == ["class_0", "class_1"]
 
