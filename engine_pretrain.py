@@ -64,7 +64,14 @@ def micro_step(
     clips = batch["clips"].flatten(0, 1)  # (B R, C, T, H, W)
     noise = batch["noise"].flatten(0, 1)  # (B R, L)
     with autocast(clips.device, amp):
-        loss, _, _ = model(clips, args.mask_ratio, args.mask_type, noise)
+        loss, _, _ = model(
+            clips,
+            args.mask_ratio,
+            args.mask_type,
+            noise,
+            args.decoder_mask_ratio,
+            args.decoder_mask_type,
+        )
     backward(loss, scaler, args.accum_iter)
     return loss.detach()[None]
 
@@ -158,7 +165,9 @@ def new_state(
         accum_iter=args.accum_iter,
         clip_grad=args.clip_grad,
         global_batch=global_batch,
-        flops_per_clip=model.flops_per_clip(args.mask_ratio, args.mask_type),
+        flops_per_clip=model.flops_per_clip(
+            args.mask_ratio, args.mask_type, args.decoder_mask_ratio
+        ),
         config=model.config | {"model": args.model, "mean": mean, "std": std},
         flags=vars(args),
         data=data.fingerprint,

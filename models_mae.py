@@ -1,11 +1,13 @@
 """Spatiotemporal masked autoencoder.
 
 The encoder sees a few tubelets of a clip, and a small decoder predicts the pixels of the hidden
-ones. Shapes as in models_vit.py, and: V visible and K hidden tokens (V + K = L), E decoder width,
+ones. Shapes as in models_vit.py, and: V visible and K hidden tokens (V + K = L), M of the hidden
+ones that the decoder predicts (M = K without decoder masking), E decoder width,
 u = t * pred_t_dim / T predicted frames per tubelet, P = u * p * p * C values per token, in the
 order (frame, row, column, color).
 
-Feichtenhofer et al. 2022, arXiv 2205.09113; He et al. 2021, arXiv 2111.06377.
+Feichtenhofer et al. 2022, arXiv 2205.09113; He et al. 2021, arXiv 2111.06377. Decoder masking:
+Wang et al. 2023 (VideoMAE v2), arXiv 2303.16727.
 """
 
 import torch
@@ -14,6 +16,7 @@ from torch import Tensor, nn
 from models_vit import Block, Linear, VideoEncoder, block_flops, pad_tokens, patchify, prepend_token
 
 MASK_TYPES = ("random", "tube", "temporal", "boundary")
+DECODER_MASK_TYPES = ("cell", "random")
 
 
 def make_mask(
@@ -59,6 +62,78 @@ def make_mask(
     return visible, hidden
 
 
+def unused_noise(
+    noise: Tensor, visible: Tensor, grid: tuple[int, int, int], mask_type: str
+) -> Tensor:
+    """Return noise (B, L) that orders the hidden tokens independently of which ones are hidden.
+
+    noise, grid, mask_type: as for `make_mask`; visible: its result (B, V). The noise of the hidden
+    tokens is exchangeable in all types but "tube". There it chose the positions by its first h * w
+    values, whose hidden ones are uniform above the largest visible one. Only these are scaled.
+    """
+    if mask_type != "tube":
+        return noise
+    grid_t, h, w = grid
+    first, others = noise.split([h * w, noise.shape[1] - h * w], dim=1)
+    positions = visible[:, : visible.shape[1] // grid_t]  # of the first tubelets
+    threshold = first.gather(1, positions).amax(dim=1, keepdim=True)
+    return torch.cat([(first - threshold) / (1 - threshold), others], dim=1)
+
+
+def cell_turns(noise: Tensor, grid: tuple[int, int, int]) -> Tensor:
+    """Return the turn (B, L) of each token, 0 to 3, in VideoMAE v2's running cells.
+
+    A cell has 2 x 2 positions, one for each turn. The turns move on by one position with each
+    tubelet, so four tubelets give each position every turn once. Where they begin in the first
+    tubelet is random: it is taken from the 20th binary digit of a noise value, and the mask depends
+    on the digits before.
+    """
+    t, h, w = grid
+    tubelet = torch.arange(t, device=noise.device)[:, None, None]
+    row = torch.arange(h, device=noise.device)[:, None] % 2
+    column = torch.arange(w, device=noise.device) % 2
+    turns = (tubelet + 2 * row + column).flatten()  # (L,)
+    start = (noise[:, -1:] * 2**20).long()  # (B, 1)
+    return (turns + start) % 4
+
+
+def choose_predicted(
+    hidden: Tensor,
+    noise: Tensor,
+    grid: tuple[int, int, int],
+    decoder_mask_ratio: float,
+    decoder_mask_type: str,
+) -> Tensor:
+    """Return the hidden tokens that the decoder predicts (B, M), in token order.
+
+    M = int(K * (1 - decoder_mask_ratio)) for every clip. hidden: indices (B, K); noise: as
+    `unused_noise` returns it; grid: (t', h, w). The chosen tokens are:
+
+    * random: those with the smallest noise
+    * cell: those whose turn comes first (see `cell_turns`), and among equals the smallest noise
+
+    VideoMAE v2 draws the decoder's tokens from all L, and its loss is on the hidden ones of them.
+    Here they are drawn from the hidden ones, so that all clips have equally many.
+    Raises ValueError for an unknown type, and for a ratio that leaves no token to predict.
+    """
+    if decoder_mask_type not in DECODER_MASK_TYPES:
+        raise ValueError(
+            f"unknown decoder mask type {decoder_mask_type!r}. "
+            f"Choose one of {', '.join(DECODER_MASK_TYPES)}."
+        )
+    count = hidden.shape[1]
+    if not 0 <= decoder_mask_ratio < 1 or int(count * (1 - decoder_mask_ratio)) < 1:
+        raise ValueError(
+            f"decoder_mask_ratio {decoder_mask_ratio} leaves none of {count} hidden tokens to "
+            "predict. Choose one from 0 to below 1 that leaves at least one token."
+        )
+    if decoder_mask_type == "cell":
+        noise = noise + cell_turns(noise, grid)
+    ranked = noise.gather(1, hidden).argsort(dim=1, stable=True)
+    chosen = ranked[:, : int(count * (1 - decoder_mask_ratio))]
+    return hidden.gather(1, chosen).sort(dim=1).values
+
+
 def unpatchify(tokens: Tensor, grid: tuple[int, int, int], u: int, p: int) -> Tensor:
     """Return frames (B, C, t' * u, H, W) from the pixels of all tokens (B, L, P)."""
     t, h, w = grid
@@ -85,10 +160,10 @@ def normalize_colors(values: Tensor, pixel_std: tuple[float, ...]) -> tuple[Tens
     )
 
 
-def hidden_mask(visible: Tensor, num_tokens: int) -> Tensor:
-    """Return the mask (B, L) bool, True = hidden, for the indices of visible tokens (B, V)."""
-    mask = torch.ones(len(visible), num_tokens, dtype=torch.bool, device=visible.device)
-    return mask.scatter_(1, visible, False)
+def index_mask(ids: Tensor, num_tokens: int) -> Tensor:
+    """Return the mask (B, L) bool that is True at the indices (B, N) of hidden tokens."""
+    mask = torch.zeros(len(ids), num_tokens, dtype=torch.bool, device=ids.device)
+    return mask.scatter_(1, ids, True)
 
 
 class MaskedAutoencoderViT(VideoEncoder):
@@ -183,28 +258,37 @@ class MaskedAutoencoderViT(VideoEncoder):
         """Whether each target patch is normalized by its own statistics, see `patch_targets`."""
         return self.norm_pix_loss or self.config.get("targets") == "videomae"
 
-    def check_mask(self, mask_ratio: float, mask_type: str) -> None:
-        """Raise ValueError for a mask that this model cannot make."""
-        self.mask_sizes(mask_ratio, mask_type)
+    def check_mask(
+        self, mask_ratio: float, mask_type: str, decoder_mask_ratio: float = 0.0
+    ) -> None:
+        """Raise ValueError for masks that this model cannot make."""
+        self.mask_sizes(mask_ratio, mask_type, decoder_mask_ratio)
 
-    def mask_sizes(self, mask_ratio: float, mask_type: str) -> tuple[int, int]:
-        """Return the numbers of visible and hidden tokens. Raises ValueError as `make_mask`."""
+    def mask_sizes(
+        self, mask_ratio: float, mask_type: str, decoder_mask_ratio: float = 0.0
+    ) -> tuple[int, int]:
+        """Return the numbers V of visible and M of predicted tokens.
+
+        Raises ValueError as `make_mask` and `choose_predicted`.
+        """
         noise = torch.zeros(1, self.num_tokens)
         visible, hidden = make_mask(noise, self.grid, mask_ratio, mask_type)
-        return visible.shape[1], hidden.shape[1]
+        predicted = choose_predicted(hidden, noise, self.grid, decoder_mask_ratio, "random")
+        return visible.shape[1], predicted.shape[1]
 
-    def flops_per_clip(self, mask_ratio: float, mask_type: str) -> float:
+    def flops_per_clip(
+        self, mask_ratio: float, mask_type: str, decoder_mask_ratio: float = 0.0
+    ) -> float:
         """Return the FLOPs of a training step per clip, see `training_flops`.
 
-        The encoder processes the visible tokens, the decoder all, and only the hidden ones are
-        predicted.
+        The encoder processes the visible tokens, the decoder these and the predicted ones.
         """
         c = self.config
-        visible, hidden = self.mask_sizes(mask_ratio, mask_type)
-        sequence = self.num_tokens + int(self.cls_embed)
+        visible, predicted = self.mask_sizes(mask_ratio, mask_type, decoder_mask_ratio)
+        sequence = visible + predicted + int(self.cls_embed)
         decoder = block_flops(sequence, c["decoder_embed_dim"], c["decoder_depth"], c["mlp_ratio"])
         decoder_embed = 6 * visible * self.decoder_embed.weight.numel()
-        decoder_pred = 6 * hidden * self.decoder_pred.weight.numel()
+        decoder_pred = 6 * predicted * self.decoder_pred.weight.numel()
         return self.training_flops(visible) + decoder + decoder_embed + decoder_pred
 
     def compile_parts(self) -> None:
@@ -214,22 +298,22 @@ class MaskedAutoencoderViT(VideoEncoder):
         self.compile_method("predict_hidden")
 
     def embed_for_decoder(
-        self, x: Tensor, delta: Tensor, visible: Tensor, hidden: Tensor
+        self, x: Tensor, delta: Tensor, visible: Tensor, predicted: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Return the decoder's positions and its tokens without them, each (B, [1 +] V + K, E).
+        """Return the decoder's positions and its tokens without them, each (B, [1 +] V + M, E).
 
         Visible tokens come first. They are not sorted: each one carries its position, and attention
         ignores the order. x + delta: the encoder's output (B, [1 +] V, D), before the norm.
-        visible, hidden: as `make_mask` returns them.
+        visible: as `make_mask` returns it; predicted: as `choose_predicted` returns it.
         """
         first_patch = int(self.cls_embed)
         latent = self.norm(x + delta)[:, first_patch:]
         positions, class_position = self.positions("decoder_")
-        masked = self.mask_token + positions[hidden]
+        masked = self.mask_token + positions[predicted]
         x = torch.cat([positions[visible], masked], dim=1)
         if class_position is not None:
             x = prepend_token(self.decoder_cls_token + class_position, x)
-        tokens = pad_tokens(self.decoder_embed(latent), first_patch, hidden.shape[1])
+        tokens = pad_tokens(self.decoder_embed(latent), first_patch, predicted.shape[1])
         return self.start_residual(x), tokens
 
     def predict(self, x: Tensor) -> Tensor:
@@ -237,14 +321,14 @@ class MaskedAutoencoderViT(VideoEncoder):
         return self.decoder_pred(self.decoder_norm(x))
 
     def predict_hidden(
-        self, x: Tensor, delta: Tensor, clips: Tensor, hidden: Tensor
+        self, x: Tensor, delta: Tensor, clips: Tensor, predicted: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Return the mean squared error (scalar) and the pixels (B, K, P) of the hidden tokens.
+        """Return the mean squared error (scalar) and the pixels (B, M, P) of the predicted tokens.
 
-        x + delta: the decoder's output (B, [1 +] V + K, E).
+        x + delta: the decoder's output (B, [1 +] V + M, E).
         """
-        pred = self.predict((x + delta)[:, -hidden.shape[1] :])
-        return self.squared_errors(pred, clips, hidden).mean(), pred
+        pred = self.predict((x + delta)[:, -predicted.shape[1] :])
+        return self.squared_errors(pred, clips, predicted).mean(), pred
 
     def target_frames(self, clips: Tensor) -> Tensor:
         """Return the frames to predict (B, C, pred_t_dim, H, W) of clips (B, C, T, H, W).
@@ -286,30 +370,43 @@ class MaskedAutoencoderViT(VideoEncoder):
         std = (values.var(dim=2, keepdim=True) + 1e-6).sqrt()
         return (values - mean) / std, mean, std
 
-    def squared_errors(self, pred: Tensor, clips: Tensor, hidden: Tensor) -> Tensor:
-        """Return the squared error (B, K, P) of each predicted value of the hidden tokens.
+    def squared_errors(self, pred: Tensor, clips: Tensor, predicted: Tensor) -> Tensor:
+        """Return the squared error (B, M, P) of each value of the predicted tokens.
 
         It is computed in float32 or wider.
         """
-        target, _, _ = self.patch_targets(clips, hidden)
+        target, _, _ = self.patch_targets(clips, predicted)
         return (pred.to(target.dtype) - target).square()
 
     def encode_and_decode(
-        self, clips: Tensor, mask_ratio: float, mask_type: str, noise: Tensor | None
+        self,
+        clips: Tensor,
+        mask_ratio: float,
+        mask_type: str,
+        noise: Tensor | None,
+        decoder_mask_ratio: float = 0.0,
+        decoder_mask_type: str = "cell",
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Mask the clips, encode what is visible, and decode all tokens.
+        """Mask the clips, encode what is visible, and decode it with the tokens to predict.
 
-        noise: (B, L) float32 for `make_mask`, drawn here if None; in training the data set draws
-        it. Returns x and delta of the decoder's tokens, each (B, [1 +] V + K, E), and the indices
-        of the visible tokens (B, V) and the hidden ones (B, K).
+        noise: (B, L) float32 in [0, 1) for both masks, drawn here if None; in training the data set
+        draws it. decoder_mask_ratio, decoder_mask_type: see `choose_predicted`.
+        Returns x and delta of the decoder's tokens, each (B, [1 +] V + M, E), and the indices of
+        the visible tokens (B, V) and the predicted ones (B, M).
         """
         if noise is None:
             noise = torch.rand(len(clips), self.num_tokens, device=clips.device)
         visible, hidden = make_mask(noise, self.grid, mask_ratio, mask_type)
+        predicted = hidden
+        if decoder_mask_ratio != 0:
+            noise = unused_noise(noise, visible, self.grid, mask_type)
+            predicted = choose_predicted(
+                hidden, noise, self.grid, decoder_mask_ratio, decoder_mask_type
+            )
         x, delta = self.run_blocks(self.blocks, *self.embed(clips, visible))
-        x, delta = self.embed_for_decoder(x, delta, visible, hidden)
+        x, delta = self.embed_for_decoder(x, delta, visible, predicted)
         x, delta = self.run_blocks(self.decoder_blocks, x, delta)
-        return x, delta, visible, hidden
+        return x, delta, visible, predicted
 
     def forward(  # type: ignore[override]  # besides clips it takes a mask
         self,
@@ -317,16 +414,21 @@ class MaskedAutoencoderViT(VideoEncoder):
         mask_ratio: float = 0.9,
         mask_type: str = "random",
         noise: Tensor | None = None,
+        decoder_mask_ratio: float = 0.0,
+        decoder_mask_type: str = "cell",
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Mask, encode, decode, and compare with the pixels of the hidden tokens.
 
-        clips: (B, C, T, H, W) float, or uint8 with `pixel_stats` set. noise: see
-        `encode_and_decode`. Returns loss (scalar), pred (B, K, P) of the hidden tokens in token
-        order, and mask (B, L) bool, True = hidden.
+        clips: (B, C, T, H, W) float, or uint8 with `pixel_stats` set. noise and the decoder's mask:
+        see `encode_and_decode`. Returns loss (scalar), pred (B, K, P) of the hidden tokens in token
+        order, and mask (B, L) bool, True = hidden. With a decoder mask, pred (B, M, P) and mask are
+        those of the predicted tokens alone.
         """
-        x, delta, visible, hidden = self.encode_and_decode(clips, mask_ratio, mask_type, noise)
-        loss, pred = self.predict_hidden(x, delta, clips, hidden)
-        return loss, pred, hidden_mask(visible, self.num_tokens)
+        x, delta, _, predicted = self.encode_and_decode(
+            clips, mask_ratio, mask_type, noise, decoder_mask_ratio, decoder_mask_type
+        )
+        loss, pred = self.predict_hidden(x, delta, clips, predicted)
+        return loss, pred, index_mask(predicted, self.num_tokens)
 
     @torch.no_grad()
     def reconstruct(
@@ -351,7 +453,7 @@ class MaskedAutoencoderViT(VideoEncoder):
         if true_statistics:
             _, mean, std = self.patch_targets(clips)
             pred = pred * std + mean
-        mask = hidden_mask(visible, self.num_tokens)[:, :, None].expand_as(pred)
+        mask = index_mask(hidden, self.num_tokens)[:, :, None].expand_as(pred)
         u = self.pred_frames_per_tubelet
         p = self.patch_size
         predicted = unpatchify(pred, self.grid, u, p)

@@ -34,7 +34,7 @@ from data.samplers import EpochSampler
 from data.transforms import decode_short_side, train_transform, view_transform
 from data.video_index import copy_index, load_index
 from engine_pretrain import PretrainData, Validation
-from models_mae import MASK_TYPES, MaskedAutoencoderViT
+from models_mae import DECODER_MASK_TYPES, MASK_TYPES, MaskedAutoencoderViT
 from util import args as flags
 from util import dist, preemption
 from util.cli import fraction, nonnegative_int, positive_int
@@ -89,6 +89,20 @@ def add_model_and_optimization(parser: flags.ScriptParser) -> None:
         choices=MASK_TYPES,
         default="random",
         help="which tokens are hidden (default: %(default)s)",
+    )
+    group.add_argument(
+        "--decoder_mask_ratio",
+        type=float,
+        default=0.0,
+        help="share of the hidden tokens that training leaves out of decoder and loss, for speed; "
+        "VideoMAE v2: 0.5 (default: %(default)s)",
+    )
+    group.add_argument(
+        "--decoder_mask_type",
+        choices=DECODER_MASK_TYPES,
+        default="cell",
+        help="which hidden tokens are left out: by VideoMAE v2's running cells, or at random "
+        "(default: %(default)s)",
     )
     group.add_argument(
         "--norm_pix_loss",
@@ -227,7 +241,7 @@ def build_model(args: argparse.Namespace, env: DistEnv, start: Start) -> MaskedA
             attn=args.attn,
         )
         attention = flags.apply_system_flags(args, model, env.device)
-        model.check_mask(args.mask_ratio, args.mask_type)
+        model.check_mask(args.mask_ratio, args.mask_type, args.decoder_mask_ratio)
     except ValueError as error:
         raise UserError(str(error)) from error
     for line in attention:
@@ -248,6 +262,21 @@ def build_model(args: argparse.Namespace, env: DistEnv, start: Start) -> MaskedA
                 "and color. Its loss on this model's targets starts high."
             )
     return model.to(env.device)
+
+
+def print_decoder_mask(
+    args: argparse.Namespace, given: set[str], model: MaskedAutoencoderViT
+) -> None:
+    """Print what --decoder_mask_ratio comes to, or that --decoder_mask_type does nothing."""
+    _, hidden = model.mask_sizes(args.mask_ratio, args.mask_type)
+    _, predicted = model.mask_sizes(args.mask_ratio, args.mask_type, args.decoder_mask_ratio)
+    if args.decoder_mask_ratio:
+        print0(
+            f"decoder masking ({args.decoder_mask_type}): training decodes and predicts "
+            f"{predicted} of {hidden} hidden tokens; validation and pictures use all of them"
+        )
+    elif "decoder_mask_type" in given:
+        print0("note: --decoder_mask_type has no effect without --decoder_mask_ratio.")
 
 
 def build_data(
@@ -361,6 +390,7 @@ def main(argv: list[str] | None = None) -> None:
     flags.resolve_compile(args, env.device)
     start = find_start(args, given, args.init_from)
     model = build_model(args, env, start)
+    print_decoder_mask(args, given, model)
     data = build_data(args, env, model, resuming=start.path is not None)
     engine_pretrain.train(args, env, model, data, start.path)
 

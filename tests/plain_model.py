@@ -181,6 +181,30 @@ class PlainMAE(PlainEncoder):
         errors = ((pred - self.targets(clips)) ** 2).mean(-1)  # (B, L)
         return (errors * mask).sum() / mask.sum()
 
+    def decoder_masked_loss(self, clips: Tensor, visible: Tensor, predicted: Tensor) -> Tensor:
+        """Return the loss of a decoder that gets visible (B, V) and predicted (B, M) tokens alone.
+
+        Clip by clip, with the tokens in their order. visible, predicted: indices.
+        """
+        extra = int(self.c["cls_embed"])
+        positions = self.positions("decoder_")[0]  # ([1 +] L, E)
+        errors = []
+        for index, clip in enumerate(clips):
+            seen, masked = visible[index].tolist(), predicted[index].tolist()
+            latent = self.norm(self.encode(clip[None], visible[index : index + 1]))[0, extra:]
+            embedded = dict(zip(seen, self.decoder_embed(latent), strict=True))
+            tokens = sorted(seen + masked)
+            rows = [embedded.get(i, self.mask_token[0, 0]) + positions[extra + i] for i in tokens]
+            if extra:
+                rows.insert(0, self.decoder_cls_token[0, 0] + positions[0])
+            x = torch.stack(rows)[None]
+            for block in self.decoder_blocks:
+                x = block(x)
+            pred = self.decoder_pred(self.decoder_norm(x))[0, extra:]
+            target = self.targets(clip[None])[0]
+            errors += [((pred[tokens.index(i)] - target[i]) ** 2).mean() for i in masked]
+        return torch.stack(errors).mean()
+
     def targets(self, clips: Tensor) -> Tensor:
         """Return the pixels to predict (B, L, P) of clips (B, 3, T, H, W)."""
         last = clips.shape[2] - 1

@@ -88,7 +88,13 @@ def test_the_step_does_not_synchronize():
         "noise": torch.rand(2, 2, 64),
     }
     batch = {key: value.pin_memory() for key, value in batch.items()}
-    args = argparse.Namespace(mask_ratio=0.75, mask_type="random", accum_iter=1)
+    args = argparse.Namespace(
+        mask_ratio=0.75,
+        mask_type="random",
+        decoder_mask_ratio=0.5,
+        decoder_mask_type="cell",
+        accum_iter=1,
+    )
 
     def steps() -> None:
         for moved in on_device([batch] * 3, CUDA):

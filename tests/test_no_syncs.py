@@ -1,6 +1,7 @@
 """Training steps and evaluations read no tensor value on the host, so never wait for the GPU."""
 
 import argparse
+import itertools
 from collections.abc import Iterator
 
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor
 import engine_finetune
 from engine_finetune import BatchTransform
 from engine_pretrain import micro_step
+from models_mae import MASK_TYPES
 from models_vit import normalize
 from util.evaluation import evaluate, mean_features, validation_loss
 from util.metrics import MetricSums
@@ -48,8 +50,14 @@ def test_pretraining_step(monkeypatch):
         "noise": torch.rand(2, 2, 64),
     }
     forbid_reads(monkeypatch)
-    for mask_type in ("random", "tube", "temporal", "boundary"):
-        args = argparse.Namespace(mask_ratio=0.75, mask_type=mask_type, accum_iter=1)
+    for mask_type, decoder_mask_ratio in itertools.product(MASK_TYPES, (0, 0.5)):
+        args = argparse.Namespace(
+            mask_ratio=0.75,
+            mask_type=mask_type,
+            decoder_mask_ratio=decoder_mask_ratio,
+            decoder_mask_type="cell",
+            accum_iter=1,
+        )
         set_learning_rate(optimizer, 1e-3)
         micro_step(model, batch, args, scaler, torch.float32)
         norm, skipped = update(optimizer, scaler, 1.0)

@@ -5,6 +5,8 @@ import torch
 from plain_model import PlainMAE, PlainViT
 from tiny import clips_and_noise, tiny_mae, tiny_vit
 
+from models_mae import make_mask
+
 MAE_CASES = {
     "default": {},
     "norm_pix": {"norm_pix_loss": True},
@@ -44,6 +46,24 @@ def test_masked_autoencoder(case, sdpa):
         ours.zero_grad()
         plain.zero_grad()
         agree(ours, plain, [ours(clips, ratio, noise=noise)[0], plain(clips, noise, ratio)])
+
+
+@pytest.mark.parametrize("case", ["default", "norm_pix", "joint_no_class_token"])
+@pytest.mark.parametrize("decoder_mask_type", ["cell", "random"])
+def test_masked_decoder(decoder_mask_type, case):
+    ours = tiny_mae(**MAE_CASES[case]).double()
+    plain = PlainMAE(ours.config).double()
+    plain.load_state_dict(ours.state_dict())
+    clips, noise = clips_and_noise(dtype=torch.float64)
+    for mask_type, ratio in (("random", 0.5), ("tube", 0.75)):
+        ours.zero_grad()
+        plain.zero_grad()
+        loss, pred, mask = ours(clips, 0.75, mask_type, noise, ratio, decoder_mask_type)
+        visible, hidden = make_mask(noise, ours.grid, 0.75, mask_type)
+        predicted = mask.nonzero()[:, 1].view(2, -1)
+        assert pred.shape[1] == predicted.shape[1] == int(48 * (1 - ratio))
+        assert not mask.gather(1, visible).any() and mask.gather(1, hidden).any()
+        agree(ours, plain, [loss, plain.decoder_masked_loss(clips, visible, predicted)])
 
 
 @pytest.mark.parametrize("case", VIT_CASES)
