@@ -168,6 +168,7 @@ class Variant:
         self.device = next(model.parameters()).device
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=False)
         self.mask_ratio = MASK_RATIO
+        self.decoder_mask_ratio = 0.0  # of "ours"
         self.kernel = "sdpa"  # as `choose_attention` returns it
         self.attention: list[str] = []  # one line per head width
         self.times: list[float] = []  # seconds of a step
@@ -195,7 +196,8 @@ class Variant:
             if isinstance(self.model, (VisionTransformer, PlainViT)):
                 return self.model(clips).float().logsumexp(1).mean()
             if self.spec.kind == "ours":
-                return self.model(clips, self.mask_ratio, noise=noise)[0]
+                masks = {"noise": noise, "decoder_mask_ratio": self.decoder_mask_ratio}
+                return self.model(clips, self.mask_ratio, **masks)[0]
             return self.model(clips, noise, self.mask_ratio)
 
     def step(self, clips: torch.Tensor, noise: torch.Tensor) -> None:

@@ -1,5 +1,7 @@
 """Decoder masking: which hidden tokens are predicted, and runs that use it."""
 
+from importlib import import_module
+
 import pytest
 import torch
 from launch import torchrun
@@ -16,6 +18,7 @@ from models_mae import (
     unused_noise,
 )
 
+benchmark = import_module("benchmarks.decoder_masking")
 GRID = (4, 4, 4)
 TOKENS = 64
 HALF = ["--decoder_mask_ratio", "0.5"]
@@ -185,3 +188,20 @@ def test_only_the_training_loss_depends_on_the_decoder_mask(videos, tmp_path, ca
     assert len({record["train_loss"] for record in records.values()}) == 3
     note = "note: --decoder_mask_type has no effect without --decoder_mask_ratio."
     assert capsys.readouterr().out.count(note) == 1
+
+
+@pytest.mark.slow
+def test_the_benchmark_compares_equal_updates_and_equal_flops(tmp_path):
+    setting = benchmark.Setting(clips=(64, 16, 16), updates=8, labels=2, steps=4, seeds=2)
+    threads = torch.get_num_threads()
+    results = []
+    for _ in range(2):  # the second call finds all runs in the file
+        benchmark.measure_learning(setting, tmp_path, tmp_path)
+        results.append((tmp_path / "decoder_masking.json").stat().st_mtime_ns)
+    torch.set_num_threads(threads)
+    assert results[0] == results[1]
+    rows = (tmp_path / "decoder_masking.md").read_text().splitlines()[4:7]
+    cells = [row.strip("| ").split(" | ") for row in rows]
+    assert [row[1] for row in cells] == ["8", "8", "10"]  # 1.24 times as many
+    assert cells[0][6] == "+0.0 (+0.0 to +0.0)"
+    assert len({row[4] for row in cells}) == 3  # validation losses
