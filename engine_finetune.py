@@ -17,12 +17,13 @@ from torch import Tensor, nn
 
 from data.transforms import make_mixup, random_erasing_
 from models_vit import VisionTransformer, normalize
-from util import dist, pictures, preemption, resume
+from util import checkpoint, dist, pictures, preemption, resume
 from util.args import ScriptParser, apply_system_flags, make_schedule, parse, resolve_compile
 from util.bad_files import BadFiles
 from util.checkpointer import Checkpointer
 from util.class_names import class_list, names_or_numbers, read_class_names
 from util.dist import DistEnv, UserError, print0
+from util.ema import WeightAverage, has_ema, weight_average
 from util.evaluation import Scores, evaluate
 from util.files import RunFiles
 from util.logger import RunLogger, print_versions
@@ -305,21 +306,34 @@ def evaluate_checkpoint(
     data: EvalData,
     path: Path,
 ) -> Scores:
-    """Evaluate the weights of a checkpoint (--eval) and write the tables. Call on every rank."""
-    load_pretrained(path, model, keep_head=True)
-    if args.compile:
-        model.compile_parts()
+    """Evaluate a checkpoint (--eval) and write the tables. Call on every rank.
+
+    If it has an EMA beside the weights, both are evaluated. Returns the scores of the weights.
+    """
+    if args.ema:
+        print0("note: --eval evaluates the EMA of every checkpoint that has one; --ema is not used")
     prepare = partial(model_input, config=config, still_frames=data.still_frames)
     amp = amp_dtype(args.amp, env.device)
-    scores = evaluate(model, data.batches(), args.batch_size_per_gpu, prepare, amp)
-    logger = RunLogger(run_files(args, "_test"))
-    logger.open(vars(args))
-    write_report(scores, data, logger, epoch=0)
-    logger.close()
-    print0(
-        f"top-1 {scores.acc1:.2f} %  top-5 {scores.acc5:.2f} %  loss {scores.loss:.4f}  "
-        f"({len(scores.labels)} samples, {data.views} views each)"
-    )
+    if args.compile:
+        model.compile_parts()
+
+    def test(averaged: bool) -> Scores:
+        load_pretrained(path, model, keep_head=True, averaged=averaged)
+        scores = evaluate(model, data.batches(), args.batch_size_per_gpu, prepare, amp)
+        logger = RunLogger(run_files(args, "_test_ema" if averaged else "_test"))
+        logger.open(vars(args))
+        write_report(scores, data, logger, epoch=0)
+        logger.close()
+        name = "EMA: " if averaged else ""
+        print0(
+            f"{name}top-1 {scores.acc1:.2f} %  top-5 {scores.acc5:.2f} %  loss {scores.loss:.4f}  "
+            f"({len(scores.labels)} samples, {data.views} views each)"
+        )
+        return scores
+
+    scores = test(averaged=False)
+    if has_ema(checkpoint.load(path, check=False, lazily=True)):
+        test(averaged=True)
     return scores
 
 
@@ -347,18 +361,22 @@ def train(
     forward_backward = seeded_micro_step(args, env, wrapped, transform, state)
     amp = amp_dtype(args.amp, env.device)
     prepare = partial(model_input, config=config, still_frames=val_data.still_frames)
+
+    def measure() -> Scores:
+        batches = checkpointer.stop_between_batches(val_data.batches())
+        return evaluate(model, batches, args.batch_size_per_gpu, prepare, amp)
+
     scores = None
     with checkpointer.graceful_shutdown():
         while state.unfinished():
-            epoch, updates_done = state.position()
-            batches = train_data.batches(epoch, updates_done)
+            batches = train_data.batches(*state.position())
             record = train_one_epoch(
                 wrapped, batches, forward_backward, checkpointer, args.log_every
             )
-            batches = checkpointer.stop_between_batches(val_data.batches())
-            scores = evaluate(model, batches, args.batch_size_per_gpu, prepare, amp)
-            keep_best(scores, val_data, checkpointer, record["train_acc1"])
-            record |= {"test_loss": scores.loss, "test_acc1": scores.acc1, "test_acc5": scores.acc5}
+            validations = validate(measure, state.ema)
+            scores = validations["test"]
+            keep_best(validations, val_data, checkpointer, record["train_acc1"])
+            record |= validation_record(validations)
             record["unreadable_samples"] = checkpointer.bad_files.gather()
             checkpointer.end_epoch(record, args.checkpoint_period)
     checkpointer.logger.close()
@@ -434,28 +452,69 @@ def new_state(
         flags=vars(args),
         data=data.fingerprint,
         best_acc1=-1.0,
+        ema=weight_average(model, args.ema),
     )
 
 
+def validate(measure: Callable[[], Scores], ema: WeightAverage | None) -> dict[str, Scores]:
+    """Return the scores "test" of the weights, and "test_ema" of their EMA if there is one."""
+    validations = {"test": measure()}
+    if ema is not None:
+        with ema.in_model():
+            validations["test_ema"] = measure()
+    return validations
+
+
+def validation_record(validations: dict[str, Scores]) -> dict[str, float]:
+    """Return what the log has of each validation, such as test_acc1 (percent)."""
+    record = {}
+    for name, scores in validations.items():
+        record[f"{name}_loss"] = scores.loss
+        record[f"{name}_acc1"] = scores.acc1
+        record[f"{name}_acc5"] = scores.acc5
+    return record
+
+
+def validation_line(validations: dict[str, Scores], best_acc1: float) -> str:
+    """Return the figures of an epoch's validations. best_acc1: the best of the run in percent."""
+    scores = validations["test"]
+    line = (
+        f"validation top-1 {scores.acc1:.2f} % (best {best_acc1:.2f} %), "
+        f"top-5 {scores.acc5:.2f} %, loss {scores.loss:.4f}, {len(scores.labels)} samples"
+    )
+    if "test_ema" in validations:
+        ema = validations["test_ema"]
+        line += f"; EMA top-1 {ema.acc1:.2f} %, top-5 {ema.acc5:.2f} %, loss {ema.loss:.4f}"
+    return line
+
+
 def keep_best(
-    scores: Scores, data: EvalData, checkpointer: Checkpointer, train_acc1: float
+    validations: dict[str, Scores],
+    data: EvalData,
+    checkpointer: Checkpointer,
+    train_acc1: float,
 ) -> None:
-    """Print a validation; if it is the best so far, write its checkpoint and its tables."""
+    """Print a validation; if it is the best so far, write its checkpoint and its tables.
+
+    validations: see `validate`. The one with the higher top-1 counts, the weights' if they are
+    equal.
+    """
+    best_name = max(validations, key=lambda name: validations[name].acc1)
+    best = validations[best_name]
     state = checkpointer.state
     logger = checkpointer.logger
     epoch, _ = state.position()
     best_before = -1.0 if state.best_acc1 is None else state.best_acc1
-    state.best_acc1 = max(best_before, scores.acc1)
+    state.best_acc1 = max(best_before, best.acc1)
     logger.print_epoch(
-        f"epoch {epoch}: train top-1 {train_acc1:.2f} %, validation top-1 {scores.acc1:.2f} % "
-        f"(best {state.best_acc1:.2f} %), top-5 {scores.acc5:.2f} %, loss {scores.loss:.4f}, "
-        f"{len(scores.labels)} samples",
+        f"epoch {epoch}: train top-1 {train_acc1:.2f} %, "
+        f"{validation_line(validations, state.best_acc1)}",
         last=state.is_last_step(),
     )
-    if scores.acc1 <= best_before:
+    if best.acc1 <= best_before:
         return
-    write_report(scores, data, logger, epoch)
-    if not checkpointer.save(epoch, logger.files.best):
+    write_report(best, data, logger, epoch)
+    if not checkpointer.save(epoch, logger.files.best, averaged=best_name == "test_ema"):
         state.best_acc1 = best_before  # the next improvement is saved
 
 

@@ -17,6 +17,7 @@ from util.args import make_schedule
 from util.bad_files import BadFiles
 from util.checkpointer import Checkpointer
 from util.dist import DistEnv
+from util.ema import weight_average
 from util.files import RunFiles
 from util.logger import RunLogger
 from util.metrics import MetricSums
@@ -171,20 +172,34 @@ def new_state(
         config=model.config | {"model": args.model, "mean": mean, "std": std},
         flags=vars(args),
         data=data.fingerprint,
+        ema=weight_average(model, args.ema),
     )
 
 
 def validate(validations: list[Validation], checkpointer: Checkpointer) -> dict[str, float]:
     """Run the validations; print and return their results. Call on every rank.
 
-    Raises preemption.Stopped.
+    Those of the EMA have the ending "_ema". Raises preemption.Stopped.
     """
     state = checkpointer.state
+    results = measure(validations, checkpointer)
+    if state.ema is not None:
+        with state.ema.in_model():
+            of_ema = measure(validations, checkpointer)
+        results |= {f"{name}_ema": value for name, value in of_ema.items()}
+    epoch, _ = state.position()
+    values = "  ".join(f"{name} {value:.4g}" for name, value in results.items())
+    checkpointer.logger.print_epoch(f"epoch {epoch}: {values}", state.is_last_step())
+    return results
+
+
+def measure(validations: list[Validation], checkpointer: Checkpointer) -> dict[str, float]:
+    """Return the results of the validations for the weights that are in the model.
+
+    Call on every rank. Raises preemption.Stopped.
+    """
     results: dict[str, float] = {}
     for validation in validations:
         batches = checkpointer.stop_between_batches(validation.batches())
         results |= validation.measure(batches)
-    epoch, _ = state.position()
-    values = "  ".join(f"{name} {value:.4g}" for name, value in results.items())
-    checkpointer.logger.print_epoch(f"epoch {epoch}: {values}", state.is_last_step())
     return results

@@ -20,19 +20,25 @@ from util.checkpoint import first_line, import_safetensors, load, save
 from util.checkpoint_formats import describe_num_heads, parse_checkpoint
 from util.cli import Parser
 from util.dist import UserError, print0, run_script
+from util.ema import averaged_checkpoint, has_ema
 from util.files import fsync_path, sha256_of
 
-RUN_STATE = ("optimizer", "scaler")  # not part of a converted file
+RUN_STATE = ("optimizer", "scaler", "ema")  # not part of a converted file
 UNPUBLISHED = ("model", "unreadable")  # not part of config.json; the latter names the user's files
 
 
-def to_our_layout(path: str | Path, given: dict) -> dict:
+def to_our_layout(path: str | Path, given: dict, averaged: bool = False) -> dict:
     """Return a checkpoint in our layout.
 
-    Our own checkpoints lose their optimizer; other families keep the encoder, and the decoder if
-    it is ours. given: sizes by name that the file does not record. Raises UserError.
+    Our own checkpoints lose their optimizer, and one of their two sets of weights if they have an
+    EMA; other families keep the encoder, and the decoder if it is ours. given: sizes by name that
+    the file does not record. averaged: keep the EMA instead of the weights. Raises UserError.
     """
     checkpoint = load(path)
+    if averaged:
+        checkpoint = averaged_checkpoint(path, checkpoint)
+    elif has_ema(checkpoint):
+        print0(f"{path} has an EMA beside the weights: it is left out (--ema takes it instead)")
     found = parse_checkpoint(checkpoint, given, path)
     if found.family == "ours":
         return {key: value for key, value in checkpoint.items() if key not in RUN_STATE}
@@ -123,6 +129,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--to", choices=("native", "safetensors"), required=True, help="the layout to write"
     )
+    parser.add_argument(
+        "--ema", action="store_true", help="take the EMA of the weights, of a run with --ema"
+    )
     add_unrecorded_sizes(parser)
     args = parser.parse_args(argv)
     target = Path(args.target)
@@ -131,7 +140,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.to == "native" and target.suffix == ".safetensors":
         raise UserError(f"{target} would be a file of torch.save. Use a name that ends in .pth.")
     given = given_sizes(args)
-    checkpoint = to_our_layout(args.source, given)
+    checkpoint = to_our_layout(args.source, given, args.ema)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         if args.to == "safetensors":

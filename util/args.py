@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from models_vit import VideoEncoder
-from util.cli import Parser, min_two, nonnegative_int, positive_int
+from util.cli import Parser, decay_factor, min_two, nonnegative_int, positive_int
 from util.dist import UserError, default_workers, print0
 from util.optim import Schedule, amp_dtype, residual_dtype
 
@@ -146,6 +146,14 @@ def add_optimization(
     group.add_argument("--weight_decay", type=float, default=0.05, help="(default: %(default)s)")
     group.add_argument(
         "--clip_grad", type=float, help="largest total gradient norm (default: no clipping)"
+    )
+    group.add_argument(
+        "--ema",
+        type=decay_factor,
+        default=0.0,
+        metavar="DECAY",
+        help="also keep an exponential moving average of the weights, for example 0.9999; 0: none "
+        "(default: 0)",
     )
     group.add_argument("--seed", type=nonnegative_int, default=0, help="(default: %(default)s)")
     return group

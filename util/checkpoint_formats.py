@@ -286,18 +286,24 @@ def read_layout(checkpoint: dict, path: str | Path) -> Layout:
     head = {name: value for name, value in others.items() if name.startswith("head.")}
     if set(head) != {"head.weight", "head.bias"} or head["head.weight"].ndim != 2:
         head = {}
-    config = _dictionary(checkpoint.get("config"))
-    flags = _dictionary(checkpoint.get("args"))
+    unused = {n: v for n, v in others.items() if n not in decoder and n not in head}
     return Layout(
         family=family,
         encoder=encoder,
         decoder=decoder,
         head=head,
-        unused={n: v for n, v in others.items() if n not in decoder and n not in head},
-        config=config,
-        flags=flags,
+        unused=unused | _average_of(checkpoint),
+        config=_dictionary(checkpoint.get("config")),
+        flags=_dictionary(checkpoint.get("args")),
         global_pool=find_read_out(checkpoint, tensors, family) if head else None,
     )
+
+
+def _average_of(checkpoint: dict) -> dict[str, Tensor]:
+    """Return the EMA beside the weights of our checkpoint, with ema. before the names."""
+    if not is_ours(_dictionary(checkpoint.get("config"))):
+        return {}
+    return {f"ema.{name}": value for name, value in _dictionary(checkpoint.get("ema")).items()}
 
 
 def refuse_vjepa(checkpoint: dict, path: str | Path) -> None:

@@ -10,6 +10,7 @@ import torch
 from util import checkpoint, preemption, resume
 from util.bad_files import BadFiles
 from util.dist import UserError, on_rank0, print0, rank
+from util.ema import averaged_checkpoint, has_ema, require_trained_weights
 from util.logger import RunLogger, writing_to
 from util.train_state import TrainState
 
@@ -59,6 +60,7 @@ class Checkpointer:
     def _resume(self, path: Path, force: bool) -> None:
         state = self.state
         saved = load_on_rank(path)
+        require_trained_weights(path, saved)
         current = {
             "config": state.config,
             "args": state.flags,
@@ -78,6 +80,10 @@ class Checkpointer:
         self.bad_files.unreadable.update(saved.get("unreadable", {}))
         self.last_saved_step = state.step
         self.last_attempt_step = state.step
+        if state.ema is not None:
+            state.ema.resume(path, saved, state.step)
+        elif has_ema(saved):
+            print0(f"the EMA in {path} is not continued, and later checkpoints lack it (--ema 0)")
         print0(f"resumed from {path} at update {state.step}")
 
     def _prepare_folder(self) -> None:
@@ -124,18 +130,21 @@ class Checkpointer:
                 "previous checkpoint"
             )
 
-    def save(self, epoch: int | None = None, path: Path | None = None) -> bool:
+    def save(
+        self, epoch: int | None = None, path: Path | None = None, averaged: bool = False
+    ) -> bool:
         """Write the newest checkpoint, or another one to `path`. Call on every rank.
 
-        epoch: None for the current one. Returns whether the file was written: a full disk does not
-        end the run. Raises UserError if the weights are not finite.
+        epoch: None for the current one. A checkpoint at `path` has one set of weights, the EMA if
+        `averaged`; the newest one has both. Returns whether the file was written: a full disk does
+        not end the run. Raises UserError if the weights are not finite.
         """
         state = self.state
         reduce_metrics(state, self.logger)
         self.bad_files.gather()
         if epoch is None:
             epoch, _ = state.position()
-        written = on_rank0(lambda: self._write(path, epoch))
+        written = on_rank0(lambda: self._write(path, epoch, averaged))
         if path is None:
             self.last_attempt_time = time.monotonic()
             self.last_attempt_step = state.step
@@ -143,7 +152,7 @@ class Checkpointer:
                 self.last_saved_step = state.step
         return written
 
-    def _write(self, path: Path | None, epoch: int) -> bool:
+    def _write(self, path: Path | None, epoch: int, averaged: bool) -> bool:
         """Write a checkpoint on rank 0."""
         contents = self.state.state_dict(epoch)
         contents["unreadable"] = dict(self.bad_files.unreadable)
@@ -153,6 +162,10 @@ class Checkpointer:
                 "lower --lr and resume from the previous checkpoint"
             )
         target = path or self.logger.files.checkpoint
+        if averaged:
+            contents = averaged_checkpoint(target, contents)
+        elif path is not None:
+            contents.pop("ema", None)
         keep = self.keep if path is None else 1  # the best checkpoint has no history
         try:
             checkpoint.save(target, contents, keep)

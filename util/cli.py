@@ -117,6 +117,14 @@ def min_two(text: str) -> int:
     return value
 
 
+def decay_factor(text: str) -> float:
+    """Return a number in [0, 1). Raises ArgumentTypeError."""
+    value = float(text)
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not in [0, 1)")
+    return value
+
+
 def fraction(text: str) -> float:
     """Return a number in (0, 1]. Raises ArgumentTypeError."""
     value = float(text)

@@ -23,6 +23,7 @@ from util.checkpoint_formats import (
 )
 from util.class_names import class_list
 from util.dist import UserError, print0
+from util.ema import averaged_checkpoint
 from util.model_source import (
     IMAGE_CLIP,
     decoder_for_clips,
@@ -158,14 +159,20 @@ def require_decoder_heads(found: ImportedModel, path: str | Path) -> None:
         )
 
 
-def load_pretrained(path: str | Path, model: VideoEncoder, keep_head: bool = False) -> None:
+def load_pretrained(
+    path: str | Path, model: VideoEncoder, keep_head: bool = False, averaged: bool = False
+) -> None:
     """Copy the encoder of a checkpoint into a model, and the decoder if both have one.
 
-    keep_head: copy the classifier's head too. All other weights of the model stay as initialized.
-    Set model.config["mean"] and ["std"] to those of the pixels that the encoder was trained on.
-    Raises UserError, with the flags that fit the checkpoint, if the model has another architecture.
+    keep_head: copy the classifier's head too. averaged: read the EMA instead of the weights beside
+    it. All other weights of the model stay as initialized. Set model.config["mean"] and ["std"] to
+    those of the pixels that the encoder was trained on. Raises UserError, with the flags that fit
+    the checkpoint, if the model has another architecture.
     """
-    found = parse_checkpoint(load(path), model.config, path)
+    saved = load(path)
+    if averaged:
+        saved = averaged_checkpoint(path, saved)
+    found = parse_checkpoint(saved, model.config, path)
     sizes = dict(found.sizes)
     if keep_head and found.global_pool is not None:
         sizes["global_pool"] = found.global_pool

@@ -68,13 +68,15 @@ def train_one_epoch(
 def apply_update(
     state: TrainState, values: list[Tensor], replaced: list[Tensor], paths: list[str]
 ) -> None:
-    """Step the optimizer and add the update's metrics, without waiting for the device.
+    """Step the optimizer, update the EMA, add the metrics, all without waiting for the device.
 
     values: each micro-step's metrics (M,). replaced: each micro-step's number of undecodable
     frames. paths: the files of all micro-steps.
     """
     set_learning_rate(state.optimizer, state.schedule.learning_rate(state.step))
     grad_norm, skipped = update(state.optimizer, state.scaler, state.clip_grad)
+    if state.ema is not None:
+        state.ema.update(skipped)
     # added one by one: another order would change the last bits of the log
     means = torch.cat([sum(values[1:], values[0]) / state.accum_iter, grad_norm[None]])
     state.metrics.add(means, skipped, sum(replaced[1:], replaced[0]), paths)

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from util.ema import WeightAverage
 from util.metrics import DataWaitTimer, MetricSums
 from util.optim import Schedule
 
@@ -42,6 +43,7 @@ class TrainState:
     flags: dict  # the command line, as recorded in checkpoints
     data: dict  # `dataset_fingerprint` of the training set
     best_acc1: float | None = None  # None in pretraining
+    ema: WeightAverage | None = None  # None without --ema
 
     step: int = 0  # number of updates done
     samples_consumed: int = 0  # videos or images
@@ -99,6 +101,8 @@ class TrainState:
         }
         if self.best_acc1 is not None:
             state["best_acc1"] = self.best_acc1
+        if self.ema is not None:
+            state["ema"] = self.ema.state_dict()
         return state
 
     def restore_progress(self, state: dict) -> None:
