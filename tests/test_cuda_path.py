@@ -56,6 +56,7 @@ CAPTURE = ("capture pretraining",)
 CASES = {  # the cases of a process
     "quick": (
         Case("pretraining", "pretrain", "--no-compile", CAPTURE),
+        Case("average", "pretrain", "--no-compile --ema 0.9"),
         Case("read a value", "pretrain", "--no-compile", ("item", "six updates"), None),
         Case("tensor on the CPU", "pretrain", "--no-compile", ("cpu tensor", "six updates"), None),
     ),
@@ -78,7 +79,7 @@ CASES = {  # the cases of a process
         Case(
             "compiled finetuning",
             "finetune",
-            f"--compile {RECIPE} --train_dir= --train_csv {{more}}",
+            f"--compile {RECIPE} --ema 0.9 --train_dir= --train_csv {{more}}",
             ("six updates",),
         ),
     ),

@@ -11,6 +11,7 @@ import models_vit
 from data.loader import on_device
 from engine_pretrain import micro_step
 from models_vit import SDPA_BACKENDS
+from util.ema import WeightAverage
 from util.optim import autocast, make_optimizer, pretrain_param_groups, set_learning_rate, update
 
 pytestmark = [
@@ -83,6 +84,7 @@ def test_the_step_does_not_synchronize():
     groups = pretrain_param_groups(model, 0.05)
     optimizer = make_optimizer(groups, model.parameters(), (0.9, 0.95))
     scaler = torch.amp.GradScaler("cuda", enabled=False)
+    ema = WeightAverage(model, 0.5)
     batch = {
         "clips": torch.randint(0, 256, (2, 2, 3, 8, 32, 32), dtype=torch.uint8),
         "noise": torch.rand(2, 2, 64),
@@ -100,7 +102,8 @@ def test_the_step_does_not_synchronize():
         for moved in on_device([batch] * 3, CUDA):
             set_learning_rate(optimizer, 1e-3)
             micro_step(model, moved, args, scaler, torch.bfloat16)
-            update(optimizer, scaler, 1.0)
+            _, skipped = update(optimizer, scaler, 1.0)
+            ema.update(skipped)
 
     steps()
     torch.cuda.set_sync_debug_mode("warn")

@@ -14,6 +14,7 @@ from engine_finetune import BatchTransform
 from engine_pretrain import micro_step
 from models_mae import MASK_TYPES
 from models_vit import normalize
+from util.ema import WeightAverage
 from util.evaluation import evaluate, mean_features, validation_loss
 from util.metrics import MetricSums
 from util.optim import (
@@ -89,11 +90,13 @@ def test_finetuning_step(monkeypatch):
         "labels": torch.tensor([0, 3]),
     }
     scaler = torch.amp.GradScaler("cpu", enabled=False)
+    ema = WeightAverage(model, 0.5)
     sums_of_updates = MetricSums(engine_finetune.METRICS, torch.device("cpu"), max_bad_steps=50)
     forbid_reads(monkeypatch)
     clips, targets = transform(batch)
     sums = engine_finetune.micro_step(model, clips, targets, args, scaler, torch.float32)
     norm, skipped = update(optimizer, scaler, 1.0)
+    ema.update(skipped)
     sums_of_updates.add(torch.cat([sums, norm[None]]), skipped, torch.zeros(()), ["a.mp4"])
     monkeypatch.undo()
     assert norm.item() > 0 and skipped.item() == 0
