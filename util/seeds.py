@@ -17,6 +17,7 @@ SUBSTITUTE_STREAM = 2  # videos that replace unreadable ones
 ORDER_STREAM = 3  # order of the samples of an epoch
 DROPOUT_STREAM = 4  # dropout, drop path, MixUp and erasing
 VALIDATION_NOISE_STREAM = 5  # masks of the validation loss
+GROUP_STREAM = 6  # order of the samples of a class or source
 
 
 def derive_seed(*values: int) -> int:
