@@ -26,12 +26,13 @@ from data.manifest import (
     check_classes,
     class_indices,
     find_labeled,
+    keep_part,
     read_labeled,
     read_manifest,
     write_classes,
     write_manifest,
 )
-from data.samplers import EpochSampler
+from data.samplers import EpochSampler, class_groups
 from data.transforms import decode_short_side, train_transform, view_transform
 from data.video_index import copy_index, load_index
 from engine_finetune import EvalData, Split, TrainData
@@ -58,6 +59,7 @@ def get_parser() -> flags.ScriptParser:
         "--train_csv", default="", help="a manifest (path,label per line) instead of --train_dir"
     )
     group.add_argument("--val_csv", default="", help="a manifest instead of --val_dir")
+    flags.add_labeled_data(group)
     group.add_argument(
         "--test_num_clips",
         type=positive_int,
@@ -105,6 +107,7 @@ def list_videos(
         val = labeled_videos(args.val_dir, args.val_csv, "val")
         return Split([], []), split(val, known_classes, source), known_classes
     if start.path and known_classes and train_manifest.exists() and val_manifest.exists():
+        check_same_part(args, start, train_manifest)
         train = read_manifest(train_manifest)
         val = read_manifest(val_manifest)
         classes = known_classes
@@ -112,12 +115,32 @@ def list_videos(
         train = labeled_videos(args.train_dir, args.train_csv, "train")
         val = labeled_videos(args.val_dir, args.val_csv, "val")
         classes = check_classes(train.labels, val.labels, known_classes, source)
+        train = chosen_part(args, train, classes)
         write_manifest(train_manifest, train)
         write_manifest(val_manifest, val)
         copy_index(args.train_csv, train_manifest, train.paths)
         copy_index(args.val_csv, val_manifest, val.paths)
         write_classes(Path(args.datafile_dir, f"{args.save_prefix}_classes.json"), classes)
     return split(train, classes, source), split(val, classes, source), classes
+
+
+def chosen_part(args: argparse.Namespace, train: Samples, classes: list[str]) -> Samples:
+    """Return the training samples that --shots or --frac_retained keeps."""
+    labels = class_indices(train.labels, classes, "the training set")
+    return train.part(keep_part(labels, args.frac_retained, args.shots, args.seed))
+
+
+def check_same_part(args: argparse.Namespace, start: Start, manifest: Path) -> None:
+    """Raise UserError if the flags choose another part than the manifest of a resumed run has."""
+    assert start.source is not None  # the checkpoint of start.path
+    for name, default in (("shots", None), ("frac_retained", 1.0)):
+        current = getattr(args, name)
+        made_with = start.source.flags.get(name, default)
+        if current != made_with:
+            raise UserError(
+                f"--{name} is {current}, but {manifest} of the resumed run was made with "
+                f"{made_with} (None: all). Restore it, or use another --save_prefix."
+            )
 
 
 def split(samples: Samples, classes: list[str], source: str) -> Split:
@@ -169,6 +192,7 @@ def build_train_data(args: argparse.Namespace, env: DistEnv, train: Split) -> Tr
         accum_iter=args.accum_iter,
         env=env,
         seed=args.seed,
+        groups=class_groups(train.labels, args.balanced),
     )
     total_steps = flags.total_steps(args, sampler.updates_per_epoch)
     dataset = ClipDataset(
@@ -193,7 +217,9 @@ def build_train_data(args: argparse.Namespace, env: DistEnv, train: Split) -> Tr
         known=load_index(flags.manifest_path(args, "train"), train.paths),
     )
     return TrainData(
-        fingerprint=dataset_fingerprint(train.paths, train.labels, train.spans),
+        fingerprint=dataset_fingerprint(
+            train.paths, train.labels, train.spans, "--balanced" if args.balanced else ""
+        ),
         updates_per_epoch=sampler.updates_per_epoch,
         batches=train_loader(dataset, sampler, total_steps, worker_settings(args), env.device),
         repeats=args.repeat_aug,

@@ -24,16 +24,15 @@ from data.manifest import (
     check_classes,
     class_indices,
     find_labeled,
-    keep_stratified,
+    keep_part,
     read_labeled,
     write_classes,
 )
-from data.samplers import EpochSampler
+from data.samplers import EpochSampler, class_groups
 from data.transforms import image_transform
 from engine_finetune import EvalData, Split, TrainData
 from util import args as flags
 from util import dist
-from util.cli import fraction
 from util.dist import DistEnv, UserError, print0
 from util.pixels import IMAGE_MEAN, IMAGE_STD
 from util.train_state import dataset_fingerprint
@@ -59,12 +58,7 @@ def get_parser() -> flags.ScriptParser:
         help="training images: a folder with one subfolder per class, or a manifest (path,label)",
     )
     group.add_argument("--val_data_path", default="", help="validation images, likewise")
-    group.add_argument(
-        "--frac_retained",
-        type=fraction,
-        default=1.0,
-        help="train on this part of each class (default: %(default)s)",
-    )
+    flags.add_labeled_data(group)
     flags.add_shared_data(group)
     flags.add_eval(flags.add_run(parser))
     flags.add_system(parser)
@@ -98,24 +92,16 @@ def list_images(
     if args.eval:
         assert known_classes is not None  # `setup` has found them
         classes = known_classes
-        kept = Split([], [])
+        train_split = Split([], [])
     else:
         train = labeled_images(args.train_data_path, "--train_data_path")
         classes = check_classes(train.labels, val.labels, known_classes, args.val_data_path)
         write_classes(Path(args.output_dir, f"{args.save_prefix}_classes.json"), classes)
         labels = class_indices(train.labels, classes, args.train_data_path)
-        kept = keep_part(Split(train.paths, labels), args.frac_retained, args.seed)
+        kept = keep_part(labels, args.frac_retained, args.shots, args.seed)
+        train_split = Split([train.paths[i] for i in kept], [labels[i] for i in kept])
     val_split = Split(val.paths, class_indices(val.labels, classes, args.val_data_path))
-    return kept, val_split, classes
-
-
-def keep_part(train: Split, share: float, seed: int) -> Split:
-    """Return a random part of each class, at least one image of each (--frac_retained)."""
-    kept = keep_stratified(train.labels, share, seed)
-    count = len(train.paths)
-    if len(kept) < count:
-        print0(f"--frac_retained {share}: {len(kept)} of {count} images, at least one per class")
-    return Split([train.paths[i] for i in kept], [train.labels[i] for i in kept])
+    return train_split, val_split, classes
 
 
 def worker_settings(args: argparse.Namespace) -> WorkerSettings:
@@ -128,14 +114,6 @@ def build_train_data(args: argparse.Namespace, env: DistEnv, train: Split) -> Tr
     """Return the training images, or None with --eval."""
     if args.eval:
         return None
-    sampler = EpochSampler(
-        len(train.paths),
-        batch_size=args.batch_size_per_gpu,
-        accum_iter=args.accum_iter,
-        env=env,
-        seed=args.seed,
-    )
-    total_steps = flags.total_steps(args, sampler.updates_per_epoch)
     dataset = ImageDataset(
         paths=train.paths,
         labels=train.labels,
@@ -143,8 +121,19 @@ def build_train_data(args: argparse.Namespace, env: DistEnv, train: Split) -> Tr
         seed=args.seed,
         substitutes=SUBSTITUTES,
     )
+    sampler = EpochSampler(
+        len(dataset),
+        batch_size=args.batch_size_per_gpu,
+        accum_iter=args.accum_iter,
+        env=env,
+        seed=args.seed,
+        groups=class_groups(train.labels, args.balanced),
+    )
+    total_steps = flags.total_steps(args, sampler.updates_per_epoch)
     return TrainData(
-        fingerprint=dataset_fingerprint(train.paths, train.labels),
+        fingerprint=dataset_fingerprint(
+            train.paths, train.labels, weighting="--balanced" if args.balanced else ""
+        ),
         updates_per_epoch=sampler.updates_per_epoch,
         batches=train_loader(dataset, sampler, total_steps, worker_settings(args), env.device),
     )

@@ -15,7 +15,7 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -239,13 +239,57 @@ def keep_stratified(labels: list[int], share: float, seed: int) -> list[int]:
 
     Of the n samples of each class ceil(n * share) are kept, the same for the same seed.
     """
+    return _keep_of_each_class(labels, lambda count: math.ceil(count * share), seed)
+
+
+def keep_shots(labels: list[int], shots: int, seed: int) -> list[int]:
+    """Return the sorted indices of `shots` random samples of each class; all if it has fewer.
+
+    The same seed gives the same samples, and those of fewer shots are among those of more.
+    """
+    return _keep_of_each_class(labels, lambda count: min(count, shots), seed)
+
+
+def keep_part(labels: list[int], share: float, shots: int | None, seed: int) -> list[int]:
+    """Return the sorted indices of the samples that --frac_retained or --shots keeps.
+
+    labels: class indices. share: the value of --frac_retained, 1 for all. shots: that of --shots,
+    or None. Prints a line about what is left. Raises UserError if both are given.
+    """
+    if shots is None:
+        kept = keep_stratified(labels, share, seed)
+        if len(kept) < len(labels):
+            print0(
+                f"--frac_retained {share}: {len(kept)} of {len(labels)} samples, "
+                "at least one per class"
+            )
+        return kept
+    if share < 1:
+        raise UserError(
+            f"--shots {shots} and --frac_retained {share} both choose a part of the training set: "
+            "pass one of them"
+        )
+    kept = keep_shots(labels, shots, seed)
+    sizes = Counter(labels).values()
+    print0(f"--shots {shots}: {len(kept)} of {len(labels)} samples of {len(sizes)} classes")
+    fewer = sum(size < shots for size in sizes)
+    if fewer:
+        print0(f"note: {fewer} of the {len(sizes)} classes have fewer samples and keep all of them")
+    return kept
+
+
+def _keep_of_each_class(labels: list[int], kept_of: Callable[[int], int], seed: int) -> list[int]:
+    """Return the sorted indices of kept_of(n) random samples of the n of each class.
+
+    Every number of samples is the beginning of the same permutation, so a part has all smaller
+    ones in it.
+    """
     label_of = np.array(labels)
     generator = np.random.default_rng(seed)
     kept: list[int] = []
     for label in np.unique(label_of):
         indices = np.flatnonzero(label_of == label)
-        count = math.ceil(len(indices) * share)
-        kept += generator.permutation(indices)[:count].tolist()
+        kept += generator.permutation(indices)[: kept_of(len(indices))].tolist()
     return sorted(kept)
 
 

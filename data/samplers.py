@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
-from util.dist import DistEnv, UserError
+from util.dist import DistEnv, UserError, print0
 from util.seeds import GROUP_STREAM, ORDER_STREAM, derive_seed
 
 MIN_BLOCK = 64  # samples that are drawn at once: a group of one sample has a million passes
@@ -36,6 +36,21 @@ class SampleGroups(NamedTuple):
         by_remainder = np.argsort(totals - shares, kind="stable")
         totals[by_remainder[: count - totals.sum()]] += 1
         return totals
+
+
+def class_groups(labels: list[int], balanced: bool) -> SampleGroups | None:
+    """Return the classes as groups of equal weight (--balanced) and print a line; or None.
+
+    labels: class index of each sample. Classes without samples are left out.
+    """
+    if not balanced:
+        return None
+    classes, of_sample, sizes = np.unique(labels, return_inverse=True, return_counts=True)
+    print0(
+        f"--balanced: {len(classes)} classes of {sizes.min()} to {sizes.max()} samples, each drawn "
+        f"about {len(labels) / len(classes):.3g} times in an epoch"
+    )
+    return SampleGroups(of_sample, np.ones(len(classes)))
 
 
 class GroupOrder:

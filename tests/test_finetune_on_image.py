@@ -48,7 +48,7 @@ def test_folded_static_clips_train_like_exact_ones(images, tmp_path):
 def test_frac_retained_keeps_a_part_of_each_class(images, tmp_path, capsys):
     flags = "--frac_retained 0.01 --max_steps 1 --batch_size_per_gpu 2".split()
     finetune_on_image.main(image_command(images, tmp_path, *flags))
-    assert "2 of 12 images" in capsys.readouterr().out
+    assert "2 of 12 samples" in capsys.readouterr().out
 
 
 def test_broken_images_are_skipped_in_training_only(images, tmp_path):

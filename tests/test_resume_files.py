@@ -189,6 +189,10 @@ def test_t09_changed_flags_are_printed(files, capsys):
             {"data": {"samples": 16, "sha256": "b"}},
             "training set of 17 -> 16 samples.*Restore the manifest in --datafile_dir",
         ),
+        (
+            {"data": {"samples": 17, "sha256": "a", "weighting": "--balanced"}},
+            r"another run \(weighting of the samples: none -> --balanced\). Restore the w",
+        ),
     ],
 )
 def test_t09_another_batch_or_data_set_needs_force(change, message, files, capsys):

@@ -89,7 +89,7 @@ def test_groups_share_each_epoch_and_are_used_evenly():
             assert abs(taken - share * 48 * number) < 1
     assert max(used.values()) == 1  # no use of a sample has the draws of another
     for group in range(3):
-        members = np.flatnonzero(GROUP_OF == group).tolist()
+        members = np.flatnonzero(np.equal(GROUP_OF, group)).tolist()
         stream = [key for epoch in epochs for key in epoch if key[1] in members]
         passes = [
             stream[start : start + len(members)] for start in range(0, len(stream), len(members))

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from models_vit import VideoEncoder
-from util.cli import Parser, decay_factor, min_two, nonnegative_int, positive_int
+from util.cli import Parser, decay_factor, fraction, min_two, nonnegative_int, positive_int
 from util.dist import UserError, default_workers, print0
 from util.optim import Schedule, amp_dtype, residual_dtype
 
@@ -291,6 +291,28 @@ def add_eval(run: argparse._ArgumentGroup) -> None:
         action=BoolFlag,
         default=False,
         help="only evaluate the checkpoint of --resume (auto: best, else newest)",
+    )
+
+
+def add_labeled_data(group: argparse._ArgumentGroup) -> None:
+    """Add the flags that choose among labeled training samples, for videos and images."""
+    group.add_argument(
+        "--frac_retained",
+        type=fraction,
+        default=1.0,
+        help="train on this part of each class (default: %(default)s)",
+    )
+    group.add_argument(
+        "--shots",
+        type=positive_int,
+        metavar="K",
+        help="train on K samples of each class, chosen by --seed (default: on all)",
+    )
+    group.add_argument(
+        "--balanced",
+        action=BoolFlag,
+        default=False,
+        help="draw each class equally often, whatever its number of samples (default: off)",
     )
 
 

@@ -210,10 +210,15 @@ def check_same_run(path: Path, state: dict, current: dict, force: bool) -> None:
     if saved_batch != current["global_batch"]:
         changes.append(f"global batch {saved_batch} -> {current['global_batch']}")
         fixes.append("--batch_size_per_gpu x --accum_iter x processes")
-    if saved_data != current["data"]:
+    if saved_data["sha256"] != current["data"]["sha256"]:
         samples = f"{saved_data['samples']} -> {current['data']['samples']} samples"
         changes.append(f"training set of {samples}, or the same samples in another order")
         fixes.append("the manifest in --datafile_dir")
+    weighting = saved_data.get("weighting", "none")
+    current_weighting = current["data"].get("weighting", "none")
+    if weighting != current_weighting:
+        changes.append(f"weighting of the samples: {weighting} -> {current_weighting}")
+        fixes.append("the weighting")
     if changes and not force:
         raise UserError(
             f"{path} was saved by another run ({', '.join(changes)}). "

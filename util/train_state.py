@@ -13,14 +13,23 @@ from util.optim import Schedule
 
 
 def dataset_fingerprint(
-    paths: list[str], labels: list[int] | None = None, spans: np.ndarray | None = None
+    paths: list[str],
+    labels: list[int] | None = None,
+    spans: np.ndarray | None = None,
+    weighting: str = "",
 ) -> dict:
-    """Return the number of samples and a hash of their paths, labels and spans, in order."""
+    """Return the number of samples and a hash of their paths, labels and spans, in order.
+
+    weighting: the flags by which some samples are drawn more often than others, "" for none.
+    """
     text = "\n".join(paths) + "\n" + ",".join(map(str, labels or []))
     if spans is not None:
         text += "\n" + repr(spans.tolist())
     encoded = text.encode("utf-8", "surrogateescape")
-    return {"samples": len(paths), "sha256": hashlib.sha256(encoded).hexdigest()}
+    fingerprint = {"samples": len(paths), "sha256": hashlib.sha256(encoded).hexdigest()}
+    if weighting:
+        fingerprint["weighting"] = weighting
+    return fingerprint
 
 
 @dataclass(kw_only=True)
