@@ -285,8 +285,28 @@ def copy_index(source: str | Path, target: str | Path, paths: Sequence[str]) -> 
 
     Do nothing if `source` has no index.
     """
-    if not source:
-        return
-    known = open_index(index_path(source))
-    if known is not None:
-        save_index(index_path(target), new_index(paths, known))
+    if source:
+        copy_indices([source], target, paths)
+
+
+def copy_indices(sources: Sequence[str | Path], target: str | Path, paths: Sequence[str]) -> None:
+    """Copy the rows of these paths from the indices of several manifests to that of another.
+
+    Do nothing if none has an index.
+    """
+    found = [open_index(index_path(source)) for source in sources]
+    known = [index for index in found if index is not None]
+    if known:
+        save_index(index_path(target), new_index(paths, _join(known)))
+
+
+def _join(indices: list[VideoIndex]) -> VideoIndex:
+    """Return one index with the rows of several."""
+    begins = np.cumsum([0, *(index.num_times for index in indices)]).tolist()
+    tables = []
+    for index, begin in zip(indices, begins, strict=False):
+        rows = np.array(index.rows)
+        rows["times_at"][rows["times_at"] >= 0] += begin
+        tables.append(rows)
+    times = [index.all_times() for index in indices]
+    return VideoIndex(np.concatenate(tables), np.concatenate(times))

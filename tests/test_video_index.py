@@ -85,7 +85,13 @@ def test_times_of_videos_of_variable_rate_are_kept(variable_rate, tmp_path):
     write_index(manifest, paths)
     reordered = tmp_path / "part.csv"
     video_index.copy_index(manifest, reordered, paths[::-1])
-    for order, source in ((paths, manifest), (paths[::-1], reordered)):
+    joined = tmp_path / "joined.csv"
+    for path in paths:  # each by a manifest of its own
+        write_manifest(Path(f"{path}.csv"), unlabeled([path]))
+        write_index(Path(f"{path}.csv"), [path])
+    sources = [tmp_path / "without.csv", *(f"{path}.csv" for path in paths)]
+    video_index.copy_indices(sources, joined, paths)
+    for order, source in ((paths, manifest), (paths[::-1], reordered), (paths, joined)):
         index = load_index(source, order)
         for row, path in enumerate(order):
             info = index.info(row, path)
