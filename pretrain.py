@@ -30,14 +30,15 @@ from data.manifest import (
     unlabeled,
     write_manifest,
 )
-from data.samplers import EpochSampler
+from data.mixtures import check_mixture, join_sources, print_mixture, source_groups
+from data.samplers import EpochSampler, SampleGroups
 from data.transforms import decode_short_side, train_transform, view_transform
-from data.video_index import copy_index, load_index
+from data.video_index import copy_indices, load_index
 from engine_pretrain import PretrainData, Validation
 from models_mae import DECODER_MASK_TYPES, MASK_TYPES, MaskedAutoencoderViT
 from util import args as flags
 from util import dist, preemption
-from util.cli import fraction, nonnegative_int, positive_int
+from util.cli import fraction, nonnegative_int, positive_float, positive_int
 from util.dist import DistEnv, UserError, print0
 from util.evaluation import EVAL_CLIPS_PER_FORWARD, mean_features, probe, validation_loss
 from util.logger import print_versions
@@ -126,18 +127,33 @@ def add_model_and_optimization(parser: flags.ScriptParser) -> None:
 
 def add_data(parser: flags.ScriptParser) -> None:
     """Add the flags of the training videos."""
-    group = flags.add_video(parser, sampling_rate=4, repeat_aug=4, scales=(0.5, 1.0))
+    group = flags.add_video(
+        parser, sampling_rate=4, repeat_aug=4, scales=(0.5, 1.0), several_rates=True
+    )
     group.add_argument(
         "--data_dirs", nargs="+", default=[], help="folders of videos, searched recursively"
     )
     group.add_argument(
-        "--data_csv", default="", help="a manifest (path[,label] per line) instead of --data_dirs"
+        "--data_csv",
+        nargs="+",
+        default=[],
+        help="manifests (path[,label[,start,end]] per line) instead of --data_dirs",
+    )
+    group.add_argument(
+        "--data_weights",
+        nargs="+",
+        type=positive_float,
+        default=[],
+        metavar="WEIGHT",
+        help="share of an epoch of each --data_csv or --data_dirs, in any unit "
+        "(default: their numbers of samples)",
     )
     group.add_argument(
         "--data_frac",
         type=fraction,
         default=1.0,
-        help="use the first part of the sorted videos (default: %(default)s)",
+        help="use the first part of the sorted videos, in a mixture of each source "
+        "(default: %(default)s)",
     )
 
 
@@ -183,6 +199,36 @@ def find_samples(folders: list[str], csv: str, flag: str) -> Samples:
     return unlabeled(find_videos(folders, flag))
 
 
+def find_training_samples(args: argparse.Namespace) -> Samples:
+    """Return the samples of --data_csv or --data_dirs, in a mixture with their sources."""
+    flag = "--data_csv" if args.data_csv else "--data_dirs"
+    entries = args.data_csv or args.data_dirs
+    if args.data_csv and args.data_dirs:
+        print0("note: --data_csv is given, so --data_dirs is not used")
+    if not args.data_csv and not (is_mixture(args) and entries):
+        return find_samples(entries, "", flag)
+    if is_mixture(args) and len(entries) > 1:
+        check_mixture(len(entries), args.data_weights, sampling_rates(args), flag)
+    if args.data_csv:
+        parts = [read_manifest(csv) for csv in entries]
+    else:
+        parts = [find_samples([folder], "", flag) for folder in entries]
+    joined = join_sources(parts)
+    return joined if is_mixture(args) else joined._replace(sources=None)
+
+
+def is_mixture(args: argparse.Namespace) -> bool:
+    """Return whether the sources of training videos differ in weight or sampling rate."""
+    return bool(args.data_weights) or len(sampling_rates(args)) > 1
+
+
+def sampling_rates(args: argparse.Namespace) -> list[int]:
+    """Return the sampling rate of each source, or the one of all."""
+    if isinstance(args.sampling_rate, list):
+        return args.sampling_rate
+    return [args.sampling_rate]
+
+
 def list_samples(args: argparse.Namespace, kind: str, resuming: bool) -> Samples:
     """Return the "train" or "val" samples. Call on every rank.
 
@@ -197,16 +243,16 @@ def list_samples(args: argparse.Namespace, kind: str, resuming: bool) -> Samples
 def save_manifest(args: argparse.Namespace, kind: str) -> None:
     """Write the run's own manifest, and copy the index of the videos."""
     if kind == "train":
-        csv = args.data_csv
-        found = find_samples(args.data_dirs, csv, "--data_dirs")
+        csvs = args.data_csv
+        found = find_training_samples(args)
         kept = keep_fraction(found, args.data_frac)
     else:
-        csv = args.val_csv
-        found = find_samples(args.val_dirs, csv, "--val_dirs")
+        csvs = [args.val_csv] if args.val_csv else []
+        found = find_samples(args.val_dirs, args.val_csv, "--val_dirs")
         kept = found
     manifest = flags.manifest_path(args, kind)
     write_manifest(manifest, kept)
-    copy_index(csv, manifest, kept.paths)
+    copy_indices(csvs, manifest, kept.paths)
     print0(f"{counted(kept)} of {counted(found)}, listed in {manifest}")
 
 
@@ -219,8 +265,8 @@ def counted(samples: Samples) -> str:
 
 
 def clip_sampling(args: argparse.Namespace) -> ClipSampling:
-    """Return which frames a clip consists of."""
-    return ClipSampling(args.num_frames, args.sampling_rate, args.target_fps)
+    """Return which frames a clip consists of; in a mixture, those of the first source."""
+    return ClipSampling(args.num_frames, sampling_rates(args)[0], args.target_fps)
 
 
 def build_model(args: argparse.Namespace, env: DistEnv, start: Start) -> MaskedAutoencoderViT:
@@ -284,11 +330,15 @@ def build_data(
 ) -> PretrainData:
     """Return the training clips and the validations. Call on every rank."""
     samples = list_samples(args, "train", resuming)
+    rates = sampling_rates(args)
+    groups = mixture_groups(args, samples)
     dataset = ClipDataset(
         paths=samples.paths,
         labels=None,
         spans=samples.spans,
+        sources=samples.sources,
         sampling=clip_sampling(args),
+        sampling_rates=rates if len(rates) > 1 else None,
         repeat_aug=args.repeat_aug,
         repeat_windows=args.repeat_windows,
         decoder=args.decoder,
@@ -310,15 +360,41 @@ def build_data(
         accum_iter=args.accum_iter,
         env=env,
         seed=args.seed,
+        groups=groups,
     )
+    print_mixture(samples.sources, groups, sampler.samples_per_epoch, rates)
     steps = flags.total_steps(args, sampler.updates_per_epoch)
     return PretrainData(
         dataset=dataset,
-        fingerprint=dataset_fingerprint(samples.paths, spans=samples.spans),
+        fingerprint=fingerprint(args, samples),
         updates_per_epoch=sampler.updates_per_epoch,
         batches=train_loader(dataset, sampler, steps, worker_settings(args), env.device),
         validations=build_validations(args, env, model, resuming),
     )
+
+
+def mixture_groups(args: argparse.Namespace, samples: Samples) -> SampleGroups | None:
+    """Return the sources as groups of the sampler, None without --data_weights.
+
+    Raises UserError unless there is one weight and one sampling rate for each.
+    """
+    num_sources = 1
+    if samples.sources is not None:
+        num_sources = len(set(samples.sources.tolist()))
+    origin = str(flags.manifest_path(args, "train"))
+    check_mixture(num_sources, args.data_weights, sampling_rates(args), origin)
+    return source_groups(samples.sources, args.data_weights)
+
+
+def fingerprint(args: argparse.Namespace, samples: Samples) -> dict:
+    """Return the `dataset_fingerprint` of the training samples."""
+    sources = None
+    if samples.sources is not None:
+        sources = samples.sources.tolist()
+    weighting = ""
+    if args.data_weights:
+        weighting = " ".join(["--data_weights", *(f"{weight:g}" for weight in args.data_weights)])
+    return dataset_fingerprint(samples.paths, sources, samples.spans, weighting)
 
 
 def worker_settings(args: argparse.Namespace) -> WorkerSettings:

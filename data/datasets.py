@@ -6,7 +6,7 @@ alone, so the numbers of workers and ranks do not change it.
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -165,8 +165,13 @@ class SampleDataset(Dataset):
     def _candidates(self, epoch: int, index: int) -> list[int]:
         """Return the index of the sample itself and those of its substitutes, in order."""
         draws = np.random.default_rng(derive_seed(self.seed, epoch, index, 0, SUBSTITUTE_STREAM))
-        substitutes = draws.integers(len(self), size=self.substitutes)
-        return [index, *substitutes.tolist()]
+        pool = self.substitutes_of(index)
+        chosen = draws.integers(len(pool), size=self.substitutes).tolist()
+        return [index, *(int(pool[i]) for i in chosen)]
+
+    def substitutes_of(self, index: int) -> Sequence[int] | np.ndarray:
+        """Return the samples from which the substitutes of one are drawn: all."""
+        return range(len(self))
 
     def __getitem__(self, key: tuple[int, int]) -> dict:
         """Read sample (epoch, index).
@@ -219,6 +224,10 @@ class ClipDataset(SampleDataset):
     Args:
         paths, labels, seed, known, spans: See `SampleDataset`.
         sampling: T and the spacing of the frames.
+        sources: Index of each sample's source (n,), None if they have one. Substitutes come from
+            the same source.
+        sampling_rates: The sampling rate of each source, in place of that in `sampling`; None if
+            they have the same.
         repeat_aug: R, clips of a video.
         repeat_windows: Time windows of a video; divides repeat_aug.
         transform: Crops uint8 (T, C, H, W), drawing from torch's global generator.
@@ -242,6 +251,8 @@ class ClipDataset(SampleDataset):
         noise_tokens: int,
         known: VideoIndex | None = None,
         spans: list[Span] | np.ndarray | None = None,
+        sources: np.ndarray | None = None,
+        sampling_rates: list[int] | None = None,
     ):
         """Raise UserError if repeat_windows does not divide repeat_aug."""
         super().__init__(paths, labels, seed, SUBSTITUTES, known, spans)
@@ -252,6 +263,12 @@ class ClipDataset(SampleDataset):
                 "change one of them"
             )
         self.sampling = sampling
+        self.sources = sources
+        self.sampling_rates = sampling_rates
+        self.members: list[np.ndarray] = []  # samples of each source
+        if sources is not None:
+            ends = np.bincount(sources).cumsum()
+            self.members = np.split(np.argsort(sources, kind="stable"), ends[:-1])
         self.repeat_aug = repeat_aug
         self.repeat_windows = repeat_windows
         self.transform = transform
@@ -268,7 +285,9 @@ class ClipDataset(SampleDataset):
         seeds = [derive_seed(self.seed, *key, repeat) for repeat in range(self.repeat_aug)]
         clips_per_window = self.repeat_aug // self.repeat_windows
         with self.videos.open(path, info, keep=span is not None) as video:
-            windows = self._read_windows(video, span, seeds[::clips_per_window])
+            windows = self._read_windows(
+                video, self.sampling_of(key[1]), span, seeds[::clips_per_window]
+            )
             replaced = video.replaced
         # Whole files are closed before the first crop: decord's threads would decode on beside it.
         for repeat, seed in enumerate(seeds):
@@ -284,16 +303,29 @@ class ClipDataset(SampleDataset):
         return ReadClips(clips.permute(0, 4, 1, 2, 3), frames, replaced)
 
     def _read_windows(
-        self, video: VideoReader, span: Span | None, seeds: list[int]
+        self, video: VideoReader, sampling: ClipSampling, span: Span | None, seeds: list[int]
     ) -> list[Tensor]:
         """Read a window (T, C, H, W) uint8, channels last, for each seed. Raises ReadError."""
         windows = []
         for seed in seeds:
             with fork_rng(seed):
                 start = torch.rand(()).item()
-            indices = clip_indices(video, self.sampling, start, span)
+            indices = clip_indices(video, sampling, start, span)
             windows.append(video.read_tensor(indices))
         return windows
+
+    def sampling_of(self, index: int) -> ClipSampling:
+        """Return the sampling of a sample's source."""
+        if self.sources is None or self.sampling_rates is None:
+            return self.sampling
+        rate = self.sampling_rates[self.sources[index]]
+        return self.sampling._replace(sampling_rate=rate)
+
+    def substitutes_of(self, index: int) -> Sequence[int] | np.ndarray:
+        """Return the samples from which the substitutes of one are drawn: those of its source."""
+        if self.sources is None:
+            return super().substitutes_of(index)
+        return self.members[self.sources[index]]
 
     def noise(self, epoch: int, index: int) -> Tensor:
         """Return the mask noise (R, L) float32 of a sample."""

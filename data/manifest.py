@@ -2,7 +2,8 @@
 
 A manifest is a CSV file of one sample per line, path[,label[,start,end]]: a file, or the part of a
 video between two times in seconds. Files are found in folders or listed in manifests. A label is a
-class name; its index is its position in the list of classes. n: number of samples.
+class name; its index is its position in the list of classes. A column source, which only a header
+can name, numbers the sources of a mixture from 0 on. n: number of samples.
 
 Names are those of the file system: bytes that are not UTF-8 are surrogates in a str (os.fsdecode).
 """
@@ -41,7 +42,9 @@ COLUMNS = {  # names in a header
     "label": ("label", "class", "target"),
     "start": ("start",),
     "end": ("end",),
+    "source": ("source",),
 }
+WITHOUT_HEADER = ["path", "label", "start", "end"]
 NO_SPAN = (0.0, math.inf)  # seconds: the whole file
 SEPARATOR_ROWS = 20  # number of first rows by which the separator is recognized
 SEPARATOR_CHARACTERS = 1 << 18  # these rows have fewer, since a path has at most 4,096 bytes
@@ -58,13 +61,18 @@ class Samples(NamedTuple):
     paths: list[str]  # absolute; samples may share a file
     labels: list[str]  # class names, "" for none
     spans: np.ndarray | None = None  # (n, 2) start and end in seconds; None: all are whole files
+    sources: np.ndarray | None = None  # (n,) index of each sample's source; None: they have one
 
     def part(self, indices: list[int] | range) -> "Samples":
         """Return some of the samples."""
         spans = None
         if self.spans is not None:
             spans = self.spans[list(indices)]
-        return Samples([self.paths[i] for i in indices], [self.labels[i] for i in indices], spans)
+        sources = None
+        if self.sources is not None:
+            sources = self.sources[list(indices)]
+        paths = [self.paths[i] for i in indices]
+        return Samples(paths, [self.labels[i] for i in indices], spans, sources)
 
 
 def unlabeled(paths: list[str]) -> Samples:
@@ -230,8 +238,14 @@ def write_classes(path: Path, classes: list[str]) -> None:
 
 
 def keep_fraction(samples: Samples, share: float) -> Samples:
-    """Return the first ceil(n * share) of n samples."""
-    return samples.part(range(math.ceil(len(samples.paths) * share)))
+    """Return the first ceil(n * share) of n samples, or of the n samples of each source."""
+    if samples.sources is None:
+        return samples.part(range(math.ceil(len(samples.paths) * share)))
+    kept: list[int] = []
+    for source in np.unique(samples.sources):
+        indices = np.flatnonzero(samples.sources == source).tolist()
+        kept += indices[: math.ceil(len(indices) * share)]
+    return samples.part(sorted(kept))
 
 
 def keep_stratified(labels: list[int], share: float, seed: int) -> list[int]:
@@ -294,7 +308,7 @@ def _keep_of_each_class(labels: list[int], kept_of: Callable[[int], int], seed: 
 
 
 def write_manifest(path: str | Path, samples: Samples) -> None:
-    """Write a manifest with the columns path and, if there are any, label, start, end.
+    """Write a manifest with the columns path and, if there are any, label, start, end, source.
 
     Make its folder. If a field has characters that a reader might drop or change, all fields are
     quoted.
@@ -307,6 +321,9 @@ def write_manifest(path: str | Path, samples: Samples) -> None:
     if samples.spans is not None:
         header += ["start", "end"]
         columns += [list(map(_seconds_text, bound)) for bound in samples.spans.T.tolist()]
+    if samples.sources is not None:
+        header.append("source")
+        columns.append(list(map(str, samples.sources.tolist())))
     rows = list(zip(*columns, strict=True))
     quoting: Literal[0, 1] = csv.QUOTE_MINIMAL
     if not all(_is_plain(field) for row in rows for field in row):
@@ -348,6 +365,7 @@ def read_manifest(path: str | Path) -> Samples:
     paths = []
     labels = []
     spans = []
+    sources = []
     for line, row in itertools.chain(first_rows, rows):
         fields = _fields(row, columns)
         problem = _row_problem(row, fields, folder, columns is not None)
@@ -358,10 +376,11 @@ def read_manifest(path: str | Path) -> Samples:
         paths.append(_absolute(fields["path"], folder))
         labels.append(fields.get("label", ""))
         spans.append(_parse_span(fields))
+        sources.append(fields.get("source", ""))
     table = None
     if any(span != NO_SPAN for span in spans):
         table = np.array(spans)
-    return Samples(paths, _whole_numbers(labels), table)
+    return Samples(paths, _whole_numbers(labels), table, _parse_sources(sources, path))
 
 
 def read_labeled(path: str | Path, flag: str) -> Samples:
@@ -384,7 +403,7 @@ def _fields(row: list[str], columns: list[str] | None) -> dict[str, str]:
     if columns is None:
         if row[1:] == VIDEOMAE_VIDEO:
             del row[1:]
-        columns = list(COLUMNS)
+        columns = WITHOUT_HEADER
     return dict(zip(columns, row, strict=False))
 
 
@@ -399,6 +418,20 @@ def _parse_span(fields: dict[str, str]) -> tuple[float, float]:
     if fields.get("end"):
         end = float(fields["end"])
     return start, end
+
+
+def _parse_sources(sources: list[str], path: str | Path) -> np.ndarray | None:
+    """Return the column `source` of a manifest (n,), or None if it is empty. Raises UserError."""
+    if not any(sources):
+        return None
+    numbers = {str(number) for number in range(len(set(sources)))}
+    wrong = set(sources) - numbers
+    if wrong:
+        raise UserError(
+            f"manifest {path}: source {min(wrong)!r} is not one of the numbers 0 to "
+            f"{len(numbers) - 1}. Number the sources from 0 on without gaps, or drop the column."
+        )
+    return np.array(sources).astype(np.int64)
 
 
 def _span_problem(fields: dict[str, str]) -> str:

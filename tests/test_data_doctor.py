@@ -79,7 +79,7 @@ def test_the_table_describes_a_manifest(manifest, capsys):
 
 def test_the_index_of_a_manifest_is_written_beside_it(manifest, capsys):
     main([str(manifest), *QUICK])
-    paths, _, _ = read_manifest(manifest)
+    paths = read_manifest(manifest).paths
     assert video_index.load_index(manifest, paths) is not None
     assert f"index written to {video_index.index_path(manifest)}" in capsys.readouterr().out
 
@@ -87,7 +87,7 @@ def test_the_index_of_a_manifest_is_written_beside_it(manifest, capsys):
 def test_write_makes_a_manifest_of_folders_and_its_index(folder, tmp_path):
     made = tmp_path / "made.csv"
     main([str(folder), *QUICK, "--write", str(made)])
-    paths, _, _ = read_manifest(made)
+    paths = read_manifest(made).paths
     assert paths == find_videos([str(folder)], "VIDEOS")
     assert video_index.load_index(made, paths) is not None
 
@@ -125,7 +125,7 @@ def test_no_readable_video_gives_no_costs(tmp_path, capsys):
 
 
 def test_a_file_is_probed_once_unless_unreadable(manifest, monkeypatch):
-    paths, _, _ = read_manifest(manifest)
+    paths = read_manifest(manifest).paths
     target = video_index.index_path(manifest)
     build_index(paths, target, workers=0, seconds=30)
     probed = []

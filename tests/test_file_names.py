@@ -33,7 +33,7 @@ def named(tmp_path_factory) -> Path:
 
 def test_videos_of_any_name_are_trained_on_and_listed(named, tmp_path, capsys):
     finetune.main(video_command(named, tmp_path, "--epochs", "1", "--batch_size_per_gpu", "8"))
-    paths, labels, _ = read_manifest(tmp_path / "run_train.csv")
+    paths, labels, *_ = read_manifest(tmp_path / "run_train.csv")
     assert sorted(Path(path).stem for path in paths) == sorted(NAMES * 2)
     assert set(labels) == set(CLASSES)
     table = pd.read_csv(tmp_path / "run_predictions.csv", encoding_errors="surrogateescape")

@@ -40,7 +40,7 @@ def make(source: str, annotations: Path, videos: Path, *flags) -> list[tuple[str
     """Make a manifest; return (path below VIDEOS, official class number) of each row."""
     output = videos.parent / "m.csv"
     main(["--from", source, *map(str, (annotations, videos, output, *flags))])
-    paths, labels, _ = read_manifest(output)
+    paths, labels, *_ = read_manifest(output)
     numbers = class_indices(labels, read_class_names(videos.parent / "m_classes.json"), "m.csv")
     return [
         (str(Path(path).relative_to(videos)), number)
@@ -224,7 +224,7 @@ def test_plain_folders_are_classes(suffix, tmp_path):
     names = (f"b/deep/1{suffix}", f"a/2{suffix}", f"b/3{suffix}")
     folder = touch(tmp_path / "videos", *names, "a/notes.txt")
     main(["--from", "folders", str(folder), str(tmp_path / "m.csv")])
-    paths, labels, _ = read_manifest(tmp_path / "m.csv")
+    paths, labels, *_ = read_manifest(tmp_path / "m.csv")
     assert [str(Path(path).relative_to(folder)) for path in paths] == [names[1], names[2], names[0]]
     assert labels == ["a", "b", "b"]
     assert read_class_names(tmp_path / "m_classes.json") == ["a", "b"]

@@ -89,7 +89,7 @@ def test_errors_about_folders_name_the_flag_that_was_given(tmp_path, flag):
 
 def test_subfolders_are_classes(tmp_path):
     touch(tmp_path, "run/deep/1.mp4", "jump/2.mp4", "jump/3.mp4", ".git/4.mp4")
-    paths, labels, _ = find_labeled(str(tmp_path), VIDEO_EXTENSIONS, "--train_dir")
+    paths, labels, *_ = find_labeled(str(tmp_path), VIDEO_EXTENSIONS, "--train_dir")
     assert [Path(path).name for path in paths] == ["2.mp4", "3.mp4", "1.mp4"]
     assert labels == ["jump", "jump", "run"]
     (tmp_path / "empty").mkdir()
@@ -105,7 +105,7 @@ def test_fraction_keeps_the_first_and_rounds_up():
     kept = keep_fraction(Samples(paths, paths, spans), 0.25)
     assert kept.paths == kept.labels == ["0", "1", "2"]
     assert kept.spans.tolist() == [[0, 1], [2, 3], [4, 5]]
-    assert keep_fraction(unlabeled(paths), 0.01) == (["0"], [""], None)
+    assert keep_fraction(unlabeled(paths), 0.01) == unlabeled(["0"])
     assert keep_fraction(unlabeled(paths), 1) == unlabeled(paths)
 
 
@@ -143,7 +143,7 @@ def test_t17_all_usual_forms_are_the_same_manifest(tmp_path, text, encoding):
 
 def test_t17_one_column_and_relative_paths(tmp_path):
     manifest = write_text(tmp_path, "sub/a clip.mp4\n../b.mp4\n/c.mp4\n")
-    paths, labels, _ = read_manifest(manifest)
+    paths, labels, *_ = read_manifest(manifest)
     assert paths == [str(tmp_path / "sub/a clip.mp4"), str(tmp_path.parent / "b.mp4"), "/c.mp4"]
     assert labels == ["", "", ""]
 
@@ -205,7 +205,7 @@ def test_labels_may_hold_other_separators(tmp_path):
         "path;label\n/v/a.mp4;pour, slowly\n",
         "video\tclass\n/v/a.mp4\tpour, slowly\n",
     ):
-        _, labels, _ = read_manifest(write_text(tmp_path, text))
+        labels = read_manifest(write_text(tmp_path, text)).labels
         assert labels[0] == "pour, slowly"
 
 

@@ -175,8 +175,9 @@ def test_the_only_run_of_a_folder_needs_no_prefix(tmp_path):
 
 
 def test_t09_changed_flags_are_printed(files, capsys):
-    saved = {"lr": 0.1, "seed": 0, "data_dirs": ("a",), "removed": 1}
-    current = CURRENT | {"args": {"lr": 0.2, "seed": 0, "data_dirs": ["a"], "new": 1}}
+    saved = {"lr": 0.1, "seed": 0, "data_dirs": ("a",), "data_csv": "", "removed": 1}
+    flags = {"lr": 0.2, "seed": 0, "data_dirs": ["a"], "data_csv": [], "new": 1}
+    current = CURRENT | {"args": flags}
     resume.check_same_run(files.checkpoint, run_state(args=saved), current, force=False)
     assert capsys.readouterr().out == "flag changed since the checkpoint: --lr 0.1 -> 0.2\n"
 

@@ -86,7 +86,7 @@ def list_inputs(folder: str, csv: str, known_classes: list[str] | None) -> Input
     known_classes: the classes of a finetuned model. Labels index them, or the data's own classes
     if a label is not among them. Raises UserError.
     """
-    paths, labels, spans = read_manifest(csv) if csv else find_files(folder)
+    paths, labels, spans, _ = read_manifest(csv) if csv else find_files(folder)
     source = csv or folder
     are_images = check_kind(paths, source)
     names = sorted(set(labels) - {""})

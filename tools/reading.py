@@ -80,10 +80,21 @@ def parse_again(
 ) -> argparse.Namespace:
     """Parse a command line with recorded flags of a run as defaults.
 
-    recorded: `ModelSource.flags`. names: the flags to take from there.
+    recorded: `ModelSource.flags`. names: the flags to take from there. Several sampling rates, of
+    the sources of a mixture, are no default, and a note names the one in use.
     """
-    parser.set_defaults(**{name: recorded[name] for name in names if name in recorded})
-    return parser.parse_args(argv)
+    defaults = {name: recorded[name] for name in names if name in recorded}
+    rates = defaults.get("sampling_rate")
+    if isinstance(rates, list):
+        del defaults["sampling_rate"]
+    parser.set_defaults(**defaults)
+    args = parser.parse_args(argv)
+    if isinstance(rates, list):
+        print0(
+            f"note: the checkpoint's run had --sampling_rate {' '.join(map(str, rates))}, videos "
+            f"are read here at {args.sampling_rate}"
+        )
+    return args
 
 
 def check_seconds(flag: str, seconds: float | None, target_fps: float) -> None:

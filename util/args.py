@@ -33,6 +33,16 @@ EFFECTIVE_BATCH = "batch_size_per_gpu * accum_iter * processes"
 BoolFlag = argparse.BooleanOptionalAction  # --x / --no-x
 
 
+class OneOrSeveral(argparse.Action):
+    """Stores several values as a list, and a single one as itself."""
+
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        """Set the flag; argparse calls this."""
+        if isinstance(values, list) and len(values) == 1:
+            values = values[0]
+        setattr(namespace, self.dest, values)
+
+
 class ScriptParser(Parser):
     """The parser of one of the three scripts. It accepts retired flags, which have no effect."""
 
@@ -330,15 +340,27 @@ def add_shared_data(group: argparse._ArgumentGroup) -> None:
 
 
 def add_video(
-    parser: ScriptParser, *, sampling_rate: int, repeat_aug: int, scales: tuple[float, float]
+    parser: ScriptParser,
+    *,
+    sampling_rate: int,
+    repeat_aug: int,
+    scales: tuple[float, float],
+    several_rates: bool = False,
 ) -> argparse._ArgumentGroup:
-    """Add the flags of the video pipeline. Return the group, for the script's own flags."""
+    """Add the flags of the video pipeline. Return the group, for the script's own flags.
+
+    several_rates: --sampling_rate takes a value for each source of videos.
+    """
     group = parser.add_argument_group("data (changes results)")
+    of_source = "; or one for each --data_csv or --data_dirs" if several_rates else ""
     group.add_argument(
         "--sampling_rate",
         type=positive_int,
+        nargs="+" if several_rates else None,
+        action=OneOrSeveral,
         default=sampling_rate,
-        help="spacing of the frames at --target_fps (default: the checkpoint's, else %(default)s)",
+        help="spacing of the frames at --target_fps (default: the checkpoint's, else %(default)s)"
+        + of_source,
     )
     group.add_argument(
         "--target_fps",

@@ -169,7 +169,10 @@ def complete_flags(
     """
     values = values_for(args, given, source)
     conflicts = []
+    rates = source.flags.get("sampling_rate")
     if resumes:
+        if isinstance(rates, list) and hasattr(args, "sampling_rate"):
+            values["sampling_rate"] = rates
         recorded = {name: source.flags[name] for name in values if name in source.flags}
         values |= recorded
         name = source.flags.get("model", prefix_of(args, source))
@@ -185,9 +188,14 @@ def complete_flags(
         elif current == value or resumes:
             continue
         elif name in REPLACING:
-            print0(f"--{name} {current} replaces the {value} of {source.path}")
+            print0(f"--{name} {spaced(current)} replaces the {value} of {source.path}")
         else:
             conflicts.append(f"--{name} is {current}, but the checkpoint has {value}")
+    if isinstance(rates, list) and not resumes and hasattr(args, "sampling_rate"):
+        print0(
+            f"note: {source.path} was trained at --sampling_rate {spaced(rates)}, this run is at "
+            f"{spaced(args.sampling_rate)}"
+        )
     if conflicts:
         raise UserError(
             f"{source.path} is another model: {'; '.join(conflicts)}. Drop the flags, or pass "
@@ -259,11 +267,16 @@ def model_conflicts(args: argparse.Namespace, given: set[str], source: ModelSour
     return [f"--model {args.model} has {wanted}, but the checkpoint has {found}"]
 
 
+def spaced(value: int | list[int]) -> str:
+    """Return the value of a flag that takes one or several, as on a command line."""
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
 def describe_model(args: argparse.Namespace, source: ModelSource) -> str:
     """Return a line about the model that the flags describe after `complete_flags`."""
     spacing = ""
     if hasattr(args, "sampling_rate"):
-        spacing = f", every {args.sampling_rate} frames at {args.target_fps:g} fps"
+        spacing = f", every {spaced(args.sampling_rate)} frames at {args.target_fps:g} fps"
     return (
         f"model of {source.path} ({source.family}): {args.model}, patch "
         f"{source.sizes['patch_size']}, {args.num_frames} frames of {args.img_size} x "

@@ -234,6 +234,8 @@ def _print_changed_flags(saved: dict, current: dict) -> None:
         if name not in current:
             continue
         new = current[name]
+        if isinstance(old, str) and isinstance(new, list):  # it took one value in earlier versions
+            old = [old] if old else []
         if isinstance(old, tuple):
             old = list(old)
         if isinstance(new, tuple):
