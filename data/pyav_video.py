@@ -15,7 +15,7 @@ from data.frame_geometry import (
 from data.gops import GopReader, NoPackets
 from data.input_files import ReadError, error_summary
 from data.pyav_compat import open_container, to_rgb
-from data.video import VideoInfo, VideoReader
+from data.video import VideoInfo, VideoReader, fill_missing
 
 DEFAULT_FPS = 30.0  # if a file claims no plausible frame rate
 MAX_FPS = 240  # a container without time stamps may claim 1000
@@ -251,11 +251,9 @@ class PyAVVideo(VideoReader):
             found = self._decode_sequentially(wanted)
         if not found:
             raise ReadError(self.conversion_error or "none of the wanted frames can be decoded")
-        self.replaced += sum(int(index) not in found for index in indices)
-        available = np.array(sorted(found))
-        nearest_before = np.searchsorted(available, indices, side="right") - 1
-        sources = available[np.maximum(nearest_before, 0)]
-        return np.stack([found[int(index)] for index in sources])
+        frames, replaced = fill_missing(found, indices)
+        self.replaced += replaced
+        return frames
 
     def _decode_by_pts(self, wanted: list[int]) -> dict[int, np.ndarray] | None:
         """Decode the GOPs of the wanted frames: {index: frame}, or None if PTS are not usable."""

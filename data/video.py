@@ -23,6 +23,19 @@ class VideoInfo(NamedTuple):
     times: np.ndarray | None = None  # (frames,) display times in seconds, if the rate is variable
 
 
+def fill_missing(found: dict[int, np.ndarray], indices: np.ndarray) -> tuple[np.ndarray, int]:
+    """Return the frames (T, H, W, 3) of non-decreasing indices (T,), and how many were replaced.
+
+    found: the frames that could be decoded, by index; at least one. Any other frame is replaced by
+    the nearest one before it, otherwise by the first one after it.
+    """
+    available = np.array(sorted(found))
+    nearest_before = np.searchsorted(available, indices, side="right") - 1
+    sources = available[np.maximum(nearest_before, 0)]
+    replaced = int((sources != indices).sum())
+    return np.stack([found[int(index)] for index in sources]), replaced
+
+
 class VideoReader:
     """An open video whose frames are read by index; a context manager.
 
