@@ -19,6 +19,7 @@ from pathlib import Path
 import engine_finetune
 from data.clips import ClipSampling
 from data.datasets import ClipDataset, ViewDataset
+from data.frame_folder import check_frame_folders
 from data.loader import WorkerSettings, eval_loader, train_loader
 from data.manifest import (
     VIDEO_EXTENSIONS,
@@ -78,10 +79,10 @@ def get_parser() -> flags.ScriptParser:
     return parser
 
 
-def labeled_videos(folder: str, manifest: str, kind: str) -> Samples:
+def labeled_videos(folder: str, manifest: str, kind: str, frames_fps: float | None) -> Samples:
     """Return the samples of --{kind}_dir or --{kind}_csv. Raises UserError."""
     if folder:
-        return find_labeled(folder, VIDEO_EXTENSIONS, f"--{kind}_dir")
+        return find_labeled(folder, VIDEO_EXTENSIONS, f"--{kind}_dir", frames_fps is not None)
     if not manifest:
         raise UserError(
             f"no {kind} videos given: --{kind}_dir FOLDER with one subfolder per class, "
@@ -104,7 +105,7 @@ def list_videos(
     source = args.val_dir or args.val_csv or str(val_manifest)
     if args.eval:
         assert known_classes is not None  # `setup` has found them
-        val = labeled_videos(args.val_dir, args.val_csv, "val")
+        val = labeled_videos(args.val_dir, args.val_csv, "val", args.frames_fps)
         return Split([], []), split(val, known_classes, source), known_classes
     if start.path and known_classes and train_manifest.exists() and val_manifest.exists():
         check_same_part(args, start, train_manifest)
@@ -112,8 +113,8 @@ def list_videos(
         val = read_manifest(val_manifest)
         classes = known_classes
     else:
-        train = labeled_videos(args.train_dir, args.train_csv, "train")
-        val = labeled_videos(args.val_dir, args.val_csv, "val")
+        train = labeled_videos(args.train_dir, args.train_csv, "train", args.frames_fps)
+        val = labeled_videos(args.val_dir, args.val_csv, "val", args.frames_fps)
         classes = check_classes(train.labels, val.labels, known_classes, source)
         train = chosen_part(args, train, classes)
         write_manifest(train_manifest, train)
@@ -175,6 +176,7 @@ def build_eval_data(
         spans=val.spans,
         sampling=clip_sampling(args),
         decoder=args.decoder,
+        frames_fps=args.frames_fps,
         short_side=args.short_side or decode_short_side(args.img_size),
     )
     videos_per_batch = max(1, args.batch_size_per_gpu // (clips * crops))
@@ -203,6 +205,7 @@ def build_train_data(args: argparse.Namespace, env: DistEnv, train: Split) -> Tr
         repeat_aug=args.repeat_aug,
         repeat_windows=args.repeat_windows,
         decoder=args.decoder,
+        frames_fps=args.frames_fps,
         seed=args.seed,
         noise_tokens=0,
         transform=train_transform(
@@ -234,6 +237,7 @@ def main(argv: list[str] | None = None) -> None:
         f"{len(train.paths)} videos to train on, {len(val.paths)} to validate on, "
         f"{len(classes)} classes"
     )
+    check_frame_folders(train.paths + val.paths, args.frames_fps)
     model = engine_finetune.build_model(args, env, start, classes)
     eval_data = build_eval_data(args, env, val, classes)
     train_data = build_train_data(args, env, train)

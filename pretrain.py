@@ -17,6 +17,7 @@ import torch
 import engine_pretrain
 from data.clips import ClipSampling
 from data.datasets import ClipDataset, ViewDataset
+from data.frame_folder import check_frame_folders
 from data.loader import WorkerSettings, eval_loader, train_loader
 from data.manifest import (
     VIDEO_EXTENSIONS,
@@ -187,16 +188,16 @@ def add_validation(group: argparse._ArgumentGroup) -> None:
     )
 
 
-def find_samples(folders: list[str], csv: str, flag: str) -> Samples:
+def find_samples(folders: list[str], csv: str, flag: str, frames_fps: float | None) -> Samples:
     """Return the videos below folders, or the samples of a manifest. flag: of the folders.
 
-    Raises UserError if neither is given.
+    frames_fps: see `open_video`. Raises UserError if neither is given.
     """
     if csv:
         return read_manifest(csv)
     if not folders:
         raise UserError("no videos given: --data_dirs FOLDER [FOLDER ...], or --data_csv FILE")
-    return unlabeled(find_videos(folders, flag))
+    return unlabeled(find_videos(folders, flag, frames_fps is not None))
 
 
 def find_training_samples(args: argparse.Namespace) -> Samples:
@@ -206,13 +207,13 @@ def find_training_samples(args: argparse.Namespace) -> Samples:
     if args.data_csv and args.data_dirs:
         print0("note: --data_csv is given, so --data_dirs is not used")
     if not args.data_csv and not (is_mixture(args) and entries):
-        return find_samples(entries, "", flag)
+        return find_samples(entries, "", flag, args.frames_fps)
     if is_mixture(args) and len(entries) > 1:
         check_mixture(len(entries), args.data_weights, sampling_rates(args), flag)
     if args.data_csv:
         parts = [read_manifest(csv) for csv in entries]
     else:
-        parts = [find_samples([folder], "", flag) for folder in entries]
+        parts = [find_samples([folder], "", flag, args.frames_fps) for folder in entries]
     joined = join_sources(parts)
     return joined if is_mixture(args) else joined._replace(sources=None)
 
@@ -237,7 +238,9 @@ def list_samples(args: argparse.Namespace, kind: str, resuming: bool) -> Samples
     manifest = flags.manifest_path(args, kind)
     if not (resuming and manifest.exists()):
         dist.on_rank0(lambda: save_manifest(args, kind))
-    return read_manifest(manifest)
+    samples = read_manifest(manifest)
+    check_frame_folders(samples.paths, args.frames_fps)
+    return samples
 
 
 def save_manifest(args: argparse.Namespace, kind: str) -> None:
@@ -248,7 +251,7 @@ def save_manifest(args: argparse.Namespace, kind: str) -> None:
         kept = keep_fraction(found, args.data_frac)
     else:
         csvs = [args.val_csv] if args.val_csv else []
-        found = find_samples(args.val_dirs, args.val_csv, "--val_dirs")
+        found = find_samples(args.val_dirs, args.val_csv, "--val_dirs", args.frames_fps)
         kept = found
     manifest = flags.manifest_path(args, kind)
     write_manifest(manifest, kept)
@@ -325,14 +328,10 @@ def print_decoder_mask(
         print0("note: --decoder_mask_type has no effect without --decoder_mask_ratio.")
 
 
-def build_data(
-    args: argparse.Namespace, env: DistEnv, model: MaskedAutoencoderViT, resuming: bool
-) -> PretrainData:
-    """Return the training clips and the validations. Call on every rank."""
-    samples = list_samples(args, "train", resuming)
+def training_clips(args: argparse.Namespace, samples: Samples, noise_tokens: int) -> ClipDataset:
+    """Return the data set of training clips. noise_tokens: see `ClipDataset`."""
     rates = sampling_rates(args)
-    groups = mixture_groups(args, samples)
-    dataset = ClipDataset(
+    return ClipDataset(
         paths=samples.paths,
         labels=None,
         spans=samples.spans,
@@ -342,8 +341,9 @@ def build_data(
         repeat_aug=args.repeat_aug,
         repeat_windows=args.repeat_windows,
         decoder=args.decoder,
+        frames_fps=args.frames_fps,
         seed=args.seed,
-        noise_tokens=model.num_tokens,
+        noise_tokens=noise_tokens,
         transform=train_transform(
             args.img_size,
             args.jitter_scales_relative,
@@ -354,6 +354,16 @@ def build_data(
         short_side=args.short_side or decode_short_side(args.img_size),
         known=load_index(flags.manifest_path(args, "train"), samples.paths),
     )
+
+
+def build_data(
+    args: argparse.Namespace, env: DistEnv, model: MaskedAutoencoderViT, resuming: bool
+) -> PretrainData:
+    """Return the training clips and the validations. Call on every rank."""
+    samples = list_samples(args, "train", resuming)
+    rates = sampling_rates(args)
+    groups = mixture_groups(args, samples)
+    dataset = training_clips(args, samples, model.num_tokens)
     sampler = EpochSampler(
         len(dataset),
         batch_size=args.batch_size_per_gpu,
@@ -423,8 +433,9 @@ def build_validations(
         batches = center_clips(args, env, samples, model.num_tokens)
         validations.append(Validation(batches, measure_loss))
     if args.probe_dir:
+        frames = args.frames_fps is not None
         train, val = [
-            find_labeled(str(Path(args.probe_dir, kind)), VIDEO_EXTENSIONS, "--probe_dir")
+            find_labeled(str(Path(args.probe_dir, kind)), VIDEO_EXTENSIONS, "--probe_dir", frames)
             for kind in ("train", "val")
         ]
         source = f"--probe_dir {args.probe_dir}/val"
@@ -451,6 +462,7 @@ def center_clips(args: argparse.Namespace, env: DistEnv, samples: Samples, noise
         transform=view_transform(args.img_size, 1),
         sampling=clip_sampling(args),
         decoder=args.decoder,
+        frames_fps=args.frames_fps,
         short_side=args.short_side or decode_short_side(args.img_size),
         noise_tokens=noise_tokens,
     )

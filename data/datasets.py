@@ -234,6 +234,7 @@ class ClipDataset(SampleDataset):
         decoder: See `open_video`.
         short_side: Short side of the decoded frames in pixels.
         noise_tokens: L of the mask noise, 0 for none.
+        frames_fps: See `open_video`.
     """
 
     def __init__(
@@ -253,6 +254,7 @@ class ClipDataset(SampleDataset):
         spans: list[Span] | np.ndarray | None = None,
         sources: np.ndarray | None = None,
         sampling_rates: list[int] | None = None,
+        frames_fps: float | None = None,
     ):
         """Raise UserError if repeat_windows does not divide repeat_aug."""
         super().__init__(paths, labels, seed, SUBSTITUTES, known, spans)
@@ -273,7 +275,7 @@ class ClipDataset(SampleDataset):
         self.repeat_windows = repeat_windows
         self.transform = transform
         self.noise_tokens = noise_tokens
-        self.videos = OpenVideos(decoder, short_side)
+        self.videos = OpenVideos(decoder, short_side, frames_fps)
 
     def read_clips(
         self, key: tuple[int, int], path: str, span: Span | None, info: VideoInfo | None
@@ -356,6 +358,7 @@ class ViewDataset(SampleDataset):
         decoder: See `open_video`.
         short_side: Short side of the decoded frames in pixels.
         noise_tokens: L of the mask noise, 0 for none. Samples with noise have one view.
+        frames_fps: See `open_video`.
     """
 
     def __init__(
@@ -371,6 +374,7 @@ class ViewDataset(SampleDataset):
         noise_tokens: int = 0,
         known: VideoIndex | None = None,
         spans: list[Span] | np.ndarray | None = None,
+        frames_fps: float | None = None,
     ):
         super().__init__(paths, labels, seed=0, substitutes=0, known=known, spans=spans)
         warn_if_decord_missing(decoder)
@@ -378,7 +382,7 @@ class ViewDataset(SampleDataset):
         self.num_views = num_views
         self.transform = transform
         self.noise_tokens = noise_tokens
-        self.videos = OpenVideos(decoder, short_side)
+        self.videos = OpenVideos(decoder, short_side, frames_fps)
 
     def read_clips(
         self, key: tuple[int, int], path: str, span: Span | None, info: VideoInfo | None

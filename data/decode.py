@@ -1,4 +1,4 @@
-"""Opening video files: selects the decoder of a file and describes the file.
+"""Opening videos: selects the reader of a file or of a folder of frames, and describes them.
 
     with open_video(path, short_side=256) as video:
         indices = clip_indices(video, ClipSampling(num_frames=16, sampling_rate=4), start=0.5)
@@ -10,9 +10,11 @@ PyAV and decord are imported at the first use, since they take long to load.
 
 import functools
 import importlib.util
+import os
 
 import numpy as np
 
+from data.frame_folder import NO_RATE, FrameFolder, describe_frames
 from data.input_files import ReadError, check_path
 from data.video import VideoInfo, VideoReader
 from util.dist import print0
@@ -21,18 +23,25 @@ DECODERS = ("auto", "pyav", "decord")
 
 
 def open_video(
-    path: str, decoder: str = "auto", short_side: int | None = None, info: VideoInfo | None = None
+    path: str,
+    decoder: str = "auto",
+    short_side: int | None = None,
+    info: VideoInfo | None = None,
+    frames_fps: float | None = None,
 ) -> VideoReader:
-    """Open a video file for reading.
+    """Open a video for reading: a file, or a folder of numbered frames.
 
     decoder: "auto" and "pyav" select PyAV. "decord" selects decord, but PyAV for files that decord
         cannot open or is known to read wrongly.
     short_side: reduce frames to this short side, in pixels; they are never enlarged.
     info: result of `describe` for this file, if known; saves the time to describe it again.
+    frames_fps: frame rate of a folder of frames; files state their own.
     Raises ReadError for anything that is not a readable video.
     """
     from data.pyav_video import PyAVVideo
 
+    if os.path.isdir(path):
+        return FrameFolder(path, short_side, required_rate(frames_fps), info)
     path = check_path(path)
     if decoder == "decord" and decord_installed():
         info = info or describe(path)
@@ -54,14 +63,23 @@ def _open_with_decord(path: str, short_side: int | None, info: VideoInfo) -> Vid
         return None  # PyAV reads more formats; if it cannot open the file, it gives the reason
 
 
-def describe(path: str) -> VideoInfo:
-    """Return the properties of a video file. Opens it and decodes its first frame.
+def required_rate(frames_fps: float | None) -> float:
+    """Return the frame rate for folders of frames. Raises ReadError if there is none."""
+    if frames_fps is None:
+        raise ReadError(NO_RATE)
+    return frames_fps
 
-    Raises ReadError for anything that is not a readable video.
+
+def describe(path: str, frames_fps: float | None = None) -> VideoInfo:
+    """Return the properties of a video. Opens it and decodes the first frame of a file.
+
+    frames_fps: see `open_video`. Raises ReadError for anything that is not a readable video.
     """
     from data.decord_video import decord_is_exact
     from data.pyav_video import PyAVVideo
 
+    if os.path.isdir(path):
+        return describe_frames(path, required_rate(frames_fps))
     with PyAVVideo(check_path(path), None) as video:
         first_frame = video.read(np.zeros(1, dtype=int))[0]
         height, width, _ = first_frame.shape

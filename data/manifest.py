@@ -22,6 +22,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
+from data.frame_folder import has_frames
 from util.dist import UserError, print0
 from util.files import atomic_write
 
@@ -80,23 +81,62 @@ def unlabeled(paths: list[str]) -> Samples:
     return Samples(paths, [""] * len(paths))
 
 
-def walk(folder: str, extensions: tuple[str, ...]) -> list[str]:
+class Found(NamedTuple):
+    """The files below a folder, in order."""
+
+    paths: list[str]  # absolute paths of files, and of folders of frames if these are wanted
+    unread: list[str]  # folders of frames that are not wanted
+
+
+def walk(folder: str, extensions: tuple[str, ...], frames: bool = False) -> list[str]:
     """Return the absolute paths of the files below a folder with these extensions, sorted.
 
     Extensions match in any case. Hidden files and folders are left out, and so are links to a
-    folder that contains them.
+    folder that contains them. frames: a folder of numbered frames is a path too, in place of all
+    files in it. Raises UserError for such a folder that holds videos as well.
     """
-    found = []
+    return find_below(folder, extensions, frames).paths
+
+
+def find_below(folder: str, extensions: tuple[str, ...], frames: bool) -> Found:
+    """Return the paths of `walk`, and the folders of frames that are not among them."""
+    found = Found([], [])
     for parent, subfolders, files in os.walk(folder, followlinks=True):
         subfolders[:] = sorted(
             name
             for name in subfolders
             if not name.startswith(".") and not _leads_back(os.path.join(parent, name))
         )
-        for name in sorted(files):
-            if name.lower().endswith(extensions) and not name.startswith("."):
-                found.append(os.path.abspath(os.path.join(parent, name)))
+        parent = os.path.abspath(parent)
+        names = sorted(name for name in files if not name.startswith("."))
+        if has_frames(names) and frames:
+            _check_no_videos(parent, names)
+            found.paths.append(parent)
+            continue
+        wanted = [name for name in names if name.lower().endswith(extensions)]
+        found.paths.extend(os.path.join(parent, name) for name in wanted)
+        if not wanted and has_frames(names):
+            found.unread.append(parent)
     return found
+
+
+def _check_no_videos(folder: str, names: list[str]) -> None:
+    """Raise UserError if a folder of frames holds videos as well. names: those of its files."""
+    videos = [name for name in names if name.lower().endswith(VIDEO_EXTENSIONS)]
+    if videos:
+        raise UserError(
+            f"folder {folder} holds numbered images and videos ({videos[0]}). Move the videos, "
+            "or drop --frames_fps to leave out the images."
+        )
+
+
+def note_unread_frames(folders: list[str]) -> None:
+    """Print a note about folders of frames that are left out, if there are any."""
+    if folders:
+        print0(
+            f"note: {len(folders)} folders of numbered images are left out (first: {folders[0]}). "
+            "Training with --frames_fps RATE reads each as a video."
+        )
 
 
 def is_image(path: str) -> bool:
@@ -125,16 +165,21 @@ def check_folder(folder: str, flag: str) -> None:
         raise UserError(f"{flag} {folder} is not a folder: give the folder that holds the files")
 
 
-def find_videos(folders: list[str], flag: str) -> list[str]:
+def find_videos(folders: list[str], flag: str, frames: bool = False) -> list[str]:
     """Return the absolute paths of all videos below the folders.
 
     The folders' order is kept; the videos of each folder are sorted. flag: how the folders were
-    given, for messages. Raises UserError if a folder does not exist or there are no videos.
+    given, for messages. frames: see `walk`. Raises UserError if a folder does not exist or there
+    are no videos.
     """
     found = []
+    unread = []
     for folder in folders:
         check_folder(folder, flag)
-        found += walk(folder, VIDEO_EXTENSIONS)
+        below = find_below(folder, VIDEO_EXTENSIONS, frames)
+        found += below.paths
+        unread += below.unread
+    note_unread_frames(unread)
     if not found:
         raise UserError(
             f"no videos below {', '.join(folders)}: check {flag} "
@@ -143,11 +188,14 @@ def find_videos(folders: list[str], flag: str) -> list[str]:
     return found
 
 
-def find_labeled(folder: str, extensions: tuple[str, ...], flag: str) -> Samples:
+def find_labeled(
+    folder: str, extensions: tuple[str, ...], flag: str, frames: bool = False
+) -> Samples:
     """Return the files of a folder with one subfolder per class.
 
-    Files may be nested more deeply. flag: how the folder was given, for messages. Raises UserError
-    for a class without files.
+
+    Files may be nested more deeply. flag: how the folder was given, for messages. frames: see
+    `walk`. Raises UserError for a class without files.
     """
     check_folder(folder, flag)
     entries = [entry for entry in os.scandir(folder) if entry.is_dir()]
@@ -156,16 +204,20 @@ def find_labeled(folder: str, extensions: tuple[str, ...], flag: str) -> Samples
         raise UserError(f"{flag} {folder} has no subfolders: make one per class")
     paths = []
     labels = []
+    unread = []
     for name in names:
         class_folder = os.path.join(folder, name)
-        found = walk(class_folder, extensions)
-        if not found:
+        below = find_below(class_folder, extensions, frames)
+        unread += below.unread
+        if not below.paths:
+            note_unread_frames(unread)
             raise UserError(
                 f"class folder {class_folder} has no files of {' '.join(extensions)}: "
                 "add some or remove the folder"
             )
-        paths += found
-        labels += [name] * len(found)
+        paths += below.paths
+        labels += [name] * len(below.paths)
+    note_unread_frames(unread)
     return Samples(paths, labels)
 
 

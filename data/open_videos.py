@@ -18,12 +18,13 @@ MAX_FRAMES = 4_000_000  # of all open files, which keep 84 bytes (PyAV) or 117 (
 class OpenVideos:
     """The files that a process has read last, still open.
 
-    decoder, short_side: see `open_video`.
+    decoder, short_side, frames_fps: see `open_video`.
     """
 
-    def __init__(self, decoder: str, short_side: int):
+    def __init__(self, decoder: str, short_side: int, frames_fps: float | None = None):
         self.decoder = decoder
         self.short_side = short_side
+        self.frames_fps = frames_fps
         self.videos: dict[str, VideoReader] = {}  # by path, the one read last at the end
         self.process = os.getpid()
         self.inherited: list[dict[str, VideoReader]] = []
@@ -37,7 +38,7 @@ class OpenVideos:
         self._leave_to_parent()
         video = self.videos.pop(path, None)
         if video is None:
-            video = open_video(path, self.decoder, self.short_side, info)
+            video = open_video(path, self.decoder, self.short_side, info, self.frames_fps)
         try:
             yield video
         except BaseException:

@@ -21,6 +21,7 @@ class VideoInfo(NamedTuple):
     unseen: int = 0  # number of leading frames that cannot be decoded; not counted in `frames`
     decord_reads: bool = False  # whether decord returns the right frames
     times: np.ndarray | None = None  # (frames,) display times in seconds, if the rate is variable
+    first_frame: str = ""  # name of the first file of a folder of frames, see data/frame_folder.py
 
 
 def fill_missing(found: dict[int, np.ndarray], indices: np.ndarray) -> tuple[np.ndarray, int]:

@@ -3,7 +3,8 @@
 `python -m tools.data_doctor` makes it. NAME.csv has NAME.index.npy, a table of one row per video in
 the order of the manifest, and NAME.times.npy, the display times of videos of variable frame rate.
 A video has one row, at its first place, even if several rows of the manifest are parts of it.
-Worker processes map both into memory. A row is valid while its file keeps its size and date.
+Worker processes map both into memory. A row is valid while its file, or its folder of frames, keeps
+its size and date. A folder's frames are not listed again, and its rate is that of --frames_fps.
 Without a valid row, a file is examined whenever it is read.
 """
 
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from data.frame_folder import FRAME_FOLDER
 from data.video import VideoInfo
 from util.files import atomic_write
 
@@ -42,10 +44,12 @@ ROW = np.dtype(
         ("times_sum", "f8"),  # sum of its times, to check that they belong to this row
         ("codec", "S12"),
         ("reason", "S64"),  # why it is unreadable
+        ("first_frame", "S64"),  # of a folder: name of the first frame
     ]
 )
 MAX_REASON = 64  # bytes
 MAX_CODEC = 12  # bytes
+MAX_FRAME_NAME = 64  # bytes; of a longer name the folder is listed whenever it is read
 INFO_FIELDS = (  # fields that a row and a VideoInfo have in common
     "frames",
     "fps",
@@ -121,6 +125,7 @@ class VideoIndex:
             unseen=int(row["unseen"]),
             decord_reads=bool(row["decord_reads"]),
             times=times,
+            first_frame=os.fsdecode(row["first_frame"]),
         )
 
     def _frame_times(self, row: np.void) -> np.ndarray | None:
@@ -152,6 +157,10 @@ class VideoIndex:
         row["state"] = READABLE
         row["reason"] = b""
         row["codec"] = info.codec.encode()[:MAX_CODEC]
+        row["first_frame"] = b""
+        first_frame = os.fsencode(info.first_frame)
+        if len(first_frame) <= MAX_FRAME_NAME:
+            row["first_frame"] = first_frame
         for name in INFO_FIELDS:
             row[name] = getattr(info, name)
         if info.times is not None:
@@ -225,10 +234,12 @@ def load_index(manifest: str | Path, paths: Sequence[str]) -> VideoIndex | None:
     return index
 
 
-def new_index(paths: Sequence[str], known: VideoIndex | None) -> VideoIndex:
+def new_index(
+    paths: Sequence[str], known: VideoIndex | None, frames_fps: float | None = None
+) -> VideoIndex:
     """Return an index of the distinct paths, with the rows of `known` for unchanged files.
 
-    All other rows are UNKNOWN.
+    All other rows are UNKNOWN. frames_fps: the rate of folders of frames, if it is known.
     """
     paths = distinct(paths)
     rows = _unknown_rows(paths)
@@ -242,6 +253,8 @@ def new_index(paths: Sequence[str], known: VideoIndex | None) -> VideoIndex:
     for name in ("file", "bytes", "changed"):
         same &= known.rows[name][source] == rows[name]
     rows[same] = known.rows[source[same]]
+    if frames_fps is not None:
+        rows["fps"][rows["codec"] == FRAME_FOLDER.encode()] = frames_fps
     for row in np.flatnonzero(same & (rows["times_at"] >= 0)).tolist():
         info = known.info(int(source[row]), paths[row])
         if info is None:

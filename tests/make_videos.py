@@ -4,6 +4,7 @@ from pathlib import Path
 
 import av
 import numpy as np
+from PIL import Image
 
 BITS = 8
 FPS = 30
@@ -50,6 +51,7 @@ def write_video(
     gop: int = 12,
     codec: str = "libx264",
     b_frames: int = 2,
+    pix_fmt: str = "yuv420p",
 ) -> Path:
     """Encode `frames` frames of `size` (width, height), numbered from `first`; return the path."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -58,7 +60,7 @@ def write_video(
         stream = container.add_stream(codec, rate=FPS)
         stream.width = width
         stream.height = height
-        stream.pix_fmt = "yuv420p"
+        stream.pix_fmt = pix_fmt
         stream.codec_context.gop_size = gop
         stream.codec_context.max_b_frames = b_frames
         for number in range(first, first + frames):
@@ -67,6 +69,25 @@ def write_video(
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
     return path
+
+
+def write_frames(
+    folder: Path,
+    *,
+    frames: int = 40,
+    first: int = 0,
+    name: str = "{:05d}.png",
+    size: tuple[int, int] = (96, 64),
+) -> Path:
+    """Write the frames of `write_video` to a folder of files, from number 1 on; return the folder.
+
+    name: the format of a file's name.
+    """
+    folder.mkdir(parents=True)
+    for index in range(frames):
+        image = Image.fromarray(numbered_frame(first + index, *size))
+        image.save(folder / name.format(index + 1))
+    return folder
 
 
 def write_folder(folder: Path, videos: int = 8, **options) -> Path:

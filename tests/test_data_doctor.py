@@ -131,9 +131,9 @@ def test_a_file_is_probed_once_unless_unreadable(manifest, monkeypatch):
     probed = []
     describe = data_doctor.describe
 
-    def recorded(path):
+    def recorded(path, frames_fps):
         probed.append(path)
-        return describe(path)
+        return describe(path, frames_fps)
 
     monkeypatch.setattr(data_doctor, "describe", recorded)
     build_index(paths, target, workers=0, seconds=30)

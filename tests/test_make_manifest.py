@@ -176,13 +176,17 @@ def test_diving48_labels_are_the_class_numbers(videos, tmp_path):
     assert read_manifest(tmp_path / "m.csv")[1] == ["dive 12", "dive 3"]
 
 
-def test_jester_numbers_are_the_lines_of_its_labels(videos, tmp_path):
+def test_jester_numbers_are_the_lines_of_its_labels(videos, tmp_path, capsys):
     annotations = write(tmp_path / "jester-v1-train.csv", "7;Swiping Left\n8;Doing other things\n")
     write(tmp_path / "jester-v1-labels.csv", "Swiping Left\nStop Sign\nDoing other things\n")
     assert make("jester", annotations, videos) == [("7.webm", 0), ("8.webm", 2)]
     frames = touch(tmp_path / "frames", "7/00001.jpg", "8/00001.jpg")
-    with pytest.raises(UserError, match="frames/7 may hold its frames: .* make video files"):
-        make("jester", annotations, frames, "--overwrite")
+    assert make("jester", annotations, frames, "--overwrite") == [("7", 0), ("8", 2)]
+    assert "2 videos are folders of frames" in capsys.readouterr().out
+    (videos / "8.webm").unlink()
+    touch(videos, "deep/8/00000.jpg", "7/img_1.png")
+    found = make("jester", annotations, videos, "--overwrite")
+    assert found == [("7.webm", 0), ("deep/8", 2)]  # a file is preferred
 
 
 def test_imagenet_numbers_are_the_sorted_synsets(tmp_path):
@@ -228,6 +232,20 @@ def test_plain_folders_are_classes(suffix, tmp_path):
     assert [str(Path(path).relative_to(folder)) for path in paths] == [names[1], names[2], names[0]]
     assert labels == ["a", "b", "b"]
     assert read_class_names(tmp_path / "m_classes.json") == ["a", "b"]
+
+
+def test_folders_of_frames_are_samples_if_asked_for(tmp_path, capsys):
+    folder = touch(tmp_path / "videos", "b/9/1.jpg", "b/9/2.jpg", "b/7.mp4", "a/deep/8/img_3.PNG")
+    main(["--from", "frame_folders", str(folder), str(tmp_path / "m.csv")])
+    paths, labels, *_ = read_manifest(tmp_path / "m.csv")
+    assert [str(Path(path).relative_to(folder)) for path in paths] == ["a/deep/8", "b/7.mp4", "b/9"]
+    assert labels == ["a", "b", "b"]
+    with pytest.raises(UserError, match="a has no files of"):
+        main(["--from", "folders", str(folder), str(tmp_path / "other.csv")])
+    assert "1 folders of numbered images are left out" in capsys.readouterr().out
+    touch(folder, "b/9/2.mp4")
+    with pytest.raises(UserError, match="b/9 holds numbered images and videos .2.mp4."):
+        main(["--from", "frame_folders", str(folder), str(tmp_path / "other.csv")])
 
 
 @pytest.mark.parametrize(

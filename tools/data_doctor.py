@@ -24,12 +24,14 @@ from data import video_index
 from data.clips import ClipSampling, Span, clip_indices
 from data.datasets import ReadClips, SampleDataset
 from data.decode import decord_installed, describe, open_video
+from data.frame_folder import FRAME_FOLDER, check_frame_folders
 from data.input_files import ReadError
 from data.loader import FaultTolerantLoader, WorkerSettings
 from data.manifest import find_videos, read_manifest, unlabeled, write_manifest
 from data.samplers import DistributedEvalSampler
 from data.transforms import decode_short_side, train_transform
 from data.video import VideoInfo
+from util.args import add_frames_fps
 from util.cli import Parser
 from util.dist import UserError, available_cpus, end_progress, print0, run_script, show_progress
 from util.seeds import fork_rng
@@ -66,11 +68,15 @@ class ProbeDataset(SampleDataset):
     The `clips` of a sample are the VideoInfo of the file, or None; `bad` holds the reason.
     """
 
+    def __init__(self, paths: list[str], frames_fps: float | None):
+        super().__init__(paths, None, seed=0, substitutes=0)
+        self.frames_fps = frames_fps
+
     def read_clips(
         self, key: tuple[int, int], path: str, span: Span | None, info: VideoInfo | None
     ) -> ReadClips:
         """Return the description of a file in place of clips. Raises ReadError."""
-        return ReadClips(describe(path))
+        return ReadClips(describe(path, self.frames_fps))
 
 
 class Progress:
@@ -109,15 +115,17 @@ def collate_probed(samples: list[dict]) -> dict:
     return {"files": files}
 
 
-def probe_files(paths: list[str], workers: int, seconds: float) -> Iterator[list[Probed]]:
+def probe_files(
+    paths: list[str], workers: int, seconds: float, frames_fps: float | None
+) -> Iterator[list[Probed]]:
     """Yield the descriptions of all files in batches, read by `workers` processes.
 
-    A file that takes longer than `seconds` is unreadable.
+    A file that takes longer than `seconds` is unreadable. frames_fps: see `open_video`.
     """
     if not paths:
         return
     loader = FaultTolerantLoader(
-        ProbeDataset(paths, None, seed=0, substitutes=0),
+        ProbeDataset(paths, frames_fps),
         DistributedEvalSampler(len(paths), 0, 1),
         batch_size=16,
         workers=WorkerSettings(workers, False, seconds, quarantine=None),
@@ -128,25 +136,29 @@ def probe_files(paths: list[str], workers: int, seconds: float) -> Iterator[list
 
 
 def build_index(
-    paths: list[str], target: Path | None, workers: int, seconds: float
+    paths: list[str],
+    target: Path | None,
+    workers: int,
+    seconds: float,
+    frames_fps: float | None = None,
 ) -> video_index.VideoIndex:
     """Return the index of videos, read by `workers` processes.
 
     A file that takes longer than `seconds` is unreadable. With a `target`, the index is saved
     there every few seconds, so that an interrupted call resumes. Readable files that have not
-    changed since they were indexed are not read again.
+    changed since they were indexed are not read again. frames_fps: see `open_video`.
     """
     previous = None
     if target:
         previous = video_index.open_index(target)
-    index = video_index.new_index(paths, previous)
+    index = video_index.new_index(paths, previous, frames_fps)
     # Unreadable files are tried again: the reason may have been a failing disk.
     pending = np.flatnonzero(index.rows["state"] != video_index.READABLE).tolist()
     pending_paths = [paths[video] for video in pending]
     progress = Progress("looking at videos", len(pending))
     done = 0
     last_save = time.time()
-    for batch in probe_files(pending_paths, workers, seconds):
+    for batch in probe_files(pending_paths, workers, seconds, frames_fps):
         for file in batch:
             index.set_row(pending[file.path_index], file.info, file.reason)
         done += len(batch)
@@ -173,8 +185,9 @@ def clip_cost(
     Raises ReadError.
     """
     transform = train_transform(clip.img_size, (0.5, 1.0), (0.75, 1.3333), True, 0.0)
+    frames_fps = info.fps if info else None  # of a folder of frames
     marks = [time.process_time()]
-    with open_video(path, decoder, short_side, info) as video:
+    with open_video(path, decoder, short_side, info, frames_fps) as video:
         marks.append(time.process_time())
         indices = clip_indices(video, ClipSampling(clip.num_frames, clip.sampling_rate), start)
         video.seek(int(indices[0]))
@@ -241,8 +254,12 @@ def _short_sides(rows: np.ndarray) -> np.ndarray:
 def summary(paths: list[str], rows: np.ndarray, clip: ClipSpec) -> list[str]:
     """Return the lines that describe the files: those that are readable and those that are not."""
     readable = rows[rows["state"] == video_index.READABLE]
-    gigabytes = rows["bytes"].clip(min=0).sum() / 1e9
-    lines = [f"videos      {len(readable)} of {len(rows)} readable, {gigabytes:.3g} GB"]
+    in_folders = rows["codec"] == FRAME_FOLDER.encode()
+    gigabytes = rows["bytes"][~in_folders].clip(min=0).sum() / 1e9
+    size = f"{gigabytes:.3g} GB"
+    if in_folders.any():
+        size += f" and {in_folders.sum()} folders of frames"
+    lines = [f"videos      {len(readable)} of {len(rows)} readable, {size}"]
     if len(readable):
         lines += content_lines(readable, clip)
     return lines + unreadable_lines(paths, rows)
@@ -341,6 +358,7 @@ def advice(rows: np.ndarray, costs: pd.DataFrame, gpu_rate: float) -> list[str]:
 
 def reencode_advice(rows: np.ndarray) -> str:
     """Return a line that recommends re-encoding readable videos, or states that it is needless."""
+    rows = rows[rows["codec"] != FRAME_FOLDER.encode()]  # the tool converts files only
     num_large = int((_short_sides(rows) > LARGE_SIDE).sum())
     num_long = int((rows["key_distance"] > LONG_GOP).sum())
     reasons = []
@@ -404,14 +422,17 @@ def get_parser() -> Parser:
         default=60,
         help="seconds that a file may take (default: %(default)s)",
     )
+    add_frames_fps(parser)
     return parser
 
 
-def find_source(source: list[str], write: str | None) -> tuple[list[str], str | None]:
+def find_source(
+    source: list[str], write: str | None, frames_fps: float | None
+) -> tuple[list[str], str | None]:
     """Return the paths of the videos, and the manifest that they have or get (None for none).
 
-    source: one manifest, or folders. write: the manifest to make of folders.
-    Raises UserError for bad input, or if `write` exists.
+    source: one manifest, or folders. write: the manifest to make of folders. frames_fps: see
+    `open_video`. Raises UserError for bad input, or if `write` exists.
     """
     if len(source) == 1 and os.path.isfile(source[0]):
         paths = video_index.distinct(read_manifest(source[0]).paths)
@@ -420,7 +441,7 @@ def find_source(source: list[str], write: str | None) -> tuple[list[str], str | 
                 f"--write {write}: the source is a manifest already. Leave out --write."
             )
         return paths, source[0]
-    paths = find_videos(source, "SOURCE")
+    paths = find_videos(source, "SOURCE", frames_fps is not None)
     if write and os.path.exists(write):
         raise UserError(f"--write {write} exists. Choose another name.")
     return paths, write
@@ -430,11 +451,12 @@ def main(argv: list[str] | None = None) -> None:
     """Run the command line. Raises UserError for bad input."""
     args = get_parser().parse_args(argv)
     clip = ClipSpec(args.num_frames, args.sampling_rate, args.img_size)
-    paths, manifest = find_source(args.source, args.write)
+    paths, manifest = find_source(args.source, args.write, args.frames_fps)
+    check_frame_folders(paths, args.frames_fps)
     target = None
     if manifest:
         target = video_index.index_path(manifest)
-    index = build_index(paths, target, max(1, args.workers), args.read_timeout)
+    index = build_index(paths, target, max(1, args.workers), args.read_timeout, args.frames_fps)
     if args.write:
         write_manifest(args.write, unlabeled(paths))
     print0(*summary(paths, index.rows, clip), sep="\n")

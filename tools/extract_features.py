@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from data.datasets import ImageDataset, SampleDataset
+from data.frame_folder import check_frame_folders
 from data.loader import collate_readable, eval_loader
 from data.transforms import decode_short_side, image_transform
 from models_vit import VideoEncoder, token_grid
@@ -289,7 +290,11 @@ class Extraction:
         if stride is None:
             return one_clip_each(share, self.samples)
         index = index_files(
-            share, self.samples, self.workers.num_workers, self.workers.read_timeout
+            share,
+            self.samples,
+            self.workers.num_workers,
+            self.workers.read_timeout,
+            self.args.frames_fps,
         )
         return clips_along(share, self.samples, index, self.clip_seconds, stride)
 
@@ -450,6 +455,7 @@ def folder_settings(extraction: Extraction, read_out: ReadOut, weights: str) -> 
         "num_frames": config["num_frames"],
         "sampling_rate": args.sampling_rate,
         "target_fps": args.target_fps,
+        "frames_fps": args.frames_fps,
         "clip_seconds": extraction.clip_seconds,
         "stride_seconds": args.stride_seconds,
         "short_side": args.short_side or decode_short_side(config["img_size"]),
@@ -466,7 +472,11 @@ def main(argv: list[str] | None = None) -> None:
     check_seconds("stride_seconds", args.stride_seconds, args.target_fps)
     env = dist.setup(args.device)
     output = dist.on_rank0(lambda: output_path(args))
-    samples = dist.on_rank0(lambda: list_inputs(args.data_dir, args.data_csv, source.classes))
+    frames = args.frames_fps is not None
+    samples = dist.on_rank0(
+        lambda: list_inputs(args.data_dir, args.data_csv, source.classes, frames)
+    )
+    check_frame_folders(samples.paths, args.frames_fps)
     check_parts(samples, args, output)
     read_out = choose_read_out(source, args)
     encoder = load_encoder(args.checkpoint, **given_sizes(args))

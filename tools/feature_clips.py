@@ -49,14 +49,15 @@ class Clips(NamedTuple):
     unreadable: dict[int, str]  # reason by file, of files that have no clips
 
 
-def find_files(folder: str) -> Samples:
+def find_files(folder: str, frames: bool) -> Samples:
     """Return all videos and images below a folder and their labels. Raises UserError for none.
 
-    The label of a file is the name of the subfolder of `folder` that holds it, "" if none does.
+    frames: see `walk`. The label of a file is the name of the subfolder of `folder` that holds it,
+    "" if none does.
     """
     check_folder(folder, "--data_dir")
     extensions = VIDEO_EXTENSIONS + IMAGE_EXTENSIONS
-    paths = walk(folder, extensions)
+    paths = walk(folder, extensions, frames)
     if not paths:
         raise UserError(
             f"--data_dir {folder} has no videos and no images (looked for {' '.join(extensions)})"
@@ -80,13 +81,15 @@ def check_kind(paths: list[str], source: str) -> bool:
     return bool(images)
 
 
-def list_inputs(folder: str, csv: str, known_classes: list[str] | None) -> Inputs:
+def list_inputs(
+    folder: str, csv: str, known_classes: list[str] | None, frames: bool = False
+) -> Inputs:
     """Return the files of a folder, or the samples of a manifest, with their class indices.
 
-    known_classes: the classes of a finetuned model. Labels index them, or the data's own classes
-    if a label is not among them. Raises UserError.
+    frames: see `walk`. known_classes: the classes of a finetuned model. Labels index them, or the
+    data's own classes if a label is not among them. Raises UserError.
     """
-    paths, labels, spans, _ = read_manifest(csv) if csv else find_files(folder)
+    paths, labels, spans, _ = read_manifest(csv) if csv else find_files(folder, frames)
     source = csv or folder
     are_images = check_kind(paths, source)
     names = sorted(set(labels) - {""})
@@ -108,17 +111,22 @@ def list_inputs(folder: str, csv: str, known_classes: list[str] | None) -> Input
 
 
 def index_files(
-    files: list[int], samples: Inputs, num_workers: int, read_timeout: float
+    files: list[int],
+    samples: Inputs,
+    num_workers: int,
+    read_timeout: float,
+    frames_fps: float | None,
 ) -> VideoIndex:
     """Return the video index of some files; those that the manifest's index lacks are opened.
 
     num_workers processes open them, each file for at most read_timeout seconds.
+    frames_fps: see `open_video`.
     """
     paths = distinct([samples.paths[file] for file in files])
-    index = new_index(paths, known_rows(files, samples))
+    index = new_index(paths, known_rows(files, samples), frames_fps)
     unknown = np.flatnonzero(index.rows["state"] == UNKNOWN).tolist()
     unknown_paths = [paths[row] for row in unknown]
-    for batch in probe_files(unknown_paths, num_workers, read_timeout):
+    for batch in probe_files(unknown_paths, num_workers, read_timeout, frames_fps):
         for file in batch:
             index.set_row(unknown[file.path_index], file.info, file.reason)
     return index

@@ -5,6 +5,7 @@
     python -m tools.make_manifest --from ucf101 trainlist01.txt VIDEOS out.csv
     python -m tools.make_manifest --from hmdb51 SPLITS VIDEOS out.csv --split train1
     python -m tools.make_manifest --from folders VIDEOS out.csv
+    python -m tools.make_manifest --from frame_folders VIDEOS out.csv
 
 VIDEOS is searched recursively. The labels are class names; out_classes.json lists them in their
 official order, for --class_names of the finetuning scripts. Videos without a file are listed in
@@ -33,7 +34,10 @@ from util.cli import Parser
 from util.dist import UserError, print0, run_script
 from util.files import save_csv
 
-FOLDERS = "folders"  # --from for plain folders, which need no annotations
+# Values of --from for plain folders, which need no annotations.
+FOLDERS = "folders"
+FRAME_FOLDERS = "frame_folders"
+WITHOUT_ANNOTATIONS = (FOLDERS, FRAME_FOLDERS)
 SPLITS = [f"{part}{number}" for number in (1, 2, 3) for part in ("train", "test")]
 
 
@@ -43,11 +47,13 @@ def get_parser() -> Parser:
     parser.add_argument(
         "--from",
         dest="source",
-        choices=(*DATA_SETS, FOLDERS),
+        choices=(*DATA_SETS, *WITHOUT_ANNOTATIONS),
         required=True,
         help="the data set",
     )
-    parser.add_argument("annotations", help="its annotations (not with --from folders)")
+    parser.add_argument(
+        "annotations", help="its annotations (not with --from folders, frame_folders)"
+    )
     parser.add_argument("videos", help="folder of the videos or images, searched recursively")
     parser.add_argument("output", nargs="?", help="the manifest to write")
     parser.add_argument(
@@ -64,11 +70,14 @@ def get_parser() -> Parser:
 
 def check_arguments(args: argparse.Namespace) -> None:
     """Raise UserError for arguments that do not fit the data set."""
-    if (args.source == FOLDERS) == (args.output is not None):
-        expected = "VIDEOS OUTPUT" if args.source == FOLDERS else "ANNOTATIONS VIDEOS OUTPUT"
+    plain = args.source in WITHOUT_ANNOTATIONS
+    if plain == (args.output is not None):
+        expected = "VIDEOS OUTPUT" if plain else "ANNOTATIONS VIDEOS OUTPUT"
         raise UserError(f"--from {args.source} takes {expected}")
-    if args.source == FOLDERS and args.class_names:
-        raise UserError("--class_names has no use with --from folders: folders are the classes")
+    if plain and args.class_names:
+        raise UserError(
+            f"--class_names has no use with --from {args.source}: folders are the classes"
+        )
     if args.source == "hmdb51" and args.split is None:
         raise UserError(f"--from hmdb51 needs --split, one of {', '.join(SPLITS)}")
     if args.source != "hmdb51" and args.split is not None:
@@ -94,10 +103,10 @@ def output_files(output: str, inputs: list[str], overwrite: bool) -> tuple[Path,
     return files
 
 
-def files_by_stem(folder: str, extensions: tuple[str, ...]) -> dict[str, list[str]]:
-    """Return the files below a folder by their names without extension."""
+def files_by_stem(folder: str, extensions: tuple[str, ...], frames: bool) -> dict[str, list[str]]:
+    """Return the files below a folder by their names without extension. frames: see `walk`."""
     by_stem: dict[str, list[str]] = {}
-    for path in walk(folder, extensions):
+    for path in walk(folder, extensions, frames):
         by_stem.setdefault(Path(path).stem, []).append(path)
     return by_stem
 
@@ -127,12 +136,14 @@ def best_files(name: str, label: str, candidates: list[str], need_folder: bool) 
     return [path for path, count in zip(candidates, common, strict=True) if count == most]
 
 
-def find_files(table: pd.DataFrame, folder: str, extensions: tuple[str, ...]) -> list[str]:
+def find_files(
+    table: pd.DataFrame, folder: str, extensions: tuple[str, ...], frames: bool = False
+) -> list[str]:
     """Return the file of each row of a table of annotations below a folder, "" for none.
 
-    Prints a note if there are several for a row.
+    frames: see `walk`. Prints a note if there are several for a row.
     """
-    by_stem = files_by_stem(folder, extensions)
+    by_stem = files_by_stem(folder, extensions, frames)
     stems = table["name"].map(os.path.basename)
     need_folder = table["name"].str.contains("/") & stems.duplicated(keep=False)
     other_names = table.get("other_name", stems)
@@ -167,9 +178,25 @@ def annotated_files(args: argparse.Namespace) -> tuple[pd.DataFrame, list[str] |
     if args.source == "imagenet":
         extensions = IMAGE_EXTENSIONS
     table["path"] = find_files(table, args.videos, extensions)
+    if args.source != "imagenet":
+        add_frame_folders(table, args.videos)
     if (table["path"] == "").all():
         raise UserError(nothing_found(table, args))
     return table, classes
+
+
+def add_frame_folders(table: pd.DataFrame, folder: str) -> None:
+    """Set the paths of rows without a file to the folders of their frames, and print their number.
+
+    A folder is looked for like a file, by its name.
+    """
+    absent = table["path"] == ""
+    if not absent.any():
+        return
+    table.loc[absent, "path"] = find_files(table[absent], folder, (), frames=True)
+    count = int((table["path"][absent] != "").sum())
+    if count:
+        print0(f"note: {count} videos are folders of frames. Training on them needs --frames_fps.")
 
 
 def with_class_names(
@@ -222,22 +249,19 @@ def check_numbers(table: pd.DataFrame, classes: list[str], annotations: str) -> 
 def nothing_found(table: pd.DataFrame, args: argparse.Namespace) -> str:
     """Return the message for annotations of which no file exists."""
     message = f"none of the {len(table)} videos of {args.annotations} is below {args.videos}. "
-    for name in table["name"]:
-        if os.path.isdir(os.path.join(args.videos, name)):
-            return (
-                f"{message}The folder {os.path.join(args.videos, name)} may hold its frames: "
-                "frames in folders cannot be read, make video files of them."
-            )
     return message + "Check the folder."
 
 
-def labeled_folders(folder: str) -> pd.DataFrame:
-    """Return the table path, label of a folder with one subfolder per class. Raises UserError."""
+def labeled_folders(folder: str, frames: bool) -> pd.DataFrame:
+    """Return the table path, label of a folder with one subfolder per class.
+
+    frames: see `walk`; otherwise images are samples if there are no videos. Raises UserError.
+    """
     check_folder(folder, "VIDEOS")
     extensions: tuple[str, ...] = VIDEO_EXTENSIONS
-    if not walk(folder, VIDEO_EXTENSIONS):
+    if not frames and not walk(folder, VIDEO_EXTENSIONS):
         extensions = IMAGE_EXTENSIONS
-    samples = find_labeled(folder, extensions, "VIDEOS")
+    samples = find_labeled(folder, extensions, "VIDEOS", frames)
     return pd.DataFrame({"path": samples.paths, "label": samples.labels})
 
 
@@ -261,8 +285,8 @@ def main(argv: list[str] | None = None) -> None:
     output = args.output or args.videos
     inputs = [args.annotations, args.class_names]
     manifest, class_list, listing = output_files(output, inputs, args.overwrite)
-    if args.source == FOLDERS:
-        table = labeled_folders(args.annotations)
+    if args.source in WITHOUT_ANNOTATIONS:
+        table = labeled_folders(args.annotations, args.source == FRAME_FOLDERS)
         classes: list[str] | None = class_names(table["label"].tolist())
     else:
         table, classes = annotated_files(args)

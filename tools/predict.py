@@ -24,6 +24,7 @@ from typing import NamedTuple
 
 from data.clips import ClipSampling, Span, video_duration
 from data.datasets import ImageDataset, SampleDataset, ViewDataset
+from data.frame_folder import check_frame_folders
 from data.loader import collate_readable, eval_loader
 from data.manifest import (
     IMAGE_EXTENSIONS,
@@ -187,14 +188,15 @@ def check_output(output: Path | None, sources: list[str], overwrite: bool) -> No
     refuse_existing(output, overwrite, "--output")
 
 
-def find_files(sources: list[str]) -> list[Sample]:
+def find_files(sources: list[str], frames: bool) -> list[Sample]:
     """Return all files to classify, or their segments, in the order given, each once.
 
-    Paths are absolute. Print a note about duplicates. Raises UserError for a source without files.
+    frames: see `walk`. Paths are absolute. Print a note about duplicates. Raises UserError for a
+    source without files.
     """
     found = []
     for source in sources:
-        found += samples_of(source)
+        found += samples_of(source, frames)
     distinct = list(dict.fromkeys(found))
     duplicates = len(found) - len(distinct)
     if duplicates:
@@ -202,10 +204,10 @@ def find_files(sources: list[str]) -> list[Sample]:
     return distinct
 
 
-def samples_of(source: str) -> list[Sample]:
+def samples_of(source: str, frames: bool) -> list[Sample]:
     """Return the samples of a manifest, the files of a folder, or the file itself.
 
-    Raises UserError.
+    frames: see `walk`. Raises UserError.
     """
     if os.path.isfile(source) and source.lower().endswith(MANIFEST_EXTENSIONS):
         listed = read_manifest(source)
@@ -213,14 +215,14 @@ def samples_of(source: str) -> list[Sample]:
         if listed.spans is not None:
             spans = [tuple(span) if span != [*NO_SPAN] else None for span in listed.spans.tolist()]
         return [Sample(*pair) for pair in zip(listed.paths, spans, strict=True)]
-    return [Sample(os.path.abspath(path)) for path in files_of(source)]
+    return [Sample(os.path.abspath(path)) for path in files_of(source, frames)]
 
 
-def files_of(source: str) -> list[str]:
-    """Return the files of a folder, or the file itself. Raises UserError."""
+def files_of(source: str, frames: bool) -> list[str]:
+    """Return the files of a folder, or the file itself. Raises UserError. frames: see `walk`."""
     if os.path.isdir(source):
         extensions = VIDEO_EXTENSIONS + IMAGE_EXTENSIONS
-        paths = walk(source, extensions)
+        paths = walk(source, extensions, frames)
         if not paths:
             raise UserError(
                 f"folder {source} has no videos and no images (looked for {' '.join(extensions)})"
@@ -250,7 +252,7 @@ def index_videos(paths: list[str], args: argparse.Namespace, env: DistEnv) -> Vi
     progress = Progress("looking at videos", len(share))
     found: dict[int, Probed] = {}  # by row of the index
     own_paths = [paths[row] for row in share]
-    for batch in probe_files(own_paths, args.num_workers, args.read_timeout):
+    for batch in probe_files(own_paths, args.num_workers, args.read_timeout, args.frames_fps):
         for file in batch:
             found[share[file.path_index]] = file
         progress.show(len(found))
@@ -314,6 +316,7 @@ def video_pass(samples: Inputs, config: dict, args: argparse.Namespace) -> Pass:
         transform=view_transform(config["img_size"], args.views.crops),
         sampling=ClipSampling(config["num_frames"], args.sampling_rate, args.target_fps),
         decoder=args.decoder,
+        frames_fps=args.frames_fps,
         short_side=args.short_side or decode_short_side(config["img_size"]),
         known=samples.known,
         spans=spans,
@@ -433,7 +436,9 @@ def main(argv: list[str] | None = None) -> None:
     output = Path(args.output) if args.output else None
     env = dist.setup(args.device)
     dist.on_rank0(lambda: check_output(output, args.source, args.overwrite))
-    found = dist.on_rank0(lambda: find_files(args.source))
+    frames = args.frames_fps is not None
+    found = dist.on_rank0(lambda: find_files(args.source, frames))
+    check_frame_folders([sample.path for sample in found], args.frames_fps)
     model = load_classifier(
         args.checkpoint, given=given_flags(args), class_names=args.class_names
     ).to(env.device)

@@ -10,6 +10,7 @@ from data.datasets import ViewDataset
 from data.loader import WorkerSettings
 from data.transforms import decode_short_side, view_transform
 from data.video_index import VideoIndex
+from util.args import add_frames_fps
 from util.cli import Parser, nonnegative_int, positive_float, positive_int
 from util.dist import UserError, default_workers, escaped, print0
 
@@ -49,7 +50,7 @@ def given_sizes(args: argparse.Namespace) -> dict[str, int]:
 
 
 def add_clip_flags(parser: Parser) -> None:
-    """Add the flags that choose frames of videos. CLIP_FLAGS lists them."""
+    """Add the flags that choose frames of videos: CLIP_FLAGS, and --frames_fps of the data."""
     parser.add_argument(
         "--sampling_rate",
         type=positive_int,
@@ -73,6 +74,7 @@ def add_clip_flags(parser: Parser) -> None:
         default="auto",
         help="video reader (default: the run's, else %(default)s)",
     )
+    add_frames_fps(parser)
 
 
 def parse_again(
@@ -116,6 +118,7 @@ def clip_reading(args: argparse.Namespace) -> dict:
         "target_fps": args.target_fps,
         "short_side": args.short_side,
         "decoder": args.decoder,
+        "frames_fps": args.frames_fps,
     }
 
 
@@ -187,6 +190,7 @@ def center_clips(
             config["num_frames"], reading["sampling_rate"], reading["target_fps"]
         ),
         decoder=reading["decoder"],
+        frames_fps=reading["frames_fps"],
         short_side=reading["short_side"] or decode_short_side(img_size),
         known=known,
         spans=spans,

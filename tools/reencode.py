@@ -384,6 +384,12 @@ def find_source(src: str, dst: str) -> Source:
         raise UserError(f"SRC {src} would be overwritten by the manifest of DST. Give another DST.")
     samples = read_manifest(src)
     paths = [os.path.normpath(path) for path in samples.paths]
+    folder = next(filter(os.path.isdir, paths), None)
+    if folder is not None:
+        raise UserError(
+            f"SRC {src} lists the folder {folder}, but only files are converted. Take out the "
+            "folders of frames."
+        )
     root = os.path.commonpath([os.path.dirname(path) for path in paths])
     return Source(samples._replace(paths=paths), True, root)
 

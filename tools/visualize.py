@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from data.datasets import ViewDataset
+from data.frame_folder import check_frame_folders
 from data.loader import collate_readable, eval_loader
 from data.manifest import Samples, find_videos, read_manifest, unlabeled
 from data.video_index import load_index
@@ -279,16 +280,19 @@ def picture_file(args: argparse.Namespace, content: str) -> Path:
     return still
 
 
-def find_samples(folders: list[str], csv: str) -> Samples:
+def find_samples(args: argparse.Namespace) -> Samples:
     """Return the samples of a manifest, or the videos below the folders.
 
     Raises UserError for neither.
     """
-    if csv:
-        return read_manifest(csv)
-    if not folders:
+    if args.data_csv:
+        samples = read_manifest(args.data_csv)
+    elif args.data_dirs:
+        samples = unlabeled(find_videos(args.data_dirs, "--data_dirs", args.frames_fps is not None))
+    else:
         raise UserError("no videos given: pass --data_dirs FOLDER [FOLDER ...] or --data_csv FILE")
-    return unlabeled(find_videos(folders, "--data_dirs"))
+    check_frame_folders(samples.paths, args.frames_fps)
+    return samples
 
 
 def evenly_spread(count: int, most: int) -> list[int]:
@@ -312,7 +316,7 @@ def read_clips(dataset: ViewDataset, indices: list[int]) -> Tensor:
 
 def drawn_clips(args: argparse.Namespace, model: VideoEncoder) -> tuple[Tensor, list[int]]:
     """Return the clips to draw (B, 3, T, H, W) uint8, and the indices of their videos."""
-    samples = find_samples(args.data_dirs, args.data_csv)
+    samples = find_samples(args)
     indices = evenly_spread(len(samples.paths), args.clips or DEFAULT_CLIPS)
     dataset = center_clips(samples.paths, model.config, clip_reading(args), spans=samples.spans)
     return read_clips(dataset, indices), indices
@@ -397,7 +401,7 @@ def measure_losses(args: argparse.Namespace, source: ModelSource, env: DistEnv) 
     dist.on_rank0(lambda: refuse_existing(output, args.overwrite, "--losses"))
     model = load_with_decoder(source, args)
     masks = Masks(chosen_masks(args, model), args.mask_seeds or 1)
-    samples = dist.on_rank0(lambda: find_samples(args.data_dirs, args.data_csv))
+    samples = dist.on_rank0(lambda: find_samples(args))
     known = load_index(args.data_csv, samples.paths)
     dataset = center_clips(samples.paths, model.config, clip_reading(args), known, samples.spans)
     workers = worker_settings(args)

@@ -12,7 +12,15 @@ from pathlib import Path
 import torch
 
 from models_vit import VideoEncoder
-from util.cli import Parser, decay_factor, fraction, min_two, nonnegative_int, positive_int
+from util.cli import (
+    Parser,
+    decay_factor,
+    fraction,
+    min_two,
+    nonnegative_int,
+    positive_float,
+    positive_int,
+)
 from util.dist import UserError, default_workers, print0
 from util.optim import Schedule, amp_dtype, residual_dtype
 
@@ -413,9 +421,21 @@ def add_video(
         default="auto",
         help="auto is pyav, which is faster (default: %(default)s)",
     )
+    add_frames_fps(group)
     add_shared_data(group)
     group.add_argument("--datafile_dir", help="folder of the manifests (default: --output_dir)")
     return group
+
+
+def add_frames_fps(group: argparse._ActionsContainer) -> None:
+    """Add the flag for folders of frames to a parser or a group of it."""
+    group.add_argument(
+        "--frames_fps",
+        type=positive_float,
+        metavar="RATE",
+        help="also read folders of numbered images, each as a video of this frame rate "
+        "(default: no)",
+    )
 
 
 def add_run(parser: ScriptParser) -> argparse._ArgumentGroup:
