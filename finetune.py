@@ -151,7 +151,7 @@ def split(samples: Samples, classes: list[str], source: str) -> Split:
 
 def clip_sampling(args: argparse.Namespace) -> ClipSampling:
     """Return which frames a clip consists of."""
-    return ClipSampling(args.num_frames, args.sampling_rate, args.target_fps)
+    return ClipSampling(args.num_frames, args.sampling_rate, args.target_fps, args.sampling)
 
 
 def worker_settings(args: argparse.Namespace) -> WorkerSettings:

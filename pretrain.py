@@ -269,7 +269,7 @@ def counted(samples: Samples) -> str:
 
 def clip_sampling(args: argparse.Namespace) -> ClipSampling:
     """Return which frames a clip consists of; in a mixture, those of the first source."""
-    return ClipSampling(args.num_frames, sampling_rates(args)[0], args.target_fps)
+    return ClipSampling(args.num_frames, sampling_rates(args)[0], args.target_fps, args.sampling)
 
 
 def build_model(args: argparse.Namespace, env: DistEnv, start: Start) -> MaskedAutoencoderViT:

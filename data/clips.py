@@ -5,6 +5,9 @@ lasts, whatever the frame rate of the video is.
 
 A span (start, end) is a part of a video, in seconds. It has the frames that are shown from its
 start until its end, and clips are chosen from it as if it were a video of its own.
+
+Dense sampling takes T frames at a distance. Uniform sampling takes one frame from each of T equal
+parts of the video (Temporal Segment Networks, Wang et al. 2016, arXiv 1608.00859, section 3.1).
 """
 
 import math
@@ -22,15 +25,19 @@ TIME_TOLERANCE = 1e-9  # seconds: a frame that starts at an instant counts as sh
 
 
 class ClipSampling(NamedTuple):
-    """Which frames a clip consists of: it lasts sampling_rate * num_frames / target_fps seconds."""
+    """Which frames a clip consists of.
+
+    A dense clip lasts sampling_rate * num_frames / target_fps seconds, a uniform one the video.
+    """
 
     num_frames: int  # T
     sampling_rate: int  # distance of two frames, in frames at target_fps
     target_fps: float = 30  # frames/s
+    method: str = "dense"  # or "uniform", which needs neither rate
 
     @property
     def seconds(self) -> float:
-        """How long a clip lasts."""
+        """How long a dense clip lasts."""
         return self.sampling_rate * self.num_frames / self.target_fps
 
 
@@ -88,16 +95,52 @@ def frame_indices_by_time(
     span: within (0, D), which it replaces in the formula.
     """
     duration = frame_duration(times)
-    last_index = len(times) - 1
-    begin, end = 0.0, times[-1] + duration
-    if span is not None:
-        begin, end = span
-        last_index = int(np.searchsorted(times, end - TIME_TOLERANCE, side="left")) - 1
+    begin, end = span or (0.0, times[-1] + duration)
     first = begin + start * max(end - begin - sampling.seconds, 0)
     last = first + max(sampling.seconds - duration, 0)
     instants = np.linspace(first, last, sampling.num_frames)
+    return frames_shown_at(instants, times, end)
+
+
+def frames_shown_at(instants: np.ndarray, times: np.ndarray, end: float) -> np.ndarray:
+    """Return the index of the last frame shown by each instant (T,), but before `end`.
+
+    times: of all frames (N,). All are seconds.
+    """
     indices = np.searchsorted(times, instants + TIME_TOLERANCE, side="right") - 1
+    last_index = int(np.searchsorted(times, end - TIME_TOLERANCE, side="left")) - 1
     return indices.clip(0, last_index)
+
+
+def uniform_indices(available: int, num_frames: int, position: float | np.ndarray) -> np.ndarray:
+    """Return the frame indices (T,) int64 of a uniform clip of a video of n = `available` frames.
+
+    position: within each part. A number p in [0, 1), for a view: frame int((i + p) n / T) of part
+    i = 0, ..., T - 1. That is the middle of the part for p = 1/2, as in TSN. Random numbers u (T,)
+    in [0, 1), for training: frame i a + int(u_i a), where a = n // T, or int(i n / T) if n < T. A
+    short video repeats frames.
+    """
+    part = np.arange(num_frames)
+    if isinstance(position, float):
+        # The distance of a fraction from a whole number is 0 or far above the tolerance.
+        return ((part + position) * available / num_frames + TIME_TOLERANCE).astype(np.int64)
+    length = available // num_frames
+    if length == 0:
+        return part * available // num_frames
+    return part * length + (position * length).astype(np.int64)
+
+
+def uniform_indices_by_time(
+    times: np.ndarray, num_frames: int, position: float | np.ndarray, span: Span
+) -> np.ndarray:
+    """Return the frame indices (T,) of a uniform clip of a span of a video of variable rate.
+
+    The parts have equal durations: the frames are those shown at begin + (i + p_i) D / T, where
+    D = end - begin and p = `position`, see `uniform_indices`. times: (N,) seconds.
+    """
+    begin, end = span
+    instants = begin + (np.arange(num_frames) + position) * (end - begin) / num_frames
+    return frames_shown_at(instants, times, end)
 
 
 def video_duration(num_frames: int, fps: float, times: np.ndarray | None) -> float:
@@ -134,15 +177,22 @@ def available_frames(video: VideoReader, span: Span | None) -> float:
 
 
 def clip_indices(
-    video: VideoReader, sampling: ClipSampling, start: float, span: Span | None = None
+    video: VideoReader,
+    sampling: ClipSampling,
+    start: float | np.ndarray,
+    span: Span | None = None,
 ) -> np.ndarray:
     """Return the frame indices (T,) of a clip of an open video, or of a span of it.
 
-    Calls `frame_indices` for a constant frame rate, otherwise `frame_indices_by_time`. Raises
-    ReadError if the video ends before the span starts.
+    start: of a dense clip, from 0 to 1; of a uniform one the position in each part, see
+    `uniform_indices`. Dense clips are those of `frame_indices` for a constant frame rate, otherwise
+    of `frame_indices_by_time`. Raises ReadError if the video ends before the span starts.
     """
     if span is not None:
         span = span_in_video(video, span)
+    if sampling.method == "uniform":
+        return _uniform_indices_of_span(video, sampling.num_frames, start, span)
+    start = float(start)
     if video.times is not None:
         return frame_indices_by_time(video.times, sampling, start, span)
     if span is None:
@@ -157,10 +207,28 @@ def _frame_indices_of_span(
     begin, end = span
     fps = video.fps
     positions = clip_positions((end - begin) * fps, fps, sampling, start)
-    first = int((begin + TIME_TOLERANCE) * fps)
-    last = max(first, math.ceil((end - TIME_TOLERANCE) * fps) - 1)
     shown = positions + (begin + TIME_TOLERANCE) * fps
-    return shown.clip(first, last).astype(np.int64)
+    return shown.clip(*_ends_of_span(fps, span)).astype(np.int64)
+
+
+def _ends_of_span(fps: float, span: Span) -> tuple[int, int]:
+    """Return the indices of the first and the last frame of a span of a video of constant rate."""
+    begin, end = span
+    first = int((begin + TIME_TOLERANCE) * fps)
+    return first, max(first, math.ceil((end - TIME_TOLERANCE) * fps) - 1)
+
+
+def _uniform_indices_of_span(
+    video: VideoReader, num_frames: int, position: float | np.ndarray, span: Span | None
+) -> np.ndarray:
+    """Return the frame indices (T,) of a uniform clip of an open video, or of a span of it."""
+    if video.times is not None:
+        whole = 0.0, video_duration(video.num_frames, video.fps, video.times)
+        return uniform_indices_by_time(video.times, num_frames, position, span or whole)
+    first, last = 0, video.num_frames - 1
+    if span is not None:
+        first, last = _ends_of_span(video.fps, span)
+    return first + uniform_indices(last - first + 1, num_frames, position)
 
 
 def check_spans(spans: list[Span] | np.ndarray, count: int) -> np.ndarray:
@@ -181,6 +249,23 @@ def check_spans(spans: list[Span] | np.ndarray, count: int) -> np.ndarray:
             "0 <= start < end"
         )
     return table
+
+
+def view_starts(
+    video: VideoReader, sampling: ClipSampling, num_views: int, span: Span | None
+) -> list[float]:
+    """Return where each evaluation view of an open video starts, for `clip_indices`.
+
+    Dense views are spread over the video, see `view_start`. View k of K uniform ones takes the
+    frames k / K of a part after its start (VideoMAE has K = 2); a single view takes their middles.
+    Raises ReadError if the video ends before the span starts.
+    """
+    if sampling.method == "uniform":
+        if num_views == 1:
+            return [0.5]
+        return [view / num_views for view in range(num_views)]
+    slack = clip_slack(available_frames(video, span), video.fps, sampling)
+    return [view_start(slack, view, num_views) for view in range(num_views)]
 
 
 def view_start(slack: float, view: int, num_views: int) -> float:

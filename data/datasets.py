@@ -17,11 +17,9 @@ from torch.utils.data import Dataset
 from data.clips import (
     ClipSampling,
     Span,
-    available_frames,
     check_spans,
     clip_indices,
-    clip_slack,
-    view_start,
+    view_starts,
 )
 from data.decode import warn_if_decord_missing
 from data.images import read_image
@@ -295,7 +293,7 @@ class ClipDataset(SampleDataset):
         for repeat, seed in enumerate(seeds):
             window = windows[repeat // clips_per_window]
             with fork_rng(seed):
-                torch.rand(())  # the draw of the window's start
+                draw_start(self.sampling)  # was drawn for the window
                 clip = self.transform(window)  # (T, C, S, S)
             clip = clip.permute(0, 2, 3, 1)  # (T, S, S, C)
             if repeat == 0:
@@ -311,7 +309,7 @@ class ClipDataset(SampleDataset):
         windows = []
         for seed in seeds:
             with fork_rng(seed):
-                start = torch.rand(()).item()
+                start = draw_start(sampling)
             indices = clip_indices(video, sampling, start, span)
             windows.append(video.read_tensor(indices))
         return windows
@@ -343,6 +341,13 @@ class ClipDataset(SampleDataset):
         if self.noise_tokens > 0:
             sample["noise"] = self.noise(*key)
         return sample
+
+
+def draw_start(sampling: ClipSampling) -> float | np.ndarray:
+    """Draw the start of a training clip, see `clip_indices`, from torch's global generator."""
+    if sampling.method == "uniform":
+        return torch.rand(sampling.num_frames).double().numpy()
+    return torch.rand(()).item()
 
 
 class ViewDataset(SampleDataset):
@@ -392,9 +397,7 @@ class ViewDataset(SampleDataset):
         Raises ReadError, also if the video ends before the span starts.
         """
         with self.videos.open(path, info, keep=span is not None) as video:
-            available = available_frames(video, span)
-            slack = clip_slack(available, video.fps, self.sampling)
-            starts = [view_start(slack, view, self.num_views) for view in range(self.num_views)]
+            starts = view_starts(video, self.sampling, self.num_views, span)
             clips = [clip_indices(video, self.sampling, start, span) for start in starts]
             indices = np.stack(clips)  # (num_views, T)
             distinct, inverse = np.unique(indices, return_inverse=True)

@@ -174,9 +174,14 @@ def output_path(args: argparse.Namespace) -> Path:
 
 
 def check_parts(samples: Inputs, args: argparse.Namespace, output: Path) -> None:
-    """Raise UserError for images to cut into clips, and for parts of videos to cut or to name."""
+    """Raise UserError for what cannot be cut into clips, and for parts of videos to cut or name."""
     if samples.are_images and args.stride_seconds is not None:
         raise UserError("--stride_seconds is for videos, but the files are images. Drop it.")
+    if args.sampling == "uniform" and args.stride_seconds is not None:
+        raise UserError(
+            "--stride_seconds cuts videos into clips of --sampling_rate, which uniform sampling "
+            "does not have. Drop it, or pass --sampling dense."
+        )
     if samples.spans is None:
         return
     if args.stride_seconds is not None:
@@ -453,13 +458,24 @@ def folder_settings(extraction: Extraction, read_out: ReadOut, weights: str) -> 
         "shape": shape,
         "img_size": config["img_size"],
         "num_frames": config["num_frames"],
-        "sampling_rate": args.sampling_rate,
-        "target_fps": args.target_fps,
+        **frame_settings(extraction),
         "frames_fps": args.frames_fps,
-        "clip_seconds": extraction.clip_seconds,
         "stride_seconds": args.stride_seconds,
         "short_side": args.short_side or decode_short_side(config["img_size"]),
         "amp": str(extraction.amp).removeprefix("torch."),
+    }
+
+
+def frame_settings(extraction: Extraction) -> dict:
+    """Return the settings that choose the frames of a clip. Uniform clips have no rate."""
+    args = extraction.args
+    if args.sampling == "uniform":
+        absent = dict.fromkeys(("sampling_rate", "target_fps", "clip_seconds"))
+        return {"sampling": args.sampling, **absent}
+    return {
+        "sampling_rate": args.sampling_rate,
+        "target_fps": args.target_fps,
+        "clip_seconds": extraction.clip_seconds,
     }
 
 

@@ -314,7 +314,7 @@ def video_pass(samples: Inputs, config: dict, args: argparse.Namespace) -> Pass:
         labels=[-1] * len(videos),
         num_views=args.views.windows,
         transform=view_transform(config["img_size"], args.views.crops),
-        sampling=ClipSampling(config["num_frames"], args.sampling_rate, args.target_fps),
+        sampling=clip_sampling(config, args),
         decoder=args.decoder,
         frames_fps=args.frames_fps,
         short_side=args.short_side or decode_short_side(config["img_size"]),
@@ -377,6 +377,11 @@ def classify(
     return predictions
 
 
+def clip_sampling(config: dict, args: argparse.Namespace) -> ClipSampling:
+    """Return which frames a clip consists of."""
+    return ClipSampling(config["num_frames"], args.sampling_rate, args.target_fps, args.sampling)
+
+
 def describe_task(samples: list[Sample], config: dict, args: argparse.Namespace) -> list[str]:
     """Return the lines that state what is classified, and how."""
     images = sum(is_image(sample.path) for sample in samples)
@@ -384,15 +389,19 @@ def describe_task(samples: list[Sample], config: dict, args: argparse.Namespace)
     if args.segment_seconds is not None:
         unit = "segments of videos"
     side = config["img_size"]
+    sampling = clip_sampling(config, args)
+    spacing = f"sampling rate {args.sampling_rate} at {args.target_fps:g} frames/s"
+    if sampling.method == "uniform":
+        spacing = "uniform sampling"
     lines = [
         f"{len(samples) - images} {unit}, {images} images; clips of {config['num_frames']} frames "
-        f"of {side} x {side} pixels, sampling rate {args.sampling_rate} at {args.target_fps:g} "
-        f"frames/s, {args.views.windows} x {args.views.crops} views"
+        f"of {side} x {side} pixels, {spacing}, {args.views.windows} x {args.views.crops} views"
     ]
-    clip_seconds = config["num_frames"] * args.sampling_rate / args.target_fps
-    if args.segment_seconds is not None and args.segment_seconds < clip_seconds:
+    if sampling.method == "uniform" or args.segment_seconds is None:
+        return lines
+    if args.segment_seconds < sampling.seconds:
         lines.append(
-            f"note: a clip takes {clip_seconds:.3g} s, longer than --segment_seconds "
+            f"note: a clip takes {sampling.seconds:.3g} s, longer than --segment_seconds "
             f"{args.segment_seconds:g}; the last frame of a segment repeats"
         )
     return lines

@@ -10,11 +10,11 @@ from data.datasets import ViewDataset
 from data.loader import WorkerSettings
 from data.transforms import decode_short_side, view_transform
 from data.video_index import VideoIndex
-from util.args import add_frames_fps
+from util.args import SAMPLING_METHODS, add_frames_fps, check_sampling, given_flags
 from util.cli import Parser, nonnegative_int, positive_float, positive_int
 from util.dist import UserError, default_workers, escaped, print0
 
-CLIP_FLAGS = ("sampling_rate", "target_fps", "short_side", "decoder")
+CLIP_FLAGS = ("sampling", "sampling_rate", "target_fps", "short_side", "decoder")
 MAX_LISTED = 20  # unreadable files that are printed
 
 
@@ -52,6 +52,13 @@ def given_sizes(args: argparse.Namespace) -> dict[str, int]:
 def add_clip_flags(parser: Parser) -> None:
     """Add the flags that choose frames of videos: CLIP_FLAGS, and --frames_fps of the data."""
     parser.add_argument(
+        "--sampling",
+        choices=SAMPLING_METHODS,
+        default="dense",
+        help="frames at --sampling_rate, or one from each of equal parts of the video "
+        "(default: the run's, else %(default)s)",
+    )
+    parser.add_argument(
         "--sampling_rate",
         type=positive_int,
         default=4,
@@ -84,6 +91,7 @@ def parse_again(
 
     recorded: `ModelSource.flags`. names: the flags to take from there. Several sampling rates, of
     the sources of a mixture, are no default, and a note names the one in use.
+    Raises UserError for flags without effect on the sampling.
     """
     defaults = {name: recorded[name] for name in names if name in recorded}
     rates = defaults.get("sampling_rate")
@@ -91,6 +99,7 @@ def parse_again(
         del defaults["sampling_rate"]
     parser.set_defaults(**defaults)
     args = parser.parse_args(argv)
+    check_sampling(args, given_flags(parser, argv))
     if isinstance(rates, list):
         print0(
             f"note: the checkpoint's run had --sampling_rate {' '.join(map(str, rates))}, videos "
@@ -114,6 +123,7 @@ def check_seconds(flag: str, seconds: float | None, target_fps: float) -> None:
 def clip_reading(args: argparse.Namespace) -> dict:
     """Return the values of the flags of `add_clip_flags` by name."""
     return {
+        "sampling": args.sampling,
         "sampling_rate": args.sampling_rate,
         "target_fps": args.target_fps,
         "short_side": args.short_side,
@@ -187,7 +197,10 @@ def center_clips(
         num_views=1,
         transform=view_transform(img_size, 1),
         sampling=ClipSampling(
-            config["num_frames"], reading["sampling_rate"], reading["target_fps"]
+            config["num_frames"],
+            reading["sampling_rate"],
+            reading["target_fps"],
+            reading["sampling"],
         ),
         decoder=reading["decoder"],
         frames_fps=reading["frames_fps"],

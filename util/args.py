@@ -38,6 +38,7 @@ RETIRED = (
     "--start_epoch",
 )
 EFFECTIVE_BATCH = "batch_size_per_gpu * accum_iter * processes"
+SAMPLING_METHODS = ("dense", "uniform")  # see data/clips.py
 BoolFlag = argparse.BooleanOptionalAction  # --x / --no-x
 
 
@@ -377,6 +378,13 @@ def add_video(
         help="frame rate to resample videos to (default: the checkpoint's, else %(default)s)",
     )
     group.add_argument(
+        "--sampling",
+        choices=SAMPLING_METHODS,
+        default="dense",
+        help="frames at --sampling_rate, or one from each of --num_frames equal parts of the video "
+        "(default: the checkpoint's, else %(default)s)",
+    )
+    group.add_argument(
         "--repeat_aug",
         type=positive_int,
         default=repeat_aug,
@@ -582,12 +590,24 @@ def parse(parser: ScriptParser, argv: list[str] | None) -> tuple[argparse.Namesp
     return args, given_flags(parser, argv)
 
 
-def given_flags(parser: ScriptParser, argv: list[str] | None) -> set[str]:
+def given_flags(parser: Parser, argv: list[str] | None) -> set[str]:
     """Return the names of the flags on a command line, such as {"img_size"}."""
     absent = object()
     names = [action.dest for action in parser._actions]
     parsed = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(names, absent)))
     return {name for name, value in vars(parsed).items() if value is not absent}
+
+
+def check_sampling(args: argparse.Namespace, given: set[str]) -> None:
+    """Raise UserError for a given flag that has no effect on uniform sampling."""
+    if args.sampling != "uniform":
+        return
+    for name in ("sampling_rate", "target_fps"):
+        if name in given:
+            raise UserError(
+                f"--{name} {getattr(args, name)} has no effect on uniform sampling, which takes "
+                "frames from the whole video. Drop it, or pass --sampling dense."
+            )
 
 
 def resolve_compile(args: argparse.Namespace, device: torch.device) -> None:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from models_vit import named_size
 from util import dist, resume
+from util.args import SAMPLING_METHODS, check_sampling
 from util.dist import UserError, print0
 from util.files import RunFiles
 from util.model_source import (
@@ -32,7 +33,7 @@ SIZE_FLAGS = (
 )
 SPACING_FLAGS = ("sampling_rate", "target_fps")
 # Flags that replace the checkpoint's value where they are given; the others must not differ.
-REPLACING = ("img_size", "num_frames", "norm_pix_loss", *SPACING_FLAGS)
+REPLACING = ("img_size", "num_frames", "norm_pix_loss", "sampling", *SPACING_FLAGS)
 
 
 class Start(NamedTuple):
@@ -60,6 +61,9 @@ def find_start(args: argparse.Namespace, given: set[str], pretrained: str) -> St
     resumes = path is not None and not evaluates(args)
     if source is not None:
         complete_flags(args, given, source, resumes)
+    if hasattr(args, "sampling"):
+        check_sampling(args, given)
+    if source is not None:
         print0(describe_model(args, source))
     if source is None or (resumes and "model" in given):
         architecture = architecture_named(args.model, args.patch_size)
@@ -210,6 +214,8 @@ def values_for(args: argparse.Namespace, given: set[str], source: ModelSource) -
         value = source.flags.get(name)
         if isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0:
             values[name] = value
+    if source.flags.get("sampling") in SAMPLING_METHODS:
+        values["sampling"] = source.flags["sampling"]
     if is_classifier(args):
         values |= classifier_values(args, given, source)
     else:
@@ -275,8 +281,10 @@ def spaced(value: int | list[int]) -> str:
 def describe_model(args: argparse.Namespace, source: ModelSource) -> str:
     """Return a line about the model that the flags describe after `complete_flags`."""
     spacing = ""
-    if hasattr(args, "sampling_rate"):
+    if hasattr(args, "sampling"):
         spacing = f", every {spaced(args.sampling_rate)} frames at {args.target_fps:g} fps"
+        if args.sampling == "uniform":
+            spacing = ", spread over the video"
     return (
         f"model of {source.path} ({source.family}): {args.model}, patch "
         f"{source.sizes['patch_size']}, {args.num_frames} frames of {args.img_size} x "
