@@ -355,6 +355,45 @@ class Block(nn.Module):
         return x, delta
 
 
+class AttentivePool(nn.Module):
+    """Pooling by attention: a learned query reads all tokens of a clip.
+
+    q = query + attention(query, norm1(tokens)), and the result is q + mlp(norm2(q)). This is the
+    attentive probe of CAE (arXiv 2202.03026) and V-JEPA (arXiv 2404.08471).
+
+    The query is the same for all clips, so the key map is applied to the query instead of to each
+    token, and the value map to the attended mean of the tokens: same function, for 4 A D FLOPs per
+    token instead of 4 D^2.
+    """
+
+    def __init__(self, width: int, num_heads: int, mlp_ratio: float):
+        super().__init__()
+        self.num_heads = num_heads
+        self.query = nn.Parameter(torch.zeros(1, 1, width))
+        self.norm1 = nn.LayerNorm(width, eps=1e-6)
+        self.q = nn.Linear(width, width)
+        self.k = nn.Linear(width, width, bias=False)  # the softmax would cancel a bias
+        self.v = nn.Linear(width, width)
+        self.proj = nn.Linear(width, width)
+        self.norm2 = nn.LayerNorm(width, eps=1e-6)
+        self.mlp = Mlp(width, mlp_hidden(width, mlp_ratio))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Return the pooled features (B, D) of tokens (B, N, D)."""
+        heads = (self.num_heads, -1)
+        tokens = self.norm1(tokens)
+        q = self.q(self.query).unflatten(2, heads)[0, 0]  # (A, K)
+        keys = self.k.weight.unflatten(0, heads)  # (A, K, D)
+        directions = (q[:, None] @ keys)[:, 0] * q.shape[1] ** -0.5  # (A, D)
+        weights = (tokens @ directions.t()).softmax(dim=1)  # (B, N, A)
+        attended = weights.transpose(1, 2) @ tokens  # (B, A, D)
+        value_maps = self.v.weight.unflatten(0, heads).transpose(1, 2)  # (A, D, K)
+        values = attended.transpose(0, 1) @ value_maps  # (A, B, K)
+        values = values.transpose(0, 1).flatten(1)[:, None] + self.v.bias  # (B, 1, D)
+        pooled = self.query + self.proj(values)
+        return (pooled + self.mlp(self.norm2(pooled)))[:, 0]
+
+
 def linear_keep_probs(drop_path_rate: float, depth: int) -> Tensor:
     """Return the keep probability (depth,) of each block: from 1 down to 1 - drop_path_rate.
 
@@ -465,6 +504,42 @@ def block_flops(tokens: int, width: int, depth: int, mlp_ratio: float) -> float:
     weight_products = 6 * tokens * weights
     attention_products = 12 * tokens**2 * width  # q k^T and its product with v
     return depth * (weight_products + attention_products)
+
+
+@torch.no_grad()
+def init_parameters(module: nn.Module, trunc_init: bool = False) -> None:
+    """Initialize every parameter of a model, or of a head.
+
+    | parameter                          | default               | trunc_init            |
+    | ---------------------------------- | --------------------- | --------------------- |
+    | linear weights                     | Xavier uniform        | truncated normal 0.02 |
+    | tubelet embedding, as (D, C t p p) | Xavier uniform        | truncated normal 1.0  |
+    | biases                             | 0                     | 0                     |
+    | LayerNorm weight, bias             | 1, 0                  | 1, 0                  |
+    | class token, position embeddings,  | truncated normal 0.02 | truncated normal 0.02 |
+    | query of the attentive pool        |                       |                       |
+    | mask_token                         | normal 0.02           | truncated normal 0.02 |
+    | decoder_cls_token                  | 0                     | 0                     |
+    | head.weight (classifier)           | normal 0.02           | normal 0.02           |
+
+    Truncation is at +-2, torch's default. Source: arXiv 2205.09113, appendix, and the
+    released configurations.
+    """
+    for name, parameter in module.named_parameters():
+        if name == "head.weight" or (name == "mask_token" and not trunc_init):
+            nn.init.normal_(parameter, std=0.02)
+        elif name.endswith(".bias") or name == "decoder_cls_token":
+            nn.init.zeros_(parameter)
+        elif parameter.ndim == 1:  # LayerNorm
+            nn.init.ones_(parameter)
+        elif name == "patch_embed.proj.weight" and trunc_init:
+            nn.init.trunc_normal_(parameter, std=1.0)
+        elif name == "patch_embed.proj.weight":
+            nn.init.xavier_uniform_(parameter.flatten(1))
+        elif parameter.ndim == 2 and not trunc_init:
+            nn.init.xavier_uniform_(parameter)
+        else:
+            nn.init.trunc_normal_(parameter, std=0.02)
 
 
 class VideoEncoder(nn.Module):
@@ -693,45 +768,16 @@ class VideoEncoder(nn.Module):
             del state[name]
         return state
 
-    @torch.no_grad()
     def init_weights(self, trunc_init: bool = False) -> None:
-        """Initialize every parameter.
-
-        | parameter                          | default               | trunc_init            |
-        | ---------------------------------- | --------------------- | --------------------- |
-        | linear weights                     | Xavier uniform        | truncated normal 0.02 |
-        | tubelet embedding, as (D, C t p p) | Xavier uniform        | truncated normal 1.0  |
-        | biases                             | 0                     | 0                     |
-        | LayerNorm weight, bias             | 1, 0                  | 1, 0                  |
-        | class token, position embeddings   | truncated normal 0.02 | truncated normal 0.02 |
-        | mask_token                         | normal 0.02           | truncated normal 0.02 |
-        | decoder_cls_token                  | 0                     | 0                     |
-        | head.weight (classifier)           | normal 0.02           | normal 0.02           |
-
-        Truncation is at +-2, torch's default. Source: arXiv 2205.09113, appendix, and the
-        released configurations.
-        """
-        for name, parameter in self.named_parameters():
-            if name == "head.weight" or (name == "mask_token" and not trunc_init):
-                nn.init.normal_(parameter, std=0.02)
-            elif name.endswith(".bias") or name == "decoder_cls_token":
-                nn.init.zeros_(parameter)
-            elif parameter.ndim == 1:  # LayerNorm
-                nn.init.ones_(parameter)
-            elif name == "patch_embed.proj.weight" and trunc_init:
-                nn.init.trunc_normal_(parameter, std=1.0)
-            elif name == "patch_embed.proj.weight":
-                nn.init.xavier_uniform_(parameter.flatten(1))
-            elif parameter.ndim == 2 and not trunc_init:
-                nn.init.xavier_uniform_(parameter)
-            else:
-                nn.init.trunc_normal_(parameter, std=0.02)
+        """Initialize every parameter, see `init_parameters`."""
+        init_parameters(self, trunc_init)
 
 
 class VisionTransformer(VideoEncoder):
     """Classifier: mean of the patch tokens or class token -> norm -> dropout -> head.
 
-    global_pool: use the mean of the patch tokens.
+    global_pool: use the mean of the patch tokens. attentive_pool: norm -> `AttentivePool` of all
+    tokens -> dropout -> head instead.
     """
 
     def __init__(
@@ -752,6 +798,7 @@ class VisionTransformer(VideoEncoder):
         sep_pos_embed: bool = True,
         cls_embed: bool = True,
         no_qkv_bias: bool = False,
+        attentive_pool: bool = False,
         attn: str = "auto",
     ):
         super().__init__(
@@ -775,6 +822,10 @@ class VisionTransformer(VideoEncoder):
             )
         self.config |= {"num_classes": num_classes, "global_pool": global_pool}
         self.global_pool = global_pool
+        self.attentive_pool: AttentivePool | None = None
+        if attentive_pool:
+            self.config["attentive_pool"] = True
+            self.attentive_pool = AttentivePool(embed_dim, num_heads, mlp_ratio)
         self.dropout = nn.Dropout(dropout)
         self.head = nn.Linear(embed_dim, num_classes)
         self.init_weights()
@@ -786,6 +837,8 @@ class VisionTransformer(VideoEncoder):
     def pool(self, x: Tensor, delta: Tensor) -> Tensor:
         """Return the pooled features (B, D) of tokens x + delta (B, [1 +] L, D)."""
         x = x + delta
+        if self.attentive_pool is not None:
+            return self.attentive_pool(self.norm(x))
         if self.global_pool:
             pooled = x[:, int(self.cls_embed) :].mean(dim=1)
         else:

@@ -19,6 +19,7 @@ from util.checkpoint import file_of, load, truncate
 from util.checkpoint_formats import (
     ImportedModel,
     find_num_heads,
+    is_attentive,
     parse_checkpoint,
     read_layout,
 )
@@ -119,7 +120,9 @@ def head_rows(found: ImportedModel) -> Rows:
         return []
     weight = found.head["head.weight"]
     read_out = "not recorded; pass --global_pool or --cls_token where it is used"
-    if found.global_pool is not None:
+    if is_attentive(found.head):
+        read_out = "reads all tokens by attention (attentive probe)"
+    elif found.global_pool is not None:
         read_out = f"reads the {read_out_name(found.global_pool)}"
     classes = found.config.get("classes")
     names = "not recorded"

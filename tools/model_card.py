@@ -131,7 +131,10 @@ def architecture(checkpoint: dict, source: ModelSource) -> list[tuple[str, objec
         rows.append(("targets", source.targets))
     if source.num_classes is not None:
         rows.append(("num_classes", source.num_classes))
-        rows.append(("global_pool", source.global_pool))
+        if source.attentive:
+            rows.append(("attentive_pool", True))
+        else:
+            rows.append(("global_pool", source.global_pool))
     if source.classes:
         names = ", ".join(source.classes[:SHOWN_CLASSES])
         if len(source.classes) > SHOWN_CLASSES:

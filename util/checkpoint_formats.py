@@ -31,7 +31,15 @@ from util.pixels import IMAGE_MEAN, IMAGE_STD, VIDEO_MEAN, VIDEO_STD
 
 PATCH_EMBED = "patch_embed.proj.weight"
 # Name prefixes of decoders and classifiers: tensors that are not part of an encoder.
-NON_ENCODER: tuple[str, ...] = ("decoder", "mask_token", "pred_head.", "head.")
+NON_ENCODER: tuple[str, ...] = (
+    "decoder",
+    "mask_token",
+    "pred_head.",
+    "head.",
+    "attentive_pool.",
+    "probe_heads.",
+)
+HEAD = ("head.", "attentive_pool.")  # of a classifier that our model can express
 DECODER = ("decoder_", "mask_token")  # of a decoder that our model can express
 IMAGE_FAMILY = "image MAE or timm ViT"
 VJEPA_KEYS = ("encoder", "target_encoder", "ema_encoder")
@@ -49,7 +57,7 @@ class Layout(NamedTuple):
     family: "Family"
     encoder: dict[str, Tensor]
     decoder: dict[str, Tensor]  # {} if there is none that our model can express
-    head: dict[str, Tensor]  # head.weight (K, D) and head.bias (K,), {} if there is none
+    head: dict[str, Tensor]  # head.weight (K, D), head.bias (K,), attentive_pool.*; {} for none
     unused: dict[str, Tensor]  # the others
     config: dict  # the file's own, {} if it has none
     flags: dict  # of the run that wrote the file, {} if it has none
@@ -62,7 +70,7 @@ class ImportedModel(NamedTuple):
     family: str
     weights: dict[str, Tensor]  # of the encoder, under our names
     decoder: dict[str, Tensor]  # likewise, {} if there is none that our model can express
-    head: dict[str, Tensor]  # head.weight (K, D) and head.bias (K,), {} if there is none
+    head: dict[str, Tensor]  # head.weight (K, D), head.bias (K,), attentive_pool.*; {} for none
     unused: dict[str, Tensor]
     synthesized: dict[str, str]  # weights created because the file lacks them: name -> what
     resized: dict[str, str]  # weights of another shape in the file: name -> both shapes
@@ -283,8 +291,9 @@ def read_layout(checkpoint: dict, path: str | Path) -> Layout:
     decoder = {name: value for name, value in others.items() if name.startswith(DECODER)}
     if not family.reads_decoder or "decoder_pred.weight" not in decoder:
         decoder = {}
-    head = {name: value for name, value in others.items() if name.startswith("head.")}
-    if set(head) != {"head.weight", "head.bias"} or head["head.weight"].ndim != 2:
+    head = {name: value for name, value in others.items() if name.startswith(HEAD)}
+    linear = {name for name in head if name.startswith("head.")}
+    if linear != {"head.weight", "head.bias"} or head["head.weight"].ndim != 2:
         head = {}
     unused = {n: v for n, v in others.items() if n not in decoder and n not in head}
     return Layout(
@@ -313,6 +322,11 @@ def refuse_vjepa(checkpoint: dict, path: str | Path) -> None:
             str(name).startswith("module.backbone.") for name in _dictionary(checkpoint.get(key))
         ):
             raise UserError(f"{path}: V-JEPA 2: rotary positions are not supported")
+
+
+def is_attentive(head: dict[str, Tensor]) -> bool:
+    """Return whether a classifier's head, see `Layout`, reads the tokens by `AttentivePool`."""
+    return any(name.startswith("attentive_pool.") for name in head)
 
 
 def find_read_out(checkpoint: dict, tensors: dict[str, Tensor], family: Family) -> bool | None:

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from models_vit import SIZES, model_names
 from util.checkpoint import load
-from util.checkpoint_formats import ImportedModel, parse_checkpoint
+from util.checkpoint_formats import ImportedModel, is_attentive, parse_checkpoint
 from util.dist import UserError
 
 IMAGE_CLIP = {"num_frames": 2, "t_patch_size": 2}  # one tubelet: the tokens of the image itself
@@ -25,6 +25,7 @@ class ModelSource(NamedTuple):
     flags: dict  # of the run that wrote the file, {} if it has none
     mean_std: dict  # "mean" and "std" of the pixels that it was trained on
     name: str  # for --model
+    attentive: bool  # the head reads all tokens by `AttentivePool`
 
 
 def describe_checkpoint(
@@ -62,6 +63,7 @@ def describe(found: ImportedModel, path: str | Path) -> ModelSource:
         flags=found.flags,
         mean_std={key: found.pixel_stats[key] for key in ("mean", "std")},
         name=recorded_name.removeprefix("mae_"),
+        attentive=is_attentive(found.head),
     )
 
 

@@ -94,6 +94,7 @@ def load_classifier(
             **sizes_to_build(found, given, path),
             num_classes=num_classes,
             global_pool=global_pool,
+            attentive_pool=source.attentive,
             drop_path_rate=0.0,
             dropout=0.0,
         )
