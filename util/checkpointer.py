@@ -222,8 +222,9 @@ class Checkpointer:
             ) from None
         self.logger.mark_preempted(step)
         reason = preemption.stop_reason() or "a signal to another rank"
+        done = "checkpoint saved" if step > 0 else "there is nothing to save yet"
         print0(
-            f"stopped at update {step} ({reason}); checkpoint saved (marker: {files.marker}). "
+            f"stopped at update {step} ({reason}); {done} (marker: {files.marker}). "
             "Run the same command to resume."
         )
 
