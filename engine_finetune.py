@@ -18,14 +18,30 @@ from torch import Tensor, nn
 from data.transforms import make_mixup, random_erasing_
 from models_vit import VisionTransformer, normalize
 from util import checkpoint, dist, pictures, preemption, resume
-from util.args import ScriptParser, apply_system_flags, make_schedule, parse, resolve_compile
+from util.args import (
+    ScriptParser,
+    apply_system_flags,
+    make_schedule,
+    parse,
+    probe_schedule,
+    resolve_compile,
+    settle_probe,
+)
 from util.bad_files import BadFiles
 from util.checkpointer import Checkpointer
 from util.class_names import class_list, names_or_numbers, read_class_names
 from util.dist import DistEnv, UserError, print0
 from util.ema import WeightAverage, has_ema, weight_average
-from util.evaluation import Scores, evaluate
+from util.evaluation import Scores, evaluate, evaluate_heads
 from util.files import RunFiles
+from util.frozen_features import (
+    FeatureTable,
+    FrozenEncoder,
+    batch_to,
+    collect_features,
+    table_batches,
+    with_progress,
+)
 from util.logger import RunLogger, print_versions
 from util.metrics import MetricSums
 from util.model_flags import Start, find_start
@@ -38,12 +54,14 @@ from util.optim import (
     make_optimizer,
 )
 from util.pretrained import load_pretrained
+from util.probe_heads import ProbeHeads, probe_param_groups
 from util.seeds import DROPOUT_STREAM, derive_seed
 from util.train_loop import MicroStep, train_one_epoch
 from util.train_state import TrainState
 
 # `micro_step` returns the first two; `apply_update` appends grad_norm.
 METRICS = ("loss", "acc1", "grad_norm")
+HEAD_SCORES = "test_lr"  # and the learning rate: the validation of a head of a probe
 
 
 class Split(NamedTuple):
@@ -68,9 +86,32 @@ class TrainData(NamedTuple):
     """The samples that a finetuning script trains on."""
 
     fingerprint: dict  # `dataset_fingerprint` of the training set
+    paths: list[str]
     updates_per_epoch: int
     batches: Callable[[int, int], Iterator[dict]]  # (epoch, updates done) -> the rest of it
     repeats: int = 1  # clips per sample
+    # With --probe: this rank's share of the samples, one center view each
+    views: Callable[[], Iterator[dict]] | None = None
+    # (epoch, updates done) -> indices of this rank's micro-batches in the rest of the epoch
+    order: Callable[[int, int], list[list[int]]] | None = None
+
+
+class Work(NamedTuple):
+    """What a run does in each epoch: train a part of the model, then validate."""
+
+    trained: nn.Module  # plain, or wrapped in DDP
+    batches: Callable[[int, int], Iterator[dict]]  # as in TrainData
+    micro_step: MicroStep
+    # "test" -> scores, and those of the EMA or of each head; call on every rank; may raise Stopped
+    validate: Callable[[], dict[str, Scores]]
+
+
+class ProbeFeatures(NamedTuple):
+    """Batches of a probe, on the device."""
+
+    are_kept: bool  # training batches have features in place of clips
+    training: Callable[[int, int], Iterator[dict]]  # as in TrainData
+    validation: Callable[[], Iterator[dict]]  # features (B, R, ...) in place of clips
 
 
 class BatchTransform:
@@ -139,6 +180,31 @@ def micro_step(
     return torch.stack([loss.detach(), 100 * correct.float().mean()])
 
 
+def heads_micro_step(
+    heads: nn.Module,
+    features: Tensor,
+    targets: Tensor,
+    args: argparse.Namespace,
+    scaler: torch.amp.GradScaler,
+    amp: torch.dtype,
+) -> Tensor:
+    """Run forward and backward of H heads on features (B, ...) with targets (B, K).
+
+    The losses are summed, so that each head's gradients are those of its own loss. Returns the
+    means over the heads of the detached loss and top-1 in percent (2,).
+    """
+    with autocast(features.device, amp):
+        logits = heads(features)  # (B, H, K)
+    losses = [
+        F.cross_entropy(per_head, targets, label_smoothing=args.smoothing)
+        for per_head in logits.float().unbind(1)
+    ]
+    loss = torch.stack(losses)
+    backward(loss.sum(), scaler, args.accum_iter)
+    correct = logits.detach().argmax(2) == targets.argmax(1)[:, None]
+    return torch.stack([loss.detach().mean(), 100 * correct.float().mean()])
+
+
 def setup(
     parser: ScriptParser, argv: list[str] | None
 ) -> tuple[argparse.Namespace, DistEnv, Start, list[str] | None]:
@@ -149,13 +215,31 @@ def setup(
     if there is one.
     """
     args, given = parse(parser, argv)
+    settle_probe(args, given)
     env = dist.setup(args.device, args.deterministic)
     if not args.eval:
         preemption.install_signal_handlers()
     print_versions()
     resolve_compile(args, env.device)
     start = find_start(args, given, args.finetune)
+    check_same_probe(args, start)
     return args, env, start, dist.on_rank0(lambda: known_classes(args, start))
+
+
+def check_same_probe(args: argparse.Namespace, start: Start) -> None:
+    """Raise UserError if --probe is not that of the run to resume. Print a note from scratch."""
+    if args.eval:
+        return
+    if args.probe and start.source is None:
+        print0("note: --probe without --finetune reads an encoder that was never trained")
+    if start.path is None or start.source is None:
+        return
+    recorded = start.source.flags.get("probe", "")
+    if recorded != args.probe:
+        raise UserError(
+            f"{start.path} is of a run with --probe {recorded or repr('')}, not "
+            f"{args.probe or repr('')}. Use the flags of that run, or another --save_prefix."
+        )
 
 
 def known_classes(args: argparse.Namespace, start: Start) -> list[str] | None:
@@ -225,23 +309,12 @@ def build_model(
     pixels' mean and std of the checkpoint, if there is one.
     """
     settle_num_classes(args, start, classes)
-    torch.manual_seed(derive_seed(args.seed))
-    try:
-        model = VisionTransformer(
-            **start.sizes,
-            num_classes=args.num_classes,
-            dropout=args.dropout,
-            drop_path_rate=0.0 if args.freeze_backbone else args.drop_path_rate,
-            global_pool=args.global_pool,
-            attn=args.attn,
-        )
-        attention = apply_system_flags(args, model, env.device)
-    except ValueError as error:
-        raise UserError(str(error)) from error
-    for line in attention:
-        print0(line)
+    model = new_model(args, env, start)
+    if args.probe:
+        model.add_module("probe_heads", ProbeHeads(model, len(args.probe_lrs)))
+        model.config |= {"probe": args.probe, "probe_lrs": tuple(args.probe_lrs)}
     for name, parameter in model.named_parameters():
-        parameter.requires_grad = not args.freeze_backbone or name.startswith("head.")
+        parameter.requires_grad = name.startswith(trained_names(args))
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     print0(
         f"model {args.model}: {trained / 1e6:.1f} M parameters to train, "
@@ -256,10 +329,48 @@ def build_model(
     return model.to(env.device)
 
 
+def new_model(args: argparse.Namespace, env: DistEnv, start: Start) -> VisionTransformer:
+    """Return the classifier that the flags describe, initialized from --seed."""
+    attentive = args.probe == "attentive"
+    if args.eval:
+        assert start.source is not None  # the checkpoint that is evaluated
+        attentive = start.source.attentive
+    is_frozen = args.freeze_backbone or args.probe
+    torch.manual_seed(derive_seed(args.seed))
+    try:
+        model = VisionTransformer(
+            **start.sizes,
+            num_classes=args.num_classes,
+            dropout=args.dropout,
+            drop_path_rate=0.0 if is_frozen else args.drop_path_rate,
+            global_pool=args.global_pool,
+            attentive_pool=attentive,
+            attn=args.attn,
+        )
+        attention = apply_system_flags(args, model, env.device)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    for line in attention:
+        print0(line)
+    return model
+
+
+def trained_names(args: argparse.Namespace) -> str:
+    """Return how the names of the parameters start that the run trains."""
+    if args.probe:
+        return "probe_heads."
+    if args.freeze_backbone:
+        return "head."
+    return ""
+
+
 def keeps_head(args: argparse.Namespace, start: Start, classes: list[str]) -> bool:
     """Return whether finetuning starts with the checkpoint's head; print it if it has one."""
     source = start.source
-    if source is None or source.num_classes is None:
+    if source is None or source.num_classes is None or args.probe:
+        return False
+    if source.attentive:
+        print0(f"the head is new: {source.path} is an attentive probe, which finetuning drops")
         return False
     if source.global_pool is None and "global_pool" not in start.given:
         print0(
@@ -356,24 +467,17 @@ def train(
     state = checkpointer.state
     if args.compile:
         model.compile_parts()
-    wrapped = dist.wrap_ddp(model, env, static_graph=args.accum_iter == 1)
-    transform = BatchTransform(args, config, val_data.still_frames)
-    forward_backward = seeded_micro_step(args, env, wrapped, transform, state)
-    amp = amp_dtype(args.amp, env.device)
-    prepare = partial(model_input, config=config, still_frames=val_data.still_frames)
-
-    def measure() -> Scores:
-        batches = checkpointer.stop_between_batches(val_data.batches())
-        return evaluate(model, batches, args.batch_size_per_gpu, prepare, amp)
-
+    prepare_work = prepare_probe if args.probe else prepare_finetuning
     scores = None
     with checkpointer.graceful_shutdown():
+        if state.unfinished():
+            work = prepare_work(args, env, model, config, data, checkpointer)
         while state.unfinished():
-            batches = train_data.batches(*state.position())
+            batches = work.batches(*state.position())
             record = train_one_epoch(
-                wrapped, batches, forward_backward, checkpointer, args.log_every
+                work.trained, batches, work.micro_step, checkpointer, args.log_every
             )
-            validations = validate(measure, state.ema)
+            validations = work.validate()
             scores = validations["test"]
             keep_best(validations, val_data, checkpointer, record["train_acc1"])
             record |= validation_record(validations)
@@ -383,24 +487,211 @@ def train(
     return scores
 
 
+def prepare_finetuning(
+    args: argparse.Namespace,
+    env: DistEnv,
+    model: VisionTransformer,
+    config: dict,
+    data: tuple[TrainData, EvalData],
+    checkpointer: Checkpointer,
+) -> Work:
+    """Return the work of a run that trains the model itself."""
+    train_data, val_data = data
+    state = checkpointer.state
+    wrapped = dist.wrap_ddp(model, env, static_graph=args.accum_iter == 1)
+    transform = BatchTransform(args, config, val_data.still_frames)
+    prepare = partial(model_input, config=config, still_frames=val_data.still_frames)
+    amp = amp_dtype(args.amp, env.device)
+
+    def step(batch: dict) -> Tensor:
+        clips, targets = transform(batch)
+        return micro_step(wrapped, clips, targets, args, state.scaler, amp)
+
+    def measure() -> Scores:
+        batches = checkpointer.stop_between_batches(val_data.batches())
+        return evaluate(model, batches, args.batch_size_per_gpu, prepare, amp)
+
+    return Work(
+        wrapped,
+        train_data.batches,
+        seeded_micro_step(args, env, step, state),
+        validate=lambda: validate(measure, state.ema),
+    )
+
+
+def prepare_probe(
+    args: argparse.Namespace,
+    env: DistEnv,
+    model: VisionTransformer,
+    config: dict,
+    data: tuple[TrainData, EvalData],
+    checkpointer: Checkpointer,
+) -> Work:
+    """Return the work of a run that trains heads on the frozen model (--probe).
+
+    Encodes the clips now if their features are kept. Call on every rank. Raises preemption.Stopped.
+    """
+    _, val_data = data
+    state = checkpointer.state
+    heads = heads_of(model)
+    amp = amp_dtype(args.amp, env.device)
+    encoder = FrozenEncoder(
+        model.eval(),
+        prepare=partial(model_input, config=config, still_frames=val_data.still_frames),
+        clips_per_forward=args.batch_size_per_gpu,
+        amp=amp,
+    )
+    features = probe_features(args, env, encoder, data, checkpointer)
+    wrapped = dist.wrap_ddp(heads, env, static_graph=args.accum_iter == 1)
+    transform = BatchTransform(args, config, val_data.still_frames)
+
+    def step(batch: dict) -> Tensor:
+        if features.are_kept:
+            values = batch["clips"].flatten(0, 1)
+            targets = F.one_hot(batch["labels"], config["num_classes"]).float()
+        else:
+            clips, targets = transform(batch)
+            values = encoder.features(clips)
+        return heads_micro_step(wrapped, values, targets, args, state.scaler, amp)
+
+    def validate_heads() -> dict[str, Scores]:
+        by_head = evaluate_heads(heads, features.validation(), args.batch_size_per_gpu, amp)
+        return choose_head(model, by_head, args.probe_lrs)
+
+    micro_steps = seeded_micro_step(args, env, step, state)
+    return Work(wrapped, features.training, micro_steps, validate_heads)
+
+
+def choose_head(
+    model: VisionTransformer, by_head: list[Scores], lrs: list[float]
+) -> dict[str, Scores]:
+    """Make the best of a probe's heads, in this validation, the head of the model.
+
+    Returns its scores as "test", and those of each head as "test_lr0.001" and so on.
+    """
+    best = max(range(len(lrs)), key=lambda i: (by_head[i].acc1, -by_head[i].loss))
+    heads_of(model).copy_to(model, best)
+    named = {f"{HEAD_SCORES}{lr:g}": scores for lr, scores in zip(lrs, by_head, strict=True)}
+    return {"test": by_head[best]} | named
+
+
+def heads_of(model: VisionTransformer) -> ProbeHeads:
+    """Return the heads of a probe that `build_model` has added to its model."""
+    heads = model.get_submodule("probe_heads")
+    assert isinstance(heads, ProbeHeads)
+    return heads
+
+
+def probe_features(
+    args: argparse.Namespace,
+    env: DistEnv,
+    encoder: FrozenEncoder,
+    data: tuple[TrainData, EvalData],
+    checkpointer: Checkpointer,
+) -> ProbeFeatures:
+    """Return the features that a probe trains on and validates with. Call on every rank.
+
+    Encodes all clips if their features are kept, and in any case for the mean and std of a linear
+    probe. Raises preemption.Stopped.
+    """
+    train_data, val_data = data
+    heads = heads_of(encoder.model)
+    is_new = checkpointer.state.step == 0
+    fits = features_fit(args, env, encoder, train_data, val_data)
+    keeps_training = fits and not args.probe_augment
+    training = train_data.batches
+    if keeps_training or (heads.standardizes and is_new):
+        table = encode_training_set(encoder, env, train_data, checkpointer)
+        if heads.standardizes and is_new:
+            heads.standardize_by(table.features)
+        if keeps_training:
+            training = partial(batches_of_table, table, env, train_data)
+
+    def encode_validation_set() -> Iterator[dict]:
+        return encoder.encode(checkpointer.stop_between_batches(val_data.batches()))
+
+    if not fits:
+        return ProbeFeatures(keeps_training, training, encode_validation_set)
+    kept = [batch_to(batch, torch.device("cpu")) for batch in encode_validation_set()]
+
+    def kept_validation_set() -> Iterator[dict]:
+        for batch in checkpointer.stop_between_batches(iter(kept)):
+            yield batch_to(batch, env.device)
+
+    return ProbeFeatures(keeps_training, training, kept_validation_set)
+
+
+def features_fit(
+    args: argparse.Namespace,
+    env: DistEnv,
+    encoder: FrozenEncoder,
+    train_data: TrainData,
+    val_data: EvalData,
+) -> bool:
+    """Return whether the features of all clips may stay in memory, and print what happens.
+
+    Pooled features always may, tokens up to --cache_gib.
+    """
+    kept = len(val_data.samples.paths) / env.world_size * env.local_world_size
+    if not args.probe_augment:
+        kept += len(train_data.paths) * env.local_world_size
+    gib = kept * encoder.bytes_per_clip() / 2**30
+    fits = args.probe == "linear" or gib <= args.cache_gib
+    allowed = ""
+    if args.probe == "attentive":
+        allowed = f", of --cache_gib {args.cache_gib:g}"
+    then = "each clip is encoded once"
+    if args.probe_augment:
+        then = "random training clips are encoded in every epoch"
+    if not fits:
+        then = "too much: all clips are encoded again in every epoch"
+    print0(f"{args.probe} probe: the features need {gib:.3g} GiB on a machine{allowed}; {then}")
+    return fits
+
+
+def encode_training_set(
+    encoder: FrozenEncoder, env: DistEnv, data: TrainData, checkpointer: Checkpointer
+) -> FeatureTable:
+    """Return the features of all training samples. Call on every rank.
+
+    Raises UserError for too many unreadable files, and preemption.Stopped.
+    """
+    assert data.views is not None  # made by the scripts with --probe
+
+    def checked_views() -> Iterator[dict]:
+        assert data.views is not None
+        for batch in checkpointer.stop_between_batches(data.views()):
+            checkpointer.bad_files.add_batch(batch)
+            yield batch
+
+    count = len(data.paths)
+    batches = encoder.encode(checked_views(), on_unreadable=lambda batch: None)
+    return collect_features(with_progress(batches, count), count, encoder, env.device)
+
+
+def batches_of_table(
+    table: FeatureTable, env: DistEnv, data: TrainData, epoch: int, updates_done: int
+) -> Iterator[dict]:
+    """Yield the rest of an epoch's training batches, with features in place of clips."""
+    assert data.order is not None  # made by the scripts with --probe
+    return table_batches(table, data.paths, data.order(epoch, updates_done), env.device)
+
+
 def seeded_micro_step(
     args: argparse.Namespace,
     env: DistEnv,
-    model: nn.Module,
-    transform: BatchTransform,
+    step: Callable[[dict], Tensor],
     state: TrainState,
 ) -> MicroStep:
-    """Return the micro-step of `train_one_epoch`.
+    """Return the micro-step of `train_one_epoch`: forward and backward of a batch by `step`.
 
     It seeds dropout, drop path, erasing and MixUp by its position in the run.
     """
-    amp = amp_dtype(args.amp, env.device)
 
     def forward_backward(batch: dict, index_in_update: int) -> Tensor:
         position = state.step * args.accum_iter + index_in_update
         torch.manual_seed(derive_seed(args.seed, position, env.rank, DROPOUT_STREAM))
-        clips, targets = transform(batch)
-        return micro_step(model, clips, targets, args, state.scaler, amp)
+        return step(batch)
 
     return forward_backward
 
@@ -437,17 +728,24 @@ def new_state(
     factors = {}
     if data.repeats > 1:
         factors["repeat_aug"] = data.repeats
-    groups = finetune_param_groups(model, config["depth"], args.weight_decay, args.layer_decay)
+    if args.probe:
+        groups = probe_param_groups(heads_of(model), args.probe_lrs, args.weight_decay)
+        schedule = probe_schedule(args, global_batch * data.repeats, data.updates_per_epoch)
+        flops = 0.0  # those of the heads are not counted
+    else:
+        groups = finetune_param_groups(model, config["depth"], args.weight_decay, args.layer_decay)
+        schedule = make_schedule(args, env.world_size, factors, data.updates_per_epoch)
+        flops = model.flops_per_clip()
     return TrainState(
         model=model,
         optimizer=make_optimizer(groups, model.parameters(), betas=(0.9, 0.999)),
         scaler=torch.amp.GradScaler(env.device.type, enabled=amp == torch.float16),
-        schedule=make_schedule(args, env.world_size, factors, data.updates_per_epoch),
+        schedule=schedule,
         metrics=MetricSums(METRICS, env.device, args.max_bad_steps),
         accum_iter=args.accum_iter,
         clip_grad=args.clip_grad,
         global_batch=global_batch,
-        flops_per_clip=model.flops_per_clip(),
+        flops_per_clip=flops,
         config=config,
         flags=vars(args),
         data=data.fingerprint,
@@ -485,6 +783,9 @@ def validation_line(validations: dict[str, Scores], best_acc1: float) -> str:
     if "test_ema" in validations:
         ema = validations["test_ema"]
         line += f"; EMA top-1 {ema.acc1:.2f} %, top-5 {ema.acc5:.2f} %, loss {ema.loss:.4f}"
+    heads = [f"{lr}: {each.acc1:.2f} %" for lr, each in head_scores(validations).items()]
+    if heads:
+        line += f"; by learning rate {', '.join(heads)}"
     return line
 
 
@@ -514,8 +815,31 @@ def keep_best(
     if best.acc1 <= best_before:
         return
     write_report(best, data, logger, epoch)
+    heads = head_table(validations)
+    if heads["lr"]:
+        logger.save_table("probe", heads)
     if not checkpointer.save(epoch, logger.files.best, averaged=best_name == "test_ema"):
         state.best_acc1 = best_before  # the next improvement is saved
+
+
+def head_scores(validations: dict[str, Scores]) -> dict[str, Scores]:
+    """Return the scores of a probe's heads by learning rate, {} in finetuning."""
+    return {
+        name.removeprefix(HEAD_SCORES): scores
+        for name, scores in validations.items()
+        if name.startswith(HEAD_SCORES)
+    }
+
+
+def head_table(validations: dict[str, Scores]) -> dict[str, list]:
+    """Return the columns of probe.csv: the validation of each learning rate's head."""
+    heads = head_scores(validations)
+    return {
+        "lr": list(heads),
+        "test_loss": [f"{scores.loss:.6f}" for scores in heads.values()],
+        "test_acc1": [f"{scores.acc1:.2f}" for scores in heads.values()],
+        "test_acc5": [f"{scores.acc5:.2f}" for scores in heads.values()],
+    }
 
 
 def write_report(scores: Scores, data: EvalData, logger: RunLogger, epoch: int) -> None:

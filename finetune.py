@@ -18,7 +18,7 @@ from pathlib import Path
 
 import engine_finetune
 from data.clips import ClipSampling
-from data.datasets import ClipDataset, ViewDataset
+from data.datasets import SUBSTITUTES, ClipDataset, ViewDataset
 from data.frame_folder import check_frame_folders
 from data.loader import WorkerSettings, eval_loader, train_loader
 from data.manifest import (
@@ -75,7 +75,7 @@ def get_parser() -> flags.ScriptParser:
         help="with --eval: crops per window (default: %(default)s)",
     )
     flags.add_eval(flags.add_run(parser))
-    flags.add_system(parser)
+    flags.add_probe(optimization, flags.add_system(parser))
     return parser
 
 
@@ -160,6 +160,33 @@ def worker_settings(args: argparse.Namespace) -> WorkerSettings:
     return WorkerSettings(args.num_workers, args.pin_mem, args.read_timeout, quarantine)
 
 
+def center_views(
+    args: argparse.Namespace,
+    samples: Split,
+    manifest: str | Path,
+    views: tuple[int, int] = (1, 1),
+    substitutes: int = 0,
+) -> ViewDataset:
+    """Return fixed views of videos.
+
+    views: number of time windows, and of crops of each. substitutes: see `SampleDataset`.
+    """
+    clips, crops = views
+    return ViewDataset(
+        paths=samples.paths,
+        labels=samples.labels,
+        num_views=clips,
+        transform=view_transform(args.img_size, crops),
+        substitutes=substitutes,
+        known=load_index(manifest, samples.paths),
+        spans=samples.spans,
+        sampling=clip_sampling(args),
+        decoder=args.decoder,
+        frames_fps=args.frames_fps,
+        short_side=args.short_side or decode_short_side(args.img_size),
+    )
+
+
 def build_eval_data(
     args: argparse.Namespace, env: DistEnv, val: Split, classes: list[str]
 ) -> EvalData:
@@ -167,37 +194,15 @@ def build_eval_data(
     clips = args.test_num_clips if args.eval else 1
     crops = args.test_num_crops if args.eval else 1
     manifest = args.val_csv if args.eval else flags.manifest_path(args, "val")
-    dataset = ViewDataset(
-        paths=val.paths,
-        labels=val.labels,
-        num_views=clips,
-        transform=view_transform(args.img_size, crops),
-        known=load_index(manifest, val.paths),
-        spans=val.spans,
-        sampling=clip_sampling(args),
-        decoder=args.decoder,
-        frames_fps=args.frames_fps,
-        short_side=args.short_side or decode_short_side(args.img_size),
-    )
+    dataset = center_views(args, val, manifest, (clips, crops))
     videos_per_batch = max(1, args.batch_size_per_gpu // (clips * crops))
     batches = eval_loader(dataset, videos_per_batch, worker_settings(args), env)
     return EvalData(classes, val, batches, views=clips * crops)
 
 
-def build_train_data(args: argparse.Namespace, env: DistEnv, train: Split) -> TrainData | None:
-    """Return the training clips, or None with --eval."""
-    if args.eval:
-        return None
-    sampler = EpochSampler(
-        len(train.paths),
-        batch_size=args.batch_size_per_gpu,
-        accum_iter=args.accum_iter,
-        env=env,
-        seed=args.seed,
-        groups=class_groups(train.labels, args.balanced),
-    )
-    total_steps = flags.total_steps(args, sampler.updates_per_epoch)
-    dataset = ClipDataset(
+def random_clips(args: argparse.Namespace, train: Split) -> ClipDataset:
+    """Return random clips of the training videos."""
+    return ClipDataset(
         paths=train.paths,
         labels=train.labels,
         spans=train.spans,
@@ -219,13 +224,43 @@ def build_train_data(args: argparse.Namespace, env: DistEnv, train: Split) -> Tr
         short_side=args.short_side or decode_short_side(args.img_size),
         known=load_index(flags.manifest_path(args, "train"), train.paths),
     )
+
+
+def build_train_data(args: argparse.Namespace, env: DistEnv, train: Split) -> TrainData | None:
+    """Return the training clips, or None with --eval.
+
+    Those of a probe are center views, unless --probe_augment is given.
+    """
+    if args.eval:
+        return None
+    sampler = EpochSampler(
+        len(train.paths),
+        batch_size=args.batch_size_per_gpu,
+        accum_iter=args.accum_iter,
+        env=env,
+        seed=args.seed,
+        groups=class_groups(train.labels, args.balanced),
+    )
+    total_steps = flags.total_steps(args, sampler.updates_per_epoch)
+    workers = worker_settings(args)
+    manifest = flags.manifest_path(args, "train")
+    dataset: ClipDataset | ViewDataset = random_clips(args, train)
+    views = None
+    if args.probe:
+        center = center_views(args, train, manifest, substitutes=SUBSTITUTES)
+        views = eval_loader(center, args.batch_size_per_gpu, workers, env)
+        if not args.probe_augment:
+            dataset = center_views(args, train, manifest, substitutes=SUBSTITUTES)
     return TrainData(
         fingerprint=dataset_fingerprint(
             train.paths, train.labels, train.spans, "--balanced" if args.balanced else ""
         ),
+        paths=train.paths,
         updates_per_epoch=sampler.updates_per_epoch,
-        batches=train_loader(dataset, sampler, total_steps, worker_settings(args), env.device),
+        batches=train_loader(dataset, sampler, total_steps, workers, env.device),
         repeats=args.repeat_aug,
+        views=views,
+        order=sampler.micro_batches,
     )
 
 

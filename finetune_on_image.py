@@ -61,7 +61,7 @@ def get_parser() -> flags.ScriptParser:
     flags.add_labeled_data(group)
     flags.add_shared_data(group)
     flags.add_eval(flags.add_run(parser))
-    flags.add_system(parser)
+    flags.add_probe(optimization, flags.add_system(parser))
     return parser
 
 
@@ -110,8 +110,22 @@ def worker_settings(args: argparse.Namespace) -> WorkerSettings:
     return WorkerSettings(args.num_workers, args.pin_mem, args.read_timeout, quarantine)
 
 
+def center_images(args: argparse.Namespace, samples: Split, substitutes: int = 0) -> ImageDataset:
+    """Return the center crops of images. substitutes: see `SampleDataset`."""
+    return ImageDataset(
+        paths=samples.paths,
+        labels=samples.labels,
+        transform=image_transform(args.img_size, train=False),
+        seed=0,
+        substitutes=substitutes,
+    )
+
+
 def build_train_data(args: argparse.Namespace, env: DistEnv, train: Split) -> TrainData | None:
-    """Return the training images, or None with --eval."""
+    """Return the training images, or None with --eval.
+
+    Those of a probe are center crops, unless --probe_augment is given.
+    """
     if args.eval:
         return None
     dataset = ImageDataset(
@@ -129,13 +143,23 @@ def build_train_data(args: argparse.Namespace, env: DistEnv, train: Split) -> Tr
         seed=args.seed,
         groups=class_groups(train.labels, args.balanced),
     )
-    total_steps = flags.total_steps(args, sampler.updates_per_epoch)
+    workers = worker_settings(args)
+    views = None
+    if args.probe:
+        center = center_images(args, train, SUBSTITUTES)
+        views = eval_loader(center, args.batch_size_per_gpu, workers, env)
+        if not args.probe_augment:
+            dataset = center_images(args, train, SUBSTITUTES)
+    steps = flags.total_steps(args, sampler.updates_per_epoch)
     return TrainData(
         fingerprint=dataset_fingerprint(
             train.paths, train.labels, weighting="--balanced" if args.balanced else ""
         ),
+        paths=train.paths,
         updates_per_epoch=sampler.updates_per_epoch,
-        batches=train_loader(dataset, sampler, total_steps, worker_settings(args), env.device),
+        batches=train_loader(dataset, sampler, steps, workers, env.device),
+        views=views,
+        order=sampler.micro_batches,
     )
 
 
@@ -143,10 +167,7 @@ def build_eval_data(
     args: argparse.Namespace, env: DistEnv, val: Split, classes: list[str]
 ) -> EvalData:
     """Return the validation images."""
-    transform = image_transform(args.img_size, train=False)
-    dataset = ImageDataset(
-        paths=val.paths, labels=val.labels, transform=transform, seed=0, substitutes=0
-    )
+    dataset = center_images(args, val)
     batches = eval_loader(dataset, args.batch_size_per_gpu, worker_settings(args), env)
     still_frames = args.num_frames if args.static_clip == "exact" else 1
     return EvalData(classes, val, batches, views=1, still_frames=still_frames)

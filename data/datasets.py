@@ -356,7 +356,7 @@ class ViewDataset(SampleDataset):
     R = num_views * crops. The frames of all clips are decoded in one pass.
 
     Args:
-        paths, labels, known, spans: See `SampleDataset`.
+        paths, labels, substitutes, known, spans: See `SampleDataset`.
         sampling: T and the spacing of the frames.
         num_views: Clips of a video, or of the sample's part of it.
         transform: Crops uint8 (T, C, H, W) to (crops, T, C, S, S).
@@ -377,11 +377,12 @@ class ViewDataset(SampleDataset):
         decoder: str,
         short_side: int,
         noise_tokens: int = 0,
+        substitutes: int = 0,
         known: VideoIndex | None = None,
         spans: list[Span] | np.ndarray | None = None,
         frames_fps: float | None = None,
     ):
-        super().__init__(paths, labels, seed=0, substitutes=0, known=known, spans=spans)
+        super().__init__(paths, labels, seed=0, substitutes=substitutes, known=known, spans=spans)
         warn_if_decord_missing(decoder)
         self.sampling = sampling
         self.num_views = num_views

@@ -174,6 +174,12 @@ class EpochSampler(Sampler):
         samples = itertools.chain.from_iterable(epochs)
         return itertools.islice(samples, start, start + len(self))
 
+    def micro_batches(self, epoch: int, updates_done: int) -> list[list[int]]:
+        """Return the indices of this rank's micro-batches in the rest of an epoch."""
+        indices = [index for _, index in self._rank_samples(epoch)]
+        starts = range(updates_done * self.rank_samples_per_update, len(indices), self.batch_size)
+        return [indices[start : start + self.batch_size] for start in starts]
+
     def _rank_samples(self, epoch: int) -> list[tuple[int, int]]:
         """Return this rank's samples of an epoch, in order."""
         generator = torch.Generator().manual_seed(derive_seed(self.seed, epoch, ORDER_STREAM))

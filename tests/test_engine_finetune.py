@@ -1,7 +1,5 @@
 """Classification: training that resumes exactly, the best checkpoint, exact evaluation."""
 
-import os
-import signal
 from pathlib import Path
 
 import pandas as pd
@@ -17,6 +15,7 @@ from runs import (
     saved_weights,
     video_command,
 )
+from signals import count_and_signal
 from tiny import tiny_vit
 
 import finetune
@@ -104,24 +103,6 @@ def test_training_repeats_resumes_exactly_and_keeps_the_best(videos, tmp_path):
     assert best["best_acc1"] == max(accuracies)
     assert best["epoch"] == accuracies.index(max(accuracies))
     assert best["config"]["classes"] == ["class_0", "class_1"]
-
-
-def count_and_signal(monkeypatch, module, name: str, at: int) -> list[int]:
-    """Make a function send SIGTERM to this process at its call number `at`.
-
-    Returns a list that grows by one element per call.
-    """
-    original = getattr(module, name)
-    calls = []
-
-    def call(*arguments, **options):
-        calls.append(len(calls) + 1)
-        if len(calls) == at:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return original(*arguments, **options)
-
-    monkeypatch.setattr(module, name, call)
-    return calls
 
 
 @pytest.mark.parametrize("kind", ["video", "image"])

@@ -15,7 +15,8 @@ from engine_pretrain import micro_step
 from models_mae import MASK_TYPES
 from models_vit import normalize
 from util.ema import WeightAverage
-from util.evaluation import evaluate, mean_features, validation_loss
+from util.evaluation import evaluate, evaluate_heads, mean_features, validation_loss
+from util.frozen_features import FrozenEncoder
 from util.metrics import MetricSums
 from util.optim import (
     finetune_param_groups,
@@ -25,6 +26,7 @@ from util.optim import (
     update,
 )
 from util.pixels import VIDEO_MEAN, VIDEO_STD
+from util.probe_heads import ProbeHeads, probe_param_groups
 
 READS = ("item", "tolist", "numpy", "cpu", "nonzero", "__float__", "__int__", "__index__")
 
@@ -102,6 +104,34 @@ def test_finetuning_step(monkeypatch):
     assert norm.item() > 0 and skipped.item() == 0
 
 
+@pytest.mark.parametrize("attentive_pool", [False, True])
+def test_step_and_validation_of_a_probe(attentive_pool, monkeypatch):
+    model = tiny_vit(attentive_pool=attentive_pool)
+    encoder = FrozenEncoder(model.eval(), prepare_clips, 8, torch.float32)
+    heads = ProbeHeads(model, 2)
+    optimizer = make_optimizer(
+        probe_param_groups(heads, [0.1, 0.01], 0.05), heads.parameters(), (0.9, 0.999)
+    )
+    args = argparse.Namespace(smoothing=0.1, accum_iter=1)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    targets = torch.eye(5)[:4]
+    forbid_reads(monkeypatch)
+    clips = prepare_clips(torch.randint(0, 256, (4, 3, 8, 32, 32), dtype=torch.uint8))
+    features = encoder.features(clips)
+    engine_finetune.heads_micro_step(heads, features, targets, args, scaler, torch.float32)
+    norm, skipped = update(optimizer, scaler, None)
+    monkeypatch.undo()
+    assert norm.item() > 0 and skipped.item() == 0
+    batches = encoder.encode(batches_without_reads(monkeypatch))
+    by_head = evaluate_heads(heads, batches, 8, torch.float32)
+    assert [scores.labels.tolist() for scores in by_head] == 2 * [3 * [0, 1, 2, 3]]
+
+
+def prepare_clips(clips: Tensor) -> Tensor:
+    """Return normalized clips."""
+    return normalize(clips, VIDEO_MEAN, VIDEO_STD)
+
+
 def batches_without_reads(monkeypatch) -> Iterator[dict]:
     """Yield three batches of four samples; no value may be read until the last one is evaluated."""
     forbid_reads(monkeypatch)
@@ -123,11 +153,8 @@ def test_validation_between_batches(mask_type, monkeypatch):
 
 
 def test_evaluation_between_batches(monkeypatch):
-    def prepare(clips: Tensor) -> Tensor:
-        return normalize(clips, VIDEO_MEAN, VIDEO_STD)
-
     batches = batches_without_reads(monkeypatch)
-    scores = evaluate(tiny_vit(), batches, 8, prepare, torch.float32)
+    scores = evaluate(tiny_vit(), batches, 8, prepare_clips, torch.float32)
     assert scores.labels.tolist() == 3 * [0, 1, 2, 3]
 
 

@@ -17,6 +17,7 @@ from util.cli import (
     decay_factor,
     fraction,
     min_two,
+    nonnegative_float,
     nonnegative_int,
     positive_float,
     positive_int,
@@ -40,6 +41,38 @@ RETIRED = (
 EFFECTIVE_BATCH = "batch_size_per_gpu * accum_iter * processes"
 SAMPLING_METHODS = ("dense", "uniform")  # see data/clips.py
 BoolFlag = argparse.BooleanOptionalAction  # --x / --no-x
+PROBE_LRS = (0.0001, 0.0003, 0.001, 0.003, 0.01)
+PROBE_FLAGS = ("probe_lrs", "probe_augment", "cache_gib")
+# A probe has no use for these.
+NOT_OF_PROBES = (
+    "freeze_backbone",
+    "lr",
+    "blr",
+    "min_lr",
+    "layer_decay",
+    "clip_grad",
+    "ema",
+    "dropout",
+    "drop_path_rate",
+    "activation_checkpointing",
+)
+# A probe has no use for these without --probe_augment.
+DRAWS = (
+    "repeat_aug",
+    "repeat_windows",
+    "jitter_scales_relative",
+    "jitter_aspect_relative",
+    "flip",
+    "color_jitter",
+    "rand_aug",
+    "aa",
+    "reprob",
+    "remode",
+    "recount",
+    "mixup",
+    "cutmix",
+    "mixup_prob",
+)
 
 
 class OneOrSeveral(argparse.Action):
@@ -234,7 +267,7 @@ def _add_classifier_model(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--freeze_backbone",
         action="store_true",
-        help="train the head alone (linear probe; without drop path)",
+        help="train the head alone on random clips (without drop path); compare --probe",
     )
 
 
@@ -247,7 +280,10 @@ def _add_regularization(group: argparse._ArgumentGroup, smoothing: float) -> Non
         help="learning rate factor from layer to layer (default: %(default)s)",
     )
     group.add_argument(
-        "--smoothing", type=float, default=smoothing, help="label smoothing (default: %(default)s)"
+        "--smoothing",
+        type=float,
+        default=smoothing,
+        help="label smoothing (default: %(default)s, with --probe 0)",
     )
     group.add_argument(
         "--mixup",
@@ -301,6 +337,71 @@ def _add_rand_aug(group: argparse._ArgumentGroup) -> None:
         default=1,
         help="boxes per erased clip (default: %(default)s)",
     )
+
+
+def add_probe(optimization: argparse._ArgumentGroup, system: argparse._ArgumentGroup) -> None:
+    """Add the flags of probes to the groups of `add_optimization` and `add_system`."""
+    optimization.add_argument(
+        "--probe",
+        choices=("", "linear", "attentive"),
+        default="",
+        help="train heads on the frozen encoder, with the center clip and crop of each sample; "
+        "'': finetune (default: '')",
+    )
+    optimization.add_argument(
+        "--probe_lrs",
+        type=positive_float,
+        nargs="+",
+        default=PROBE_LRS,
+        metavar="LR",
+        help="with --probe: learning rates, one head each; the best in validation is the result "
+        "(default: %(default)s)",
+    )
+    optimization.add_argument(
+        "--probe_augment",
+        action=BoolFlag,
+        default=False,
+        help="with --probe: train on random clips as in finetuning; encodes them in each epoch "
+        "(default: off)",
+    )
+    system.add_argument(
+        "--cache_gib",
+        type=nonnegative_float,
+        default=8.0,
+        help="with --probe attentive: host memory per machine for the tokens of all clips; if they "
+        "need more, each epoch encodes the clips again (default: %(default)s)",
+    )
+
+
+def settle_probe(args: argparse.Namespace, given: set[str]) -> None:
+    """Set --smoothing to 0 for a probe unless it is given. Raises UserError for unused flags.
+
+    given: the names of the flags on the command line.
+    """
+    if not args.probe:
+        refuse_unused(given, PROBE_FLAGS, "without --probe. Drop it, or choose a probe")
+        return
+    if args.eval:
+        raise UserError("--probe has no effect with --eval, which reads the checkpoint. Drop it.")
+    refuse_unused(given, NOT_OF_PROBES, f"with --probe {args.probe}. Drop it")
+    if args.probe == "attentive":
+        refuse_unused(given, ("global_pool",), "with --probe attentive. Drop it")
+    else:
+        refuse_unused(given, ("cache_gib",), "with --probe linear. Drop it")
+    if not args.probe_augment:
+        refuse_unused(given, DRAWS, "with --probe. Drop it, or add --probe_augment")
+    if len(set(args.probe_lrs)) < len(args.probe_lrs):
+        values = " ".join(f"{lr:g}" for lr in args.probe_lrs)
+        raise UserError(f"--probe_lrs {values} has a learning rate twice. Drop one.")
+    if "smoothing" not in given:
+        args.smoothing = 0.0
+
+
+def refuse_unused(given: set[str], unused: tuple[str, ...], cure: str) -> None:
+    """Raise UserError if a flag is given that has no effect. cure: in which case, what to do."""
+    for name in unused:
+        if name in given:
+            raise UserError(f"--{name} has no effect {cure}.")
 
 
 def add_eval(run: argparse._ArgumentGroup) -> None:
@@ -668,6 +769,22 @@ def effective_lr(args: argparse.Namespace, world_size: int, factors: dict[str, i
     lr = args.blr * batch / 256
     print0(f"learning rate {lr:.4g} = blr {args.blr:g} x {batch} / 256")
     return lr
+
+
+def probe_schedule(args: argparse.Namespace, batch: int, updates_per_epoch: int) -> Schedule:
+    """Return the schedule of a probe: the factor of the heads' learning rates, from 1 to 0.
+
+    batch: clips per update, which is printed.
+    """
+    values = ", ".join(f"{lr:g}" for lr in args.probe_lrs)
+    print0(f"effective batch {batch}; a head for each learning rate of --probe_lrs: {values}")
+    return Schedule(
+        lr=1.0,
+        min_lr=0.0,
+        warmup_epochs=args.warmup_epochs,
+        steps_per_epoch=updates_per_epoch,
+        total_steps=total_steps(args, updates_per_epoch),
+    )
 
 
 def make_schedule(

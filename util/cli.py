@@ -109,6 +109,14 @@ def positive_float(text: str) -> float:
     return value
 
 
+def nonnegative_float(text: str) -> float:
+    """Return a number of at least 0. Raises ArgumentTypeError."""
+    value = float(text)
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not a number of at least 0")
+    return value
+
+
 def min_two(text: str) -> int:
     """Return an integer of at least 2. Raises ArgumentTypeError."""
     value = int(text)

@@ -161,7 +161,7 @@ def class_probabilities(
 ) -> Iterator[tuple[dict, Tensor]]:
     """Yield each batch with the class probabilities (B, K) of its samples, averaged over views.
 
-    See `evaluate` and `padded_batches`.
+    They are (B, H, K) for a model of H heads. See `evaluate` and `padded_batches`.
     """
     model.eval()
 
@@ -173,7 +173,7 @@ def class_probabilities(
         batches, clips_per_forward, compute_logits, on_unreadable=on_unreadable
     )
     for batch, logits in outputs:
-        yield batch, logits.softmax(2).mean(1)
+        yield batch, logits.softmax(-1).mean(1)
 
 
 @torch.no_grad()
@@ -190,7 +190,37 @@ def evaluate(
     UserError for an unreadable file. Call it on every rank.
     """
     outputs = class_probabilities(model, batches, clips_per_forward, prepare, amp)
-    table = gather_sorted(score_samples(*output) for output in outputs)
+    return total_scores(gather_sorted(score_samples(*output) for output in outputs))
+
+
+@torch.no_grad()
+def evaluate_heads(
+    heads: nn.Module, batches, clips_per_forward: int, amp: torch.dtype
+) -> list[Scores]:
+    """Evaluate H heads at once as `evaluate` does with a classifier.
+
+    heads: features -> logits (B, H, K). batches: with features (B, R, ...) in place of clips. Call
+    it on every rank.
+    """
+
+    def score_heads(batch: dict, probabilities: Tensor) -> dict[str, Tensor]:
+        rows = [score_samples(batch, per_head) for per_head in probabilities.unbind(1)]
+        return {name: torch.stack([row[name] for row in rows], dim=1) for name in rows[0]} | {
+            "index": batch["index"]
+        }
+
+    outputs = class_probabilities(heads, batches, clips_per_forward, lambda values: values, amp)
+    table = gather_sorted(score_heads(*output) for output in outputs)
+    del table["index"]
+    per_head = [values.unbind(1) for values in table.values()]
+    return [
+        total_scores(dict(zip(table, columns, strict=True)))
+        for columns in zip(*per_head, strict=True)
+    ]
+
+
+def total_scores(table: dict[str, Tensor]) -> Scores:
+    """Return the scores of samples, from the columns of `score_samples`."""
     hits = table["top"] == table["label"][:, None]  # (n, min(5, K))
     return Scores(
         loss=table["loss"].double().mean().item(),
