@@ -39,6 +39,7 @@ from engine_pretrain import PretrainData, Validation
 from models_mae import DECODER_MASK_TYPES, MASK_TYPES, MaskedAutoencoderViT
 from util import args as flags
 from util import dist, preemption
+from util.attentive_probe import attentive_accuracy, features_and_tokens, tokens_fit
 from util.cli import fraction, nonnegative_int, positive_float, positive_int
 from util.dist import DistEnv, UserError, print0
 from util.evaluation import EVAL_CLIPS_PER_FORWARD, mean_features, probe, validation_loss
@@ -172,7 +173,7 @@ def add_validation(group: argparse._ArgumentGroup) -> None:
         default="",
         metavar="DIR",
         help="labeled videos, DIR/train/CLASS and DIR/val/CLASS: "
-        "frozen features of train classify val (k-NN, linear)",
+        "frozen features of train classify val (k-NN, linear, attentive)",
     )
     group.add_argument(
         "--val_every",
@@ -418,8 +419,8 @@ def build_validations(
 ) -> list[Validation]:
     """Return the validations that the flags ask for. Call on every rank.
 
-    They measure val_loss, and probe_knn_acc1 and probe_linear_acc1 (percent). They do not affect
-    training.
+    They measure val_loss, and probe_knn_acc1, probe_linear_acc1 and probe_attentive_acc1 (percent).
+    They do not affect training.
     """
     amp = amp_dtype(args.amp, env.device)
     validations = []
@@ -433,20 +434,32 @@ def build_validations(
         batches = center_clips(args, env, samples, model.num_tokens)
         validations.append(Validation(batches, measure_loss))
     if args.probe_dir:
-        frames = args.frames_fps is not None
-        train, val = [
-            find_labeled(str(Path(args.probe_dir, kind)), VIDEO_EXTENSIONS, "--probe_dir", frames)
-            for kind in ("train", "val")
-        ]
-        source = f"--probe_dir {args.probe_dir}/val"
-        labels = class_indices(train.labels + val.labels, class_names(train.labels), source)
-
-        def measure_probes(batches) -> dict[str, float]:
-            return probe(mean_features(model, batches, amp), labels, len(train.paths))
-
-        batches = center_clips(args, env, unlabeled(train.paths + val.paths))
-        validations.append(Validation(batches, measure_probes))
+        validations.append(build_probe(args, env, model))
     return validations
+
+
+def build_probe(args: argparse.Namespace, env: DistEnv, model: MaskedAutoencoderViT) -> Validation:
+    """Return the probes of --probe_dir: those of `probe`, and an attentive one."""
+    frames = args.frames_fps is not None
+    train, val = [
+        find_labeled(str(Path(args.probe_dir, kind)), VIDEO_EXTENSIONS, "--probe_dir", frames)
+        for kind in ("train", "val")
+    ]
+    source = f"--probe_dir {args.probe_dir}/val"
+    labels = class_indices(train.labels + val.labels, class_names(train.labels), source)
+    size = len(train.paths)
+    amp = amp_dtype(args.amp, env.device)
+    has_tokens = tokens_fit(model, len(labels), amp)
+
+    def measure_probes(batches) -> dict[str, float]:
+        if not has_tokens:
+            return probe(mean_features(model, batches, amp), labels, size)
+        features, tokens = features_and_tokens(model, batches, len(labels), amp)
+        accuracy = dist.on_rank0(lambda: attentive_accuracy(model, tokens, labels, size, amp))
+        return probe(features, labels, size) | {"probe_attentive_acc1": accuracy}
+
+    batches = center_clips(args, env, unlabeled(train.paths + val.paths))
+    return Validation(batches, measure_probes)
 
 
 def center_clips(args: argparse.Namespace, env: DistEnv, samples: Samples, noise_tokens: int = 0):

@@ -166,7 +166,7 @@ def test_t18_validation_and_probes_equal_plain_loops(videos, unseen, tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     (one,) = log_records(tmp_path / "one")
     (two,) = log_records(tmp_path / "two")
-    for name in ("val_loss", "probe_knn_acc1", "probe_linear_acc1"):
+    for name in ("val_loss", "probe_knn_acc1", "probe_linear_acc1", "probe_attentive_acc1"):
         assert one[name] == two[name]  # to the last digit
 
     model = saved_model(tmp_path / "one/run.pth")
