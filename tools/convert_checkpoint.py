@@ -24,6 +24,7 @@ from util.ema import averaged_checkpoint, has_ema
 from util.files import fsync_path, sha256_of
 
 RUN_STATE = ("optimizer", "scaler", "ema")  # not part of a converted file
+TRAINED_HEADS = "probe_heads."  # nor are these weights: the best head is among the others
 UNPUBLISHED = ("model", "unreadable")  # not part of config.json; the latter names the user's files
 
 
@@ -41,7 +42,10 @@ def to_our_layout(path: str | Path, given: dict, averaged: bool = False) -> dict
         print0(f"{path} has an EMA beside the weights: it is left out (--ema takes it instead)")
     found = parse_checkpoint(checkpoint, given, path)
     if found.family == "ours":
-        return {key: value for key, value in checkpoint.items() if key not in RUN_STATE}
+        weights = checkpoint["model"].items()
+        model = {name: value for name, value in weights if not name.startswith(TRAINED_HEADS)}
+        kept = {key: value for key, value in checkpoint.items() if key not in RUN_STATE}
+        return kept | {"model": model}
     print0(
         f"{path} ({found.family}): {describe_num_heads(found)}; "
         f"left out: {', '.join(sorted(found.unused)) or 'nothing'}"
