@@ -43,8 +43,17 @@ ORDER_STREAM = 3
 
 @pytest.fixture(scope="module")
 def encoder(videos, tmp_path_factory) -> str:
-    """Return the path of a pretraining checkpoint: 8 frames of 24 pixels."""
-    return pretrained_checkpoint(videos, tmp_path_factory.mktemp("mae"))
+    """Return the path of a pretraining checkpoint: 8 frames of 24 pixels.
+
+    Its last norm is a random one, so that it matters whether the head's input is normalized.
+    """
+    path = pretrained_checkpoint(videos, tmp_path_factory.mktemp("mae"))
+    state = load(path)
+    generator = torch.Generator().manual_seed(0)
+    for name in ("norm.weight", "norm.bias"):
+        state["model"][name] = 0.5 + torch.rand(64, generator=generator)
+    torch.save(state, path)
+    return path
 
 
 def without_lr(command: list[str]) -> list[str]:
