@@ -6,9 +6,10 @@
 
 Writes H.264 files: photographs of samples/images that move in one direction over a still frame of
 samples/videos. Then runs pretrain.py and finetune.py on them. The arms are: pretrained, from
-scratch, a linear probe, and from scratch with the FLOPs of the pretraining in addition. A control
-finetunes the pretrained encoder on clips whose frames were shuffled before encoding: there,
-opposite directions must be indistinguishable.
+scratch, probes of the frozen encoder (by --freeze_backbone on random clips, by --probe on center
+clips), and from scratch with the FLOPs of the pretraining in addition. A control finetunes the
+pretrained encoder on clips whose frames were shuffled before encoding: there, opposite directions
+must be indistinguishable.
 
 Learning rates are chosen per arm and budget on validation clips. Test clips are read once per
 reported number. The JSON file is written after each run; the same command resumes from it.
@@ -54,7 +55,9 @@ FASTER = {  # as many clips of fewer videos
     "loader": "--num_workers 2 --decoder pyav",
     "repeats": "--batch_size_per_gpu 16 --repeat_aug 4",
 }
-SETTINGS = {  # clips: train, val, test; labels: per class; lrs: chosen on the validation clips
+# clips: train, val, test; labels: per class; lrs: chosen on the validation clips; probes: --probe
+# with these learning rates at once
+SETTINGS = {
     "full": {
         "clips": (4000, 400, 800),
         "epochs": 24,
@@ -77,6 +80,7 @@ SETTINGS = {  # clips: train, val, test; labels: per class; lrs: chosen on the v
         "seeds": 3,
         **FASTER,
         "lrs": {"pretrained": (2e-3,), "scratch": (2e-3,), "probe": (2e-2,)},
+        "probes": {"linear": (1e-3, 3e-3, 1e-2, 3e-2), "attentive": (3e-4, 1e-3, 3e-3, 1e-2)},
     },
     "small": {
         "clips": (1200, 80, 400),
@@ -116,11 +120,17 @@ FINETUNE = (
     "--warmup_epochs 0.4"
 )
 VALIDATIONS = 4  # per finetuning run
+PROBE = (
+    f"--sampling_rate 1 --num_classes {len(DIRECTIONS)} --num_workers 1 "
+    f"--batch_size_per_gpu {VIDEOS * REPEATS} --warmup_epochs 0.4 --checkpoint_period 1000"
+)
 ARMS = {  # column titles of the table
     "pretrained": "pretrained",
     "scratch": "from scratch",
     "scratch+compute": "scratch, pretraining's FLOPs on top",
     "probe": "linear probe",
+    "linear": "linear probe, --probe",
+    "attentive": "attentive probe, --probe",
 }
 
 
@@ -380,13 +390,14 @@ class FinetuneRun(NamedTuple):
     kind: str  # of the videos: "ordered" or "shuffled"
     arm: str  # a key of ARMS
     labels: int  # per class
-    lr: float
+    lr: float | None  # None: a probe, with several at once
     seed: int
 
     @property
     def name(self) -> str:
         """Return the key of the run in the JSON file."""
-        return f"{self.kind} {self.arm} {self.labels} labels lr {self.lr:g} seed {self.seed}"
+        lr = "several" if self.lr is None else f"{self.lr:g}"
+        return f"{self.kind} {self.arm} {self.labels} labels lr {lr} seed {self.seed}"
 
     @property
     def prefix(self) -> str:
@@ -417,6 +428,8 @@ class Benchmark:
             "finetune": self.finetune_flags,
             "clip": [SIZE, FRAMES, SPRITES, SPEED, RADII],
         }
+        if "probes" in self.setting:
+            about["probe"] = PROBE
         self.about = json.loads(json.dumps(about))  # with lists for tuples, as in the file
         digest = hashlib.sha256(json.dumps(self.about).encode()).hexdigest()
         self.work = work / f"learning_{digest[:8]}"
@@ -495,6 +508,24 @@ class Benchmark:
 
         self.run_once(run.name, train)
 
+    def probe(self, run: FinetuneRun, steps: int) -> None:
+        """Train the heads of a probe for `steps` updates; record the validation accuracies."""
+        folder = self.work / run.kind
+        manifest = folder / "lists" / f"{run.prefix}.csv"
+        lrs = " ".join(map(str, self.setting["probes"][run.arm]))
+        flags = (
+            f"{PROBE} --finetune {self.work}/mae.pth --train_csv {manifest} --val_dir {folder}/val "
+            f"--output_dir {folder}/runs --save_prefix {run.prefix} --max_steps {steps} "
+            f"--seed {run.seed} --probe {run.arm} --probe_lrs {lrs}"
+        )
+
+        def train() -> dict:
+            write_labeled_subset(folder, run.labels, run.seed, 1, manifest)
+            finetune.main(flags.split())
+            return {"val_acc": read_log(folder / "runs" / f"{run.prefix}_log.txt", "test_acc1")}
+
+        self.run_once(run.name, train)
+
     def test(self, run: FinetuneRun) -> None:
         """Evaluate the last checkpoint of a finetuning run on the test clips."""
         folder = self.work / run.kind
@@ -532,6 +563,14 @@ class Benchmark:
             self.test(run)
         return best
 
+    def run_probes(self, labels: int, steps: int) -> None:
+        """Train and test the probes of all seeds; each run chooses its learning rate itself."""
+        for arm in self.setting.get("probes", {}):
+            for seed in range(self.setting["seeds"]):
+                run = FinetuneRun("ordered", arm, labels, None, seed)
+                self.probe(run, steps)
+                self.test(run)
+
     def steps_of_pretraining_flops(self) -> int:
         """Return the number of finetuning updates with as many FLOPs as the pretraining."""
         flags = pretrain.get_parser().parse_args(PRETRAIN.split())
@@ -564,6 +603,7 @@ class Benchmark:
         for labels in self.setting["labels"]:
             for arm, lrs in self.setting["lrs"].items():
                 best_lr[arm, labels] = self.run_arm("ordered", arm, labels, steps, lrs)
+            self.run_probes(labels, steps)
         self.make_videos("shuffled")
         for labels in self.setting["control_at"]:
             lrs = (best_lr["pretrained", labels],)
@@ -594,11 +634,18 @@ def mean_and_range(values: list[float]) -> str:
     return f"{statistics.mean(values):.1f} ({min(values):.1f}-{max(values):.1f})"
 
 
-def table_row(runs: dict, labels: int) -> str:
+def arms_of(result: dict) -> list[str]:
+    """Return the arms of the table: those of --probe only where the setting has them."""
+    probes = result.get("probes", {})
+    return [arm for arm in ARMS if arm not in ("linear", "attentive") or arm in probes]
+
+
+def table_row(result: dict, labels: int) -> str:
     """Return the table row of a label budget."""
+    runs = result["runs"]
     pairs = (("ordered", "pretrained"), ("ordered", "scratch"), ("shuffled", "pretrained"))
     cells = [str(labels)]
-    for arm in ARMS:
+    for arm in arms_of(result):
         cells.append(mean_and_range(test_scores(runs, "ordered", arm, labels, "acc")))
     for kind, arm in pairs:
         cells.append(mean_and_range(test_scores(runs, kind, arm, labels, "pairs")))
@@ -615,7 +662,7 @@ def table(result: dict) -> str:
         loader_processes = 2
     columns = (
         "labels a class",
-        *ARMS.values(),
+        *(ARMS[arm] for arm in arms_of(result)),
         "opposite directions: pretrained",
         "scratch",
         "control, frames shuffled",
@@ -628,7 +675,7 @@ def table(result: dict) -> str:
         "",
         f"| {' | '.join(columns)} |",
         "| --- " * len(columns) + "|",
-        *(table_row(runs, labels) for labels in result["labels"]),
+        *(table_row(result, labels) for labels in result["labels"]),
         "",
         f"Opposite directions: percent of clips whose direction scores above its opposite "
         f"(chance 50). {wall:.0f} minutes, {cpu:.0f} CPU minutes; "
@@ -639,7 +686,13 @@ def table(result: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
-COLORS = {"pretrained": "tab:blue", "scratch": "gray", "probe": "tab:orange"}
+COLORS = {
+    "pretrained": "tab:blue",
+    "scratch": "gray",
+    "probe": "tab:orange",
+    "linear": "tab:green",
+    "attentive": "tab:red",
+}
 
 
 def curves_figure(result: dict) -> Figure:
@@ -682,7 +735,7 @@ def plot_validation(axes, result: dict) -> None:
 def plot_test(axes, result: dict) -> None:
     """Plot the test accuracy of each seed, and the mean of the seeds, over labels per class."""
     budgets = [str(labels) for labels in result["labels"]]
-    for arm in result["lrs"]:
+    for arm in (*result["lrs"], *result.get("probes", {})):
         means = []
         for budget, labels in zip(budgets, result["labels"], strict=True):
             scores = test_scores(result["runs"], "ordered", arm, labels, "acc")
