@@ -1,8 +1,10 @@
 """Cutting videos into spans: how long each one lasts, and the spans (start, end) in seconds."""
 
+import math
+
 import numpy as np
 
-from data.clips import TIME_TOLERANCE, video_duration
+from data.clips import TIME_TOLERANCE, Span, video_duration
 from data.video_index import READABLE, VideoIndex
 
 
@@ -14,6 +16,17 @@ def index_durations(index: VideoIndex) -> np.ndarray:
         if info is not None:
             durations[row] = video_duration(info.frames, info.fps, info.times)
     return durations
+
+
+def split_duration(duration: float, length: float) -> list[Span]:
+    """Return the segments of `length` seconds of a video of `duration` seconds.
+
+    The last segment ends with the video: it is half to one and a half times as long. A shorter
+    video is one segment.
+    """
+    count = max(1, math.floor(duration / length + 0.5))
+    bounds = [index * length for index in range(count)] + [duration]
+    return list(zip(bounds[:-1], bounds[1:], strict=True))
 
 
 def cut_into_spans(

@@ -2,15 +2,18 @@
 
 import csv
 import json
+import math
 from pathlib import Path
 
 import pytest
-from make_videos import write_video
+from clip_dataset import clip_dataset
+from make_videos import write_frames, write_video
 from runs import CLASSIFIER_FLAGS, log_records
 
 import finetune
 import finetune_on_image
 from data.manifest import class_indices, read_manifest
+from data.video_index import load_index
 from tools.make_manifest import main
 from util.class_names import read_class_names
 from util.dist import UserError
@@ -290,7 +293,7 @@ def test_bad_annotations_are_one_line(source, text, message, videos, tmp_path):
         ("--from kinetics train.csv videos", "--from kinetics takes ANNOTATIONS VIDEOS OUTPUT"),
         ("--from folders train.csv videos m.csv", "--from folders takes VIDEOS OUTPUT"),
         ("--from folders videos m.csv --class_names x", "folders are the classes"),
-        ("--from folders videos/deep m.csv", "deep has no subfolders"),
+        ("--from folders nothing m.csv", "nothing. not found"),
         ("--from hmdb51 videos videos m.csv", "needs --split, one of train1, test1"),
         ("--from hmdb51 videos videos m.csv --split test2", "no files CLASS_test_split2.txt"),
         ("--from hmdb51 train.csv videos m.csv --split test2", "no files CLASS_test_split2.txt"),
@@ -321,18 +324,88 @@ def finetuned_rows(tmp_path: Path, source: str, lists: list[Path], names: list[s
     """Make train.csv and val.csv of annotations, finetune on them; return predictions.csv."""
     for name in names:
         write_video(tmp_path / "videos" / name, frames=8, size=(48, 32), codec="mpeg4", b_frames=0)
-    flags = []
     for kind, annotations in zip(("train", "val"), lists, strict=True):
-        manifest = tmp_path / f"{kind}.csv"
-        main(["--from", source, str(annotations), str(tmp_path / "videos"), str(manifest)])
-        flags += [f"--{kind}_csv", str(manifest)]
-    flags += ["--class_names", str(tmp_path / "train_classes.json"), "--output_dir", str(tmp_path)]
-    more = (
-        "--epochs 2 --batch_size_per_gpu 2 --num_classes 3 --short_side 32 --decoder pyav".split()
-    )
-    finetune.main([*CLASSIFIER_FLAGS, *flags, *more])
+        manifest = str(tmp_path / f"{kind}.csv")
+        main(["--from", source, str(annotations), str(tmp_path / "videos"), manifest])
+    return predicted_rows(tmp_path, [])
+
+
+def predicted_rows(tmp_path: Path, more: list[str]) -> list[dict]:
+    """Finetune on train.csv and val.csv for two epochs; return predictions.csv."""
+    flags = "--epochs 2 --batch_size_per_gpu 2 --num_classes 3 --short_side 32 --decoder pyav"
+    for kind in ("train", "val"):
+        more = [*more, f"--{kind}_csv", str(tmp_path / f"{kind}.csv")]
+    more += ["--class_names", str(tmp_path / "train_classes.json"), "--output_dir", str(tmp_path)]
+    finetune.main([*CLASSIFIER_FLAGS, *flags.split(), *more])
     with open(tmp_path / "run_predictions.csv", newline="") as file:
         return list(csv.DictReader(file))
+
+
+KINETICS_HEADER = "label,youtube_id,time_start,time_end,split\n"
+OFFICIAL = {  # lists, files of videos, flags of the lists, classes; all have samples of c and a
+    "kinetics": (
+        {"train.csv": KINETICS_HEADER + "c,uvw,10,20,train\na,xyz,1,11,train\n"},
+        ["c/uvw_000010_000020.mp4", "a/xyz_000001_000011.mp4"],
+        [["train.csv"], ["train.csv"]],
+        ["a", "c"],
+    ),
+    "hmdb51": (
+        {
+            "c_test_split1.txt": "1.avi 1\n2.avi 2\n3.avi 0\n",
+            "a_test_split1.txt": "4.avi 1\n5.avi 2\n",
+        },
+        [f"c/{number}.avi" for number in (1, 2, 3)] + ["a/4.avi", "a/5.avi"],
+        [[".", "--split", "train1"], [".", "--split", "test1"]],
+        ["a", "c"],
+    ),
+    "diving48": (
+        {"train.json": '[{"vid_name": "x1", "label": 2}, {"vid_name": "y1", "label": 0}]'},
+        ["x1.mp4", "y1.mp4"],
+        [["train.json"], ["train.json"]],
+        ["0", "1", "2"],
+    ),
+    "jester": (
+        {"jester-v1-train.csv": "7;c\n12;a\n", "jester-v1-labels.csv": "b\na\nc\n"},
+        ["7/", "12/"],
+        [["jester-v1-train.csv"], ["jester-v1-train.csv"]],
+        ["b", "a", "c"],
+    ),
+    "videomae": (
+        {"train.csv": "/old/place/x.mp4 2\n/old/place/y.mp4 0\n"},
+        ["x.mp4", "y.mp4"],
+        [["train.csv"], ["train.csv"]],
+        ["0", "1", "2"],
+    ),
+    "folders": ({}, ["a/x.mp4", "c/y.mp4"], [[], []], ["a", "c"]),
+    "frame_folders": ({}, ["a/x/", "c/y/"], [[], []], ["a", "c"]),
+}
+
+
+@pytest.mark.parametrize("source", OFFICIAL)
+def test_annotations_are_finetuned_with_official_numbers(source, tmp_path):
+    lists, names, commands, classes = OFFICIAL[source]
+    for name, text in lists.items():
+        write(tmp_path / "lists" / name, text)
+    for name in names:
+        path = tmp_path / "videos" / name
+        if name.endswith("/"):
+            write_frames(path, frames=8, size=(48, 32))
+        else:
+            write_video(path, frames=8, size=(48, 32), codec="mpeg4", b_frames=0)
+    for kind, command in zip(("train", "val"), commands, strict=True):
+        annotations = [str(tmp_path / "lists" / name) for name in command[:1]]
+        where = [str(tmp_path / "videos"), str(tmp_path / f"{kind}.csv")]
+        main(["--from", source, *annotations, *where, *command[1:]])
+    has_frames = source in ("jester", "frame_folders")
+    rows = predicted_rows(tmp_path, ["--frames_fps", "12"] if has_frames else [])
+    sorts = source in ("hmdb51", "folders", "frame_folders")
+    labels = ["a", "c"] if sorts else ["c", "a"]
+    if classes[0] == "0":
+        labels = ["2", "0"]
+    assert [row["label"] for row in rows] == labels
+    recorded = json.loads((tmp_path / "run_classes.json").read_text())
+    assert recorded == classes == read_class_names(tmp_path / "train_classes.json")
+    assert {row["top1"] for row in rows} <= set(classes)
 
 
 def test_ucf101_is_finetuned_with_official_numbers(tmp_path):
@@ -374,3 +447,82 @@ def test_ssv2_is_finetuned_with_official_numbers(tmp_path):
     assert [row["label"] for row in rows] == list(LABELS)
     official = ["Holding something, slowly", "Poking a hole into some substance"]
     assert json.loads((tmp_path / "run_classes.json").read_text()) == official
+
+
+EPIC_HEADER = (
+    "narration_id,participant_id,video_id,narration_timestamp,start_timestamp,stop_timestamp,"
+    "start_frame,stop_frame,narration,verb,verb_class,noun,noun_class,all_nouns,all_noun_classes\n"
+)
+EPIC_VERBS = "id,key,instances,category\n0,take,\"['take', 'grab']\",access\n1,put,['put'],leave\n"
+EPIC_NOUNS = (
+    "id,key,instances,category\n0,tap,['tap'],x\n1,spoon,['spoon'],x\n2,plate,['plate'],x\n"
+)
+
+
+def write_epic(folder: Path, *rows: tuple[str, str, str, int, int]) -> Path:
+    """Write annotations of EPIC-Kitchens-100: video, start, stop, verb class, noun class."""
+    lines = [
+        f"{video}_{i},P01,{video},00:00:00.500,{start},{stop},8,9,take it,take,{verb},tap:kitchen,"
+        f"{noun},\"['tap', 'it']\",\"[0, 1]\"\n"
+        for i, (video, start, stop, verb, noun) in enumerate(rows)
+    ]
+    write(folder / "EPIC_100_verb_classes.csv", EPIC_VERBS)
+    write(folder / "EPIC_100_noun_classes.csv", EPIC_NOUNS)
+    return write(folder / "EPIC_100_train.csv", EPIC_HEADER + "".join(lines))
+
+
+def test_epic_actions_are_parts_of_long_files(tmp_path):
+    videos = touch(tmp_path / "videos", "P01/videos/P01_01.MP4", "P01/videos/P01_101.MP4")
+    rows = (
+        ("P01_01", "00:00:01.09", "00:00:02.5", 1, 2),
+        ("P01_02", "00:00:01.00", "00:00:02.00", 0, 0),
+        ("P01_101", "01:02:03.25", "01:02:05.00", 0, 1),
+        ("P01_01", "00:00:00.00", "00:01:00.00", 0, 0),
+    )
+    annotations = write_epic(tmp_path / "lists", *rows)
+    first, other = "P01/videos/P01_01.MP4", "P01/videos/P01_101.MP4"
+    assert make("epic_verb", annotations, videos) == [(first, 1), (other, 0), (first, 0)]
+    samples = read_manifest(tmp_path / "m.csv")
+    assert samples.labels == ["put", "take", "take"]
+    assert samples.spans.tolist() == [[1.09, 2.5], [3723.25, 3725], [0, 60]]
+    assert missing_rows(tmp_path) == [["P01_02", "take"]]
+    nouns = make("epic_noun", annotations, videos, "--overwrite")
+    assert nouns == [(first, 2), (other, 1), (first, 0)]
+    with pytest.raises(UserError, match="--segment_seconds cuts whole videos, but .* gives parts"):
+        make("epic_noun", annotations, videos, "--overwrite", "--segment_seconds", 5)
+    for stamp in ("1:90", "", "01:02:03"):
+        annotations = write_epic(tmp_path / "bad", ("P01_01", "01:02:03", stamp, 0, 0))
+        with pytest.raises(UserError, match="in row 0 is no HH:MM|span 0 is 3723 to 3723 s"):
+            make("epic_verb", annotations, videos, "--overwrite")
+
+
+def test_long_videos_are_cut_into_samples_of_some_seconds(tmp_path, capsys):
+    videos = tmp_path / "videos"
+    for name, frames in (("a.mp4", 120), ("b.mp4", 24), ("c.mp4", 193)):
+        write_video(videos / name, frames=frames, size=(48, 32))
+    (videos / "d.mp4").write_text("no video")
+    output = tmp_path / "parts.csv"
+    main(["--from", "folders", str(videos), str(output), "--segment_seconds", "2"])
+    samples = read_manifest(output)
+    assert [Path(path).stem for path in samples.paths] == list("aabcccd")
+    parts = [[0, 2], [2, 4], [0, 0.8], [0, 2], [2, 4], [4, 193 / 30], [0, math.inf]]
+    assert samples.spans.tolist() == parts
+    assert "7 parts of 4 videos, 0.0 hours, 1 of them unreadable" in capsys.readouterr().out
+    index = load_index(output, samples.paths)
+    assert index.rows["frames"].tolist() == [120, 24, 193, 0]
+    dataset = clip_dataset(samples.paths, spans=samples.spans, known=index)
+    assert dataset[(0, 5)]["path"] == samples.paths[5]
+    with pytest.raises(UserError, match="--frames_fps is needed for --segment_seconds only"):
+        main(["--from", "folders", str(videos), str(tmp_path / "x.csv"), "--frames_fps", "5"])
+
+
+def test_epic_is_finetuned_with_official_numbers(tmp_path):
+    write_video(tmp_path / "videos/P01/P01_01.MP4", frames=90, size=(48, 32))
+    rows = [
+        ("P01_01", f"00:00:0{second}.00", f"00:00:0{second + 1}.00", 1, second) for second in (0, 2)
+    ]
+    annotations = write_epic(tmp_path / "lists", *rows)
+    found = finetuned_rows(tmp_path, "epic_noun", [annotations, annotations], [])
+    assert [row["label"] for row in found] == ["tap", "plate"]
+    assert [(row["start"], row["end"]) for row in found] == [("0.0", "1.0"), ("2.0", "3.0")]
+    assert json.loads((tmp_path / "run_classes.json").read_text()) == ["tap", "spoon", "plate"]

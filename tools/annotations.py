@@ -1,13 +1,15 @@
 """Official annotation files of data sets: their videos, labels, and the order of the classes.
 
 Readers return a table of strings with the columns name and label. A name is that of a video's file
-without its extension, with the folder of the file where the annotations give it.
+without its extension, with the folder of the file where the annotations give it. For parts of
+videos there are the columns start and end, in seconds.
 """
 
 import json
 import os
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -82,6 +84,25 @@ def read_jester(path: str) -> pd.DataFrame:
     return _read_semicolons(path, "jester")
 
 
+def read_epic(path: str, column: str) -> pd.DataFrame:
+    """Return the actions of a split of EPIC-Kitchens-100; a label is the number in a column.
+
+    The columns are verb_class and noun_class, which the test split lacks.
+    """
+    source = "epic_verb" if column == "verb_class" else "epic_noun"
+    stamps = ["start_timestamp", "stop_timestamp"]
+    table = _read_table(path, _read_csv, {"video_id", *stamps}, source)
+    columns = {"name": table["video_id"], "label": table.get(column, "")}
+    for name, stamp in zip(("start", "end"), stamps, strict=True):
+        seconds = pd.to_timedelta(table[stamp], errors="coerce").dt.total_seconds()
+        if seconds.isna().any():
+            row = int(seconds.isna().argmax())
+            error = ValueError(f"{stamp} {table[stamp][row]!r} in row {row} is no HH:MM:SS.ss")
+            raise _unreadable(path, error, source)
+        columns[name] = seconds
+    return pd.DataFrame(columns)
+
+
 def read_imagenet(path: str) -> pd.DataFrame:
     """Return the images of LOC_val_solution.csv; a label is a synset, such as n01440764."""
     if re.fullmatch(r"\d+", _first_line(path)):
@@ -110,9 +131,20 @@ def read_classind(path: str) -> list[str]:
     return [match[2] for match in matches]
 
 
+def read_epic_classes(path: str) -> list[str]:
+    """Return the class names of EPIC_100_verb_classes.csv or EPIC_100_noun_classes.csv."""
+    table = _read_table(path, _read_csv, {"id", "key"}, "epic_verb")
+    if table["id"].tolist() != [str(number) for number in range(len(table))]:
+        raise UserError(f"{path} does not number its classes from 0, in order.")
+    return table["key"].tolist()
+
+
 def read_synsets(path: str) -> list[str]:
     """Return the sorted synsets of LOC_synset_mapping.txt: the first word of each line."""
     return sorted(match[1] for match in _match_lines(path, r"(n\d{8})\s.*", "imagenet"))
+
+
+EPIC_FILES = "EPIC_100_train.csv with video_id, start_timestamp, stop_timestamp, verb_class"
 
 
 class DataSet(NamedTuple):
@@ -146,6 +178,18 @@ DATA_SETS = {
         "jester-v1-train.csv or jester-v1-validation.csv (id;label), with jester-v1-labels.csv",
         "jester-v1-labels.csv",
         needs_classes=True,
+    ),
+    "epic_verb": DataSet(
+        partial(read_epic, column="verb_class"),
+        EPIC_FILES,
+        "EPIC_100_verb_classes.csv",
+        read_epic_classes,
+    ),
+    "epic_noun": DataSet(
+        partial(read_epic, column="noun_class"),
+        EPIC_FILES,
+        "EPIC_100_noun_classes.csv",
+        read_epic_classes,
     ),
     "imagenet": DataSet(
         read_imagenet,

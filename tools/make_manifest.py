@@ -1,10 +1,12 @@
-"""Make a manifest (path,label) from the official annotation files of a data set.
+"""Make a manifest (path,label[,start,end]) from the official annotation files of a data set.
 
     python -m tools.make_manifest --from kinetics train.csv VIDEOS out.csv
     python -m tools.make_manifest --from ssv2 train.json VIDEOS out.csv
     python -m tools.make_manifest --from ucf101 trainlist01.txt VIDEOS out.csv
     python -m tools.make_manifest --from hmdb51 SPLITS VIDEOS out.csv --split train1
+    python -m tools.make_manifest --from epic_verb EPIC_100_train.csv VIDEOS out.csv
     python -m tools.make_manifest --from folders VIDEOS out.csv
+    python -m tools.make_manifest --from folders VIDEOS out.csv --segment_seconds 10
     python -m tools.make_manifest --from frame_folders VIDEOS out.csv
 
 VIDEOS is searched recursively. The labels are class names; out_classes.json lists them in their
@@ -16,28 +18,41 @@ import argparse
 import os
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
+from data.clips import check_spans
+from data.frame_folder import check_frame_folders
 from data.manifest import (
     IMAGE_EXTENSIONS,
+    NO_SPAN,
     VIDEO_EXTENSIONS,
     Samples,
     check_folder,
     class_names,
     find_labeled,
+    find_videos,
+    is_image,
     walk,
     write_classes,
     write_manifest,
 )
+from data.spans import index_durations, split_duration
+from data.video_index import distinct, index_path
 from tools.annotations import DATA_SETS, load_classes, reads_only
-from util.cli import Parser
-from util.dist import UserError, print0, run_script
+from tools.data_doctor import build_index
+from tools.reading import check_seconds
+from util.args import add_frames_fps
+from util.cli import Parser, positive_float, positive_int
+from util.dist import UserError, available_cpus, print0, run_script
 from util.files import save_csv
 
 # Values of --from for plain folders, which need no annotations.
 FOLDERS = "folders"
 FRAME_FOLDERS = "frame_folders"
 WITHOUT_ANNOTATIONS = (FOLDERS, FRAME_FOLDERS)
+LARGEST_FPS = 30  # frames/s, by which --segment_seconds must be at least half a frame
+READ_SECONDS = 60  # that a file may take, with --segment_seconds
 SPLITS = [f"{part}{number}" for number in (1, 2, 3) for part in ("train", "test")]
 
 
@@ -64,6 +79,20 @@ def get_parser() -> Parser:
         "the annotations: labels.json, classInd.txt, ...)",
     )
     parser.add_argument("--split", choices=SPLITS, help="of HMDB51")
+    parser.add_argument(
+        "--segment_seconds",
+        type=positive_float,
+        metavar="S",
+        help="cut each video into samples of about S seconds; reads all files, and writes their "
+        "index for training (default: whole videos)",
+    )
+    add_frames_fps(parser)
+    parser.add_argument(
+        "--workers",
+        type=positive_int,
+        default=available_cpus(),
+        help="processes for --segment_seconds (default: the cores, %(default)s)",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace existing files")
     return parser
 
@@ -80,6 +109,11 @@ def check_arguments(args: argparse.Namespace) -> None:
         )
     if args.source == "hmdb51" and args.split is None:
         raise UserError(f"--from hmdb51 needs --split, one of {', '.join(SPLITS)}")
+    check_seconds("segment_seconds", args.segment_seconds, LARGEST_FPS)
+    if args.frames_fps is not None and args.segment_seconds is None:
+        raise UserError(
+            "--frames_fps is needed for --segment_seconds only: pass it to the scripts instead"
+        )
     if args.source != "hmdb51" and args.split is not None:
         raise UserError(f"--split has no use with --from {args.source}: give the split's own file")
 
@@ -255,9 +289,12 @@ def nothing_found(table: pd.DataFrame, args: argparse.Namespace) -> str:
 def labeled_folders(folder: str, frames: bool) -> pd.DataFrame:
     """Return the table path, label of a folder with one subfolder per class.
 
-    frames: see `walk`; otherwise images are samples if there are no videos. Raises UserError.
+    The videos of a folder without subfolders have no labels. frames: see `walk`; otherwise images
+    are samples if there are no videos. Raises UserError.
     """
     check_folder(folder, "VIDEOS")
+    if not frames and not any(entry.is_dir() for entry in os.scandir(folder)):
+        return pd.DataFrame({"path": find_videos([folder], "VIDEOS"), "label": ""})
     extensions: tuple[str, ...] = VIDEO_EXTENSIONS
     if not frames and not walk(folder, VIDEO_EXTENSIONS):
         extensions = IMAGE_EXTENSIONS
@@ -278,6 +315,58 @@ def summary(table: pd.DataFrame, found: pd.DataFrame, classes: list[str] | None)
     )
 
 
+def cut_videos(samples: Samples, target: Path, args: argparse.Namespace) -> Samples:
+    """Return the parts of --segment_seconds of all videos. Writes the videos' index to `target`.
+
+    An unreadable video stays a single sample, which training lists. Raises UserError if the
+    annotations have parts already.
+    """
+    if samples.spans is not None:
+        raise UserError(
+            f"--segment_seconds cuts whole videos, but {args.annotations} gives parts of videos. "
+            "Drop it."
+        )
+    paths = distinct(samples.paths)
+    if is_image(paths[0]):
+        raise UserError(f"--segment_seconds is for videos, but {paths[0]} is an image. Drop it.")
+    check_frame_folders(paths, args.frames_fps)
+    index = build_index(paths, target, args.workers, READ_SECONDS, args.frames_fps)
+    durations = index_durations(index)
+    spans_of = {path: [NO_SPAN] for path in paths}
+    for path, duration in zip(paths, durations, strict=True):
+        if not np.isnan(duration):
+            spans_of[path] = split_duration(duration, args.segment_seconds)
+    rows = [i for i, path in enumerate(samples.paths) for _ in spans_of[path]]
+    spans = [span for path in samples.paths for span in spans_of[path]]
+    unreadable = int(np.isnan(durations).sum())
+    print0(
+        f"{len(spans)} parts of {len(paths)} videos, {np.nansum(durations) / 3600:.1f} hours, "
+        f"{unreadable} of them unreadable"
+    )
+    return samples.part(rows)._replace(spans=np.array(spans))
+
+
+def list_files(args: argparse.Namespace) -> tuple[pd.DataFrame, list[str] | None]:
+    """Return the table of files with their labels, and the class names in order or None."""
+    if args.source not in WITHOUT_ANNOTATIONS:
+        return annotated_files(args)
+    table = labeled_folders(args.annotations, args.source == FRAME_FOLDERS)
+    if (table["label"] == "").all():
+        return table, None
+    return table, class_names(table["label"].tolist())
+
+
+def make_samples(found: pd.DataFrame, target: Path, args: argparse.Namespace) -> Samples:
+    """Return the samples of a table of files, cut by --segment_seconds; see `cut_videos`."""
+    samples = Samples(found["path"].tolist(), found["label"].tolist())
+    if "start" in found:
+        spans = check_spans(found[["start", "end"]].to_numpy(dtype=float), len(found))
+        samples = samples._replace(spans=spans)
+    if args.segment_seconds is not None:
+        return cut_videos(samples, target, args)
+    return samples
+
+
 def main(argv: list[str] | None = None) -> None:
     """Run the command line. Raises UserError for bad input, or if no video is found."""
     args = get_parser().parse_args(argv)
@@ -285,16 +374,12 @@ def main(argv: list[str] | None = None) -> None:
     output = args.output or args.videos
     inputs = [args.annotations, args.class_names]
     manifest, class_list, listing = output_files(output, inputs, args.overwrite)
-    if args.source in WITHOUT_ANNOTATIONS:
-        table = labeled_folders(args.annotations, args.source == FRAME_FOLDERS)
-        classes: list[str] | None = class_names(table["label"].tolist())
-    else:
-        table, classes = annotated_files(args)
+    table, classes = list_files(args)
     found = table[table["path"] != ""]
     missing = table[table["path"] == ""]
-    samples = Samples(found["path"].tolist(), found["label"].tolist())
-    write_manifest(manifest, samples)
     print0(f"{manifest}: {summary(table, found, classes)}")
+    samples = make_samples(found, index_path(manifest), args)
+    write_manifest(manifest, samples)
     class_list.unlink(missing_ok=True)
     listing.unlink(missing_ok=True)
     if classes is not None:

@@ -14,7 +14,6 @@ else empty). The file is the same on any number of processes. See docs/finetunin
 """
 
 import argparse
-import math
 import os
 import re
 from collections.abc import Iterator
@@ -34,6 +33,7 @@ from data.manifest import (
     read_manifest,
     walk,
 )
+from data.spans import split_duration
 from data.transforms import decode_short_side, image_transform, view_transform
 from data.video_index import VideoIndex, new_index
 from engine_finetune import model_input
@@ -233,17 +233,6 @@ def files_of(source: str, frames: bool) -> list[str]:
             f"{source} not found: give videos, images, folders of both, or manifests (.csv, .txt)"
         )
     return [source]
-
-
-def split_duration(duration: float, length: float) -> list[Span]:
-    """Return the segments of `length` seconds of a video of `duration` seconds.
-
-    The last segment ends with the video: it is half to one and a half times as long. A shorter
-    video is one segment.
-    """
-    count = max(1, math.floor(duration / length + 0.5))
-    bounds = [index * length for index in range(count)] + [duration]
-    return list(zip(bounds[:-1], bounds[1:], strict=True))
 
 
 def index_videos(paths: list[str], args: argparse.Namespace, env: DistEnv) -> VideoIndex:
