@@ -239,7 +239,9 @@ def progress_line(
 ) -> str:
     """Return a line about the run's progress, without the time left. See `RunLogger.log_step`."""
     clips_per_second = rates["clips_per_second"]
-    per_device = f"{clips_per_second / world_size():.1f} per device, {rates['tflops']:.3g} TFLOP/s"
+    per_device = f"{clips_per_second / world_size():.1f} per device"
+    if rates["tflops"]:  # probes do not count theirs
+        per_device += f", {rates['tflops']:.3g} TFLOP/s"
     if "mfu" in rates:
         per_device += f", mfu {rates['mfu']:.1%}"
     parts = [
