@@ -25,7 +25,7 @@ from util.args import (
     parse,
     probe_schedule,
     resolve_compile,
-    settle_probe,
+    resolve_probe,
 )
 from util.bad_files import BadFiles
 from util.checkpointer import Checkpointer
@@ -65,11 +65,11 @@ HEAD_SCORES = "test_lr"  # and the learning rate: the validation of a head of a 
 
 
 class Split(NamedTuple):
-    """The training or validation samples."""
+    """The training or validation samples, as `Samples` in data/manifest.py but with indices."""
 
     paths: list[str]
     labels: list[int]  # class indices
-    spans: np.ndarray | None = None  # (n, 2) seconds, see `Samples` in data/manifest.py
+    spans: np.ndarray | None = None  # (n, 2) seconds, None: whole files
 
 
 class EvalData(NamedTuple):
@@ -215,7 +215,7 @@ def setup(
     if there is one.
     """
     args, given = parse(parser, argv)
-    settle_probe(args, given)
+    resolve_probe(args, given)
     env = dist.setup(args.device, args.deterministic)
     if not args.eval:
         preemption.install_signal_handlers()

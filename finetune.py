@@ -27,7 +27,7 @@ from data.manifest import (
     check_classes,
     class_indices,
     find_labeled,
-    keep_part,
+    keep_subset,
     read_labeled,
     read_manifest,
     write_classes,
@@ -106,9 +106,9 @@ def list_videos(
     if args.eval:
         assert known_classes is not None  # `setup` has found them
         val = labeled_videos(args.val_dir, args.val_csv, "val", args.frames_fps)
-        return Split([], []), split(val, known_classes, source), known_classes
+        return Split([], []), with_class_indices(val, known_classes, source), known_classes
     if start.path and known_classes and train_manifest.exists() and val_manifest.exists():
-        check_same_part(args, start, train_manifest)
+        check_same_subset(args, start, train_manifest)
         train = read_manifest(train_manifest)
         val = read_manifest(val_manifest)
         classes = known_classes
@@ -116,23 +116,24 @@ def list_videos(
         train = labeled_videos(args.train_dir, args.train_csv, "train", args.frames_fps)
         val = labeled_videos(args.val_dir, args.val_csv, "val", args.frames_fps)
         classes = check_classes(train.labels, val.labels, known_classes, source)
-        train = chosen_part(args, train, classes)
+        train = keep_labeled_subset(args, train, classes)
         write_manifest(train_manifest, train)
         write_manifest(val_manifest, val)
         copy_index(args.train_csv, train_manifest, train.paths)
         copy_index(args.val_csv, val_manifest, val.paths)
         write_classes(Path(args.datafile_dir, f"{args.save_prefix}_classes.json"), classes)
-    return split(train, classes, source), split(val, classes, source), classes
+    val_split = with_class_indices(val, classes, source)
+    return with_class_indices(train, classes, source), val_split, classes
 
 
-def chosen_part(args: argparse.Namespace, train: Samples, classes: list[str]) -> Samples:
+def keep_labeled_subset(args: argparse.Namespace, train: Samples, classes: list[str]) -> Samples:
     """Return the training samples that --shots or --frac_retained keeps."""
     labels = class_indices(train.labels, classes, "the training set")
-    return train.part(keep_part(labels, args.frac_retained, args.shots, args.seed))
+    return train.select(keep_subset(labels, args.frac_retained, args.shots, args.seed))
 
 
-def check_same_part(args: argparse.Namespace, start: Start, manifest: Path) -> None:
-    """Raise UserError if the flags choose another part than the manifest of a resumed run has."""
+def check_same_subset(args: argparse.Namespace, start: Start, manifest: Path) -> None:
+    """Raise UserError if the flags choose another subset than the manifest of a resumed run has."""
     assert start.source is not None  # the checkpoint of start.path
     for name, default in (("shots", None), ("frac_retained", 1.0)):
         current = getattr(args, name)
@@ -144,7 +145,7 @@ def check_same_part(args: argparse.Namespace, start: Start, manifest: Path) -> N
             )
 
 
-def split(samples: Samples, classes: list[str], source: str) -> Split:
+def with_class_indices(samples: Samples, classes: list[str], source: str) -> Split:
     """Return samples with the indices of their classes. Raises UserError, see `class_indices`."""
     return Split(samples.paths, class_indices(samples.labels, classes, source), samples.spans)
 

@@ -24,7 +24,7 @@ from data.manifest import (
     check_classes,
     class_indices,
     find_labeled,
-    keep_part,
+    keep_subset,
     read_labeled,
     write_classes,
 )
@@ -98,7 +98,7 @@ def list_images(
         classes = check_classes(train.labels, val.labels, known_classes, args.val_data_path)
         write_classes(Path(args.output_dir, f"{args.save_prefix}_classes.json"), classes)
         labels = class_indices(train.labels, classes, args.train_data_path)
-        kept = keep_part(labels, args.frac_retained, args.shots, args.seed)
+        kept = keep_subset(labels, args.frac_retained, args.shots, args.seed)
         train_split = Split([train.paths[i] for i in kept], [labels[i] for i in kept])
     val_split = Split(val.paths, class_indices(val.labels, classes, args.val_data_path))
     return train_split, val_split, classes

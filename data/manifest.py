@@ -64,8 +64,8 @@ class Samples(NamedTuple):
     spans: np.ndarray | None = None  # (n, 2) start and end in seconds; None: all are whole files
     sources: np.ndarray | None = None  # (n,) index of each sample's source; None: they have one
 
-    def part(self, indices: list[int] | range) -> "Samples":
-        """Return some of the samples."""
+    def select(self, indices: list[int] | range) -> "Samples":
+        """Return the samples with these indices."""
         spans = None
         if self.spans is not None:
             spans = self.spans[list(indices)]
@@ -193,7 +193,6 @@ def find_labeled(
 ) -> Samples:
     """Return the files of a folder with one subfolder per class.
 
-
     Files may be nested more deeply. flag: how the folder was given, for messages. frames: see
     `walk`. Raises UserError for a class without files.
     """
@@ -292,16 +291,16 @@ def write_classes(path: Path, classes: list[str]) -> None:
 def keep_fraction(samples: Samples, share: float) -> Samples:
     """Return the first ceil(n * share) of n samples, or of the n samples of each source."""
     if samples.sources is None:
-        return samples.part(range(math.ceil(len(samples.paths) * share)))
+        return samples.select(range(math.ceil(len(samples.paths) * share)))
     kept: list[int] = []
     for source in np.unique(samples.sources):
         indices = np.flatnonzero(samples.sources == source).tolist()
         kept += indices[: math.ceil(len(indices) * share)]
-    return samples.part(sorted(kept))
+    return samples.select(sorted(kept))
 
 
 def keep_stratified(labels: list[int], share: float, seed: int) -> list[int]:
-    """Return the sorted indices of a random part of the samples.
+    """Return the sorted indices of a random subset of the samples.
 
     Of the n samples of each class ceil(n * share) are kept, the same for the same seed.
     """
@@ -316,7 +315,7 @@ def keep_shots(labels: list[int], shots: int, seed: int) -> list[int]:
     return _keep_of_each_class(labels, lambda count: min(count, shots), seed)
 
 
-def keep_part(labels: list[int], share: float, shots: int | None, seed: int) -> list[int]:
+def keep_subset(labels: list[int], share: float, shots: int | None, seed: int) -> list[int]:
     """Return the sorted indices of the samples that --frac_retained or --shots keeps.
 
     labels: class indices. share: the value of --frac_retained, 1 for all. shots: that of --shots,
@@ -332,8 +331,8 @@ def keep_part(labels: list[int], share: float, shots: int | None, seed: int) -> 
         return kept
     if share < 1:
         raise UserError(
-            f"--shots {shots} and --frac_retained {share} both choose a part of the training set: "
-            "pass one of them"
+            f"--shots {shots} and --frac_retained {share} both choose a subset of the training "
+            "set: pass one of them"
         )
     kept = keep_shots(labels, shots, seed)
     sizes = Counter(labels).values()
@@ -347,8 +346,8 @@ def keep_part(labels: list[int], share: float, shots: int | None, seed: int) -> 
 def _keep_of_each_class(labels: list[int], kept_of: Callable[[int], int], seed: int) -> list[int]:
     """Return the sorted indices of kept_of(n) random samples of the n of each class.
 
-    Every number of samples is the beginning of the same permutation, so a part has all smaller
-    ones in it.
+    Every number of samples is the beginning of the same permutation, so a subset contains all
+    smaller ones.
     """
     label_of = np.array(labels)
     generator = np.random.default_rng(seed)

@@ -9,7 +9,7 @@ from tiny import same
 
 import finetune
 import finetune_on_image
-from data.manifest import keep_part, keep_shots, keep_stratified, read_manifest
+from data.manifest import keep_shots, keep_stratified, keep_subset, read_manifest
 from data.samplers import EpochSampler, class_groups
 from util.dist import UserError
 
@@ -53,17 +53,17 @@ def test_fewer_shots_are_among_more_and_parts_likewise():
 
 
 def test_what_is_kept_is_printed_and_two_ways_are_an_error(capsys):
-    assert keep_part(LABELS, 1.0, None, seed=7) == list(range(53))
+    assert keep_subset(LABELS, 1.0, None, seed=7) == list(range(53))
     assert capsys.readouterr().out == ""
-    assert keep_part(LABELS, 0.1, None, seed=7) == keep_stratified(LABELS, 0.1, seed=7)
+    assert keep_subset(LABELS, 0.1, None, seed=7) == keep_stratified(LABELS, 0.1, seed=7)
     assert "--frac_retained 0.1: 6 of 53 samples" in capsys.readouterr().out
-    assert keep_part(LABELS, 1.0, 5, seed=7) == keep_shots(LABELS, 5, seed=7)
+    assert keep_subset(LABELS, 1.0, 5, seed=7) == keep_shots(LABELS, 5, seed=7)
     assert capsys.readouterr().out.splitlines() == [
         "--shots 5: 13 of 53 samples of 3 classes",
         "note: 1 of the 3 classes have fewer samples and keep all of them",
     ]
-    with pytest.raises(UserError, match=r"--shots 5 and --frac_retained 0.5 both choose a part"):
-        keep_part(LABELS, 0.5, 5, seed=7)
+    with pytest.raises(UserError, match=r"--shots 5 and --frac_retained 0.5 both choose a subset"):
+        keep_subset(LABELS, 0.5, 5, seed=7)
 
 
 def drawn_labels(monkeypatch, script, command: list[str], epochs: int) -> Counter:

@@ -177,7 +177,7 @@ def test_sources_of_parts_and_whole_files_are_joined_and_read_back(tmp_path):
         assert samples.labels == ["x", "", ""]
         assert samples.spans.tolist() == [[0, 1.5], [1.5, 9], list(NO_SPAN)]
         assert samples.sources.tolist() == [0, 0, 1]
-        assert samples.part([2, 0]).sources.tolist() == [1, 0]
+        assert samples.select([2, 0]).sources.tolist() == [1, 0]
     for text in ("path,source\na.mp4,0\nb.mp4,2\n", "path,source\na.mp4,0\nb.mp4,\n"):
         (tmp_path / "m.csv").write_text(text)
         with pytest.raises(UserError, match=r"m.csv: source '2?' is not one of the numbers 0 to 1"):

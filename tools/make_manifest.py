@@ -343,7 +343,7 @@ def cut_videos(samples: Samples, target: Path, args: argparse.Namespace) -> Samp
         f"{len(spans)} parts of {len(paths)} videos, {np.nansum(durations) / 3600:.1f} hours, "
         f"{unreadable} of them unreadable"
     )
-    return samples.part(rows)._replace(spans=np.array(spans))
+    return samples.select(rows)._replace(spans=np.array(spans))
 
 
 def list_files(args: argparse.Namespace) -> tuple[pd.DataFrame, list[str] | None]:

@@ -501,7 +501,7 @@ def write_converted_manifest(samples: Samples, converted: dict[str, str], dst: s
 
     Their times stay: an output has the time stamps of its source.
     """
-    kept = samples.part([i for i, path in enumerate(samples.paths) if path in converted])
+    kept = samples.select([i for i, path in enumerate(samples.paths) if path in converted])
     targets = [os.path.relpath(converted[path], dst) for path in kept.paths]
     write_manifest(os.path.join(dst, "manifest.csv"), kept._replace(paths=targets))
 

@@ -43,8 +43,8 @@ SAMPLING_METHODS = ("dense", "uniform")  # see data/clips.py
 BoolFlag = argparse.BooleanOptionalAction  # --x / --no-x
 PROBE_LRS = (0.0001, 0.0003, 0.001, 0.003, 0.01)
 PROBE_FLAGS = ("probe_lrs", "probe_augment", "cache_gib")
-# A probe has no use for these.
-NOT_OF_PROBES = (
+# Flags without effect on a probe.
+UNUSED_BY_PROBES = (
     "freeze_backbone",
     "lr",
     "blr",
@@ -56,8 +56,8 @@ NOT_OF_PROBES = (
     "drop_path_rate",
     "activation_checkpointing",
 )
-# A probe has no use for these without --probe_augment.
-DRAWS = (
+# Flags without effect on a probe, unless --probe_augment draws random clips.
+RANDOM_CLIP_FLAGS = (
     "repeat_aug",
     "repeat_windows",
     "jitter_scales_relative",
@@ -373,8 +373,8 @@ def add_probe(optimization: argparse._ArgumentGroup, system: argparse._ArgumentG
     )
 
 
-def settle_probe(args: argparse.Namespace, given: set[str]) -> None:
-    """Set --smoothing to 0 for a probe unless it is given. Raises UserError for unused flags.
+def resolve_probe(args: argparse.Namespace, given: set[str]) -> None:
+    """Set the default of --smoothing, which is 0 for a probe. Raises UserError for unused flags.
 
     given: the names of the flags on the command line.
     """
@@ -383,13 +383,13 @@ def settle_probe(args: argparse.Namespace, given: set[str]) -> None:
         return
     if args.eval:
         raise UserError("--probe has no effect with --eval, which reads the checkpoint. Drop it.")
-    refuse_unused(given, NOT_OF_PROBES, f"with --probe {args.probe}. Drop it")
+    refuse_unused(given, UNUSED_BY_PROBES, f"with --probe {args.probe}. Drop it")
     if args.probe == "attentive":
         refuse_unused(given, ("global_pool",), "with --probe attentive. Drop it")
     else:
         refuse_unused(given, ("cache_gib",), "with --probe linear. Drop it")
     if not args.probe_augment:
-        refuse_unused(given, DRAWS, "with --probe. Drop it, or add --probe_augment")
+        refuse_unused(given, RANDOM_CLIP_FLAGS, "with --probe. Drop it, or add --probe_augment")
     if len(set(args.probe_lrs)) < len(args.probe_lrs):
         values = " ".join(f"{lr:g}" for lr in args.probe_lrs)
         raise UserError(f"--probe_lrs {values} has a learning rate twice. Drop one.")
@@ -398,7 +398,7 @@ def settle_probe(args: argparse.Namespace, given: set[str]) -> None:
 
 
 def refuse_unused(given: set[str], unused: tuple[str, ...], cure: str) -> None:
-    """Raise UserError if a flag is given that has no effect. cure: in which case, what to do."""
+    """Raise UserError if a flag is given that has no effect. cure: in which case, and what to do."""
     for name in unused:
         if name in given:
             raise UserError(f"--{name} has no effect {cure}.")
