@@ -57,7 +57,9 @@ def get_parser() -> flags.ScriptParser:
     group.add_argument("--train_dir", default="", help="training videos, one subfolder per class")
     group.add_argument("--val_dir", default="", help="validation videos, the same subfolders")
     group.add_argument(
-        "--train_csv", default="", help="a manifest (path,label per line) instead of --train_dir"
+        "--train_csv",
+        default="",
+        help="a manifest (path,label[,start,end] per line) instead of --train_dir",
     )
     group.add_argument("--val_csv", default="", help="a manifest instead of --val_dir")
     flags.add_labeled_data(group)

@@ -98,13 +98,13 @@ def add_model_and_optimization(parser: flags.ScriptParser) -> None:
         type=float,
         default=0.0,
         help="share of the hidden tokens that training leaves out of decoder and loss, for speed; "
-        "VideoMAE v2: 0.5 (default: %(default)s)",
+        "0 = none, VideoMAE v2: 0.5 (default: %(default)s)",
     )
     group.add_argument(
         "--decoder_mask_type",
         choices=DECODER_MASK_TYPES,
         default="cell",
-        help="which hidden tokens are left out: by VideoMAE v2's running cells, or at random "
+        help="which hidden tokens are left out; cell: VideoMAE v2's running cells "
         "(default: %(default)s)",
     )
     group.add_argument(
@@ -148,14 +148,14 @@ def add_data(parser: flags.ScriptParser) -> None:
         default=[],
         metavar="WEIGHT",
         help="share of an epoch of each --data_csv or --data_dirs, in any unit "
-        "(default: their numbers of samples)",
+        "(default: by their numbers of samples)",
     )
     group.add_argument(
         "--data_frac",
         type=fraction,
         default=1.0,
-        help="use the first part of the sorted videos, in a mixture of each source "
-        "(default: %(default)s)",
+        help="share of the videos to use, from the start of the list; in a mixture, of each "
+        "source's list (default: %(default)s)",
     )
 
 

@@ -24,7 +24,7 @@ from util.ema import averaged_checkpoint, has_ema
 from util.files import fsync_path, sha256_of
 
 RUN_STATE = ("optimizer", "scaler", "ema")  # not part of a converted file
-TRAINED_HEADS = "probe_heads."  # nor are these weights: the best head is among the others
+TRAINED_HEADS = "probe_heads."  # nor are these: the best of them is the model's head
 UNPUBLISHED = ("model", "unreadable")  # not part of config.json; the latter names the user's files
 
 
@@ -134,7 +134,7 @@ def main(argv: list[str] | None = None) -> None:
         "--to", choices=("native", "safetensors"), required=True, help="the layout to write"
     )
     parser.add_argument(
-        "--ema", action="store_true", help="take the EMA of the weights, of a run with --ema"
+        "--ema", action="store_true", help="keep the EMA of a run with --ema instead of its weights"
     )
     add_unrecorded_sizes(parser)
     args = parser.parse_args(argv)

@@ -1,7 +1,7 @@
 """Inspect a data set of videos: report its contents, the cost of reading it, and what to change.
 
     python -m tools.data_doctor VIDEOS [VIDEOS ...]             folders, searched recursively
-    python -m tools.data_doctor train.csv                       a manifest (path[,label] per line)
+    python -m tools.data_doctor train.csv                       a manifest
     python -m tools.data_doctor VIDEOS --write train.csv        folders; writes a manifest of them
 
 The index of a manifest is written beside it, and training with --data_csv uses it.
@@ -377,9 +377,7 @@ def reencode_advice(rows: np.ndarray) -> str:
 def get_parser() -> Parser:
     """Return the parser of the command line."""
     parser = Parser(__doc__, prog="python -m tools.data_doctor")
-    parser.add_argument(
-        "source", nargs="+", help="folders of videos, or one manifest (path[,label] per line)"
-    )
+    parser.add_argument("source", nargs="+", help="folders of videos, or one manifest")
     parser.add_argument(
         "--write",
         metavar="CSV",

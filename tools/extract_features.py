@@ -101,7 +101,9 @@ def get_parser() -> Parser:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--data_dir", default="", help="folder of videos or of images")
     source.add_argument(
-        "--data_csv", default="", help="a manifest (path[,label] per line) instead of --data_dir"
+        "--data_csv",
+        default="",
+        help="a manifest (path[,label[,start,end]] per line) instead of --data_dir",
     )
     parser.add_argument(
         "--output",

@@ -5,8 +5,9 @@ python -m tools.predict --checkpoint CKPT a.mp4 b.png list.csv --views 5x3
 python -m tools.predict --checkpoint CKPT long.mp4 --segment_seconds 10 --output segments.csv
 torchrun --standalone --nproc_per_node 8 -m tools.predict --checkpoint CKPT VIDEOS --output p.csv
 
-Folders are searched recursively; .csv and .txt files are manifests (path[,label] per line). Model,
-frame size and frame spacing are the checkpoint's unless given. Images become static clips.
+Folders are searched recursively; .csv and .txt files are manifests (path[,label[,start,end]] per
+line). Model, frame size and frame spacing are the checkpoint's unless given. Images become static
+clips.
 
 The five best classes of the first files are printed, as far as the terminal is wide. --output
 writes those of all files: path, [start, end,] top1, score1, ..., reason (why a file cannot be read,
@@ -139,7 +140,7 @@ def get_parser() -> Parser:
         "--segment_seconds",
         type=positive_float,
         metavar="S",
-        help="of videos: classify each S seconds; a last part shorter than S/2 joins the segment "
+        help="of videos: classify each S seconds; a rest shorter than S/2 joins the segment "
         "before it (default: whole videos)",
     )
     parser.add_argument(

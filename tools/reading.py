@@ -55,7 +55,7 @@ def add_clip_flags(parser: Parser) -> None:
         "--sampling",
         choices=SAMPLING_METHODS,
         default="dense",
-        help="frames at --sampling_rate, or one from each of equal parts of the video "
+        help="dense: frames at --sampling_rate; uniform: one from each of equal parts of the video "
         "(default: the run's, else %(default)s)",
     )
     parser.add_argument(

@@ -542,7 +542,7 @@ def get_parser() -> Parser:
     parser.add_argument(
         "src",
         metavar="SRC",
-        help="folder of videos, searched recursively, or a manifest (path[,label])",
+        help="folder of videos, searched recursively, or a manifest (path[,label[,start,end]])",
     )
     parser.add_argument(
         "dst", metavar="DST", help="folder for the results, which keep the structure of SRC"

@@ -84,7 +84,9 @@ def get_parser() -> Parser:
         "--data_dirs", nargs="+", default=[], help="folders of videos, searched recursively"
     )
     parser.add_argument(
-        "--data_csv", default="", help="a manifest (path[,label] per line) instead of --data_dirs"
+        "--data_csv",
+        default="",
+        help="a manifest (path[,label[,start,end]] per line) instead of --data_dirs",
     )
     parser.add_argument(
         "--clips",

@@ -345,7 +345,7 @@ def add_probe(optimization: argparse._ArgumentGroup, system: argparse._ArgumentG
         "--probe",
         choices=("", "linear", "attentive"),
         default="",
-        help="train heads on the frozen encoder, with the center clip and crop of each sample; "
+        help="train only heads on the frozen encoder, on the center clip and crop of each sample; "
         "'': finetune (default: '')",
     )
     optimization.add_argument(
@@ -355,13 +355,13 @@ def add_probe(optimization: argparse._ArgumentGroup, system: argparse._ArgumentG
         default=PROBE_LRS,
         metavar="LR",
         help="with --probe: learning rates, one head each; the best in validation is the result "
-        "(default: %(default)s)",
+        f"(default: {' '.join(map(str, PROBE_LRS))})",
     )
     optimization.add_argument(
         "--probe_augment",
         action=BoolFlag,
         default=False,
-        help="with --probe: train on random clips as in finetuning; encodes them in each epoch "
+        help="with --probe: train on random clips as finetuning does, encoded in every epoch "
         "(default: off)",
     )
     system.add_argument(
@@ -369,7 +369,7 @@ def add_probe(optimization: argparse._ArgumentGroup, system: argparse._ArgumentG
         type=nonnegative_float,
         default=8.0,
         help="with --probe attentive: host memory per machine for the tokens of all clips; if they "
-        "need more, each epoch encodes the clips again (default: %(default)s)",
+        "need more, every epoch encodes the clips again (default: %(default)s)",
     )
 
 
@@ -398,7 +398,7 @@ def resolve_probe(args: argparse.Namespace, given: set[str]) -> None:
 
 
 def refuse_unused(given: set[str], unused: tuple[str, ...], cure: str) -> None:
-    """Raise UserError if a flag is given that has no effect. cure: in which case, and what to do."""
+    """Raise UserError if an unused flag is given. cure: end of the message, with what to do."""
     for name in unused:
         if name in given:
             raise UserError(f"--{name} has no effect {cure}.")
@@ -420,19 +420,21 @@ def add_labeled_data(group: argparse._ArgumentGroup) -> None:
         "--frac_retained",
         type=fraction,
         default=1.0,
-        help="train on this part of each class (default: %(default)s)",
+        help="train on this share of the samples of each class, at least one, chosen by --seed "
+        "(default: %(default)s)",
     )
     group.add_argument(
         "--shots",
         type=positive_int,
         metavar="K",
-        help="train on K samples of each class, chosen by --seed (default: on all)",
+        help="train on K samples of each class, or on all if it has fewer, chosen by --seed "
+        "(default: all of each)",
     )
     group.add_argument(
         "--balanced",
         action=BoolFlag,
         default=False,
-        help="draw each class equally often, whatever its number of samples (default: off)",
+        help="draw all classes equally often, whatever their numbers of samples (default: off)",
     )
 
 
@@ -462,29 +464,7 @@ def add_video(
     several_rates: --sampling_rate takes a value for each source of videos.
     """
     group = parser.add_argument_group("data (changes results)")
-    of_source = "; or one for each --data_csv or --data_dirs" if several_rates else ""
-    group.add_argument(
-        "--sampling_rate",
-        type=positive_int,
-        nargs="+" if several_rates else None,
-        action=OneOrSeveral,
-        default=sampling_rate,
-        help="spacing of the frames at --target_fps (default: the checkpoint's, else %(default)s)"
-        + of_source,
-    )
-    group.add_argument(
-        "--target_fps",
-        type=float,
-        default=30,
-        help="frame rate to resample videos to (default: the checkpoint's, else %(default)s)",
-    )
-    group.add_argument(
-        "--sampling",
-        choices=SAMPLING_METHODS,
-        default="dense",
-        help="frames at --sampling_rate, or one from each of --num_frames equal parts of the video "
-        "(default: the checkpoint's, else %(default)s)",
-    )
+    _add_sampling(group, sampling_rate, several_rates)
     group.add_argument(
         "--repeat_aug",
         type=positive_int,
@@ -534,6 +514,34 @@ def add_video(
     add_shared_data(group)
     group.add_argument("--datafile_dir", help="folder of the manifests (default: --output_dir)")
     return group
+
+
+def _add_sampling(group: argparse._ArgumentGroup, sampling_rate: int, several_rates: bool) -> None:
+    """Add the flags that choose the frames of a clip. several_rates: see `add_video`."""
+    rates = ", one value for all or one for each --data_csv or --data_dirs" if several_rates else ""
+    group.add_argument(
+        "--sampling_rate",
+        type=positive_int,
+        nargs="+" if several_rates else None,
+        action=OneOrSeveral,
+        default=sampling_rate,
+        metavar="RATE",
+        help=f"spacing of the frames at --target_fps{rates} "
+        "(default: the checkpoint's, else %(default)s)",
+    )
+    group.add_argument(
+        "--target_fps",
+        type=positive_float,
+        default=30,
+        help="frame rate to resample videos to (default: the checkpoint's, else %(default)s)",
+    )
+    group.add_argument(
+        "--sampling",
+        choices=SAMPLING_METHODS,
+        default="dense",
+        help="dense: frames at --sampling_rate; uniform: one from each of --num_frames equal parts "
+        "of the video (default: the checkpoint's, else %(default)s)",
+    )
 
 
 def add_frames_fps(group: argparse._ActionsContainer) -> None:
