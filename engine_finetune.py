@@ -61,7 +61,7 @@ from util.train_state import TrainState
 
 # `micro_step` returns the first two; `apply_update` appends grad_norm.
 METRICS = ("loss", "acc1", "grad_norm")
-HEAD_SCORES = "test_lr"  # and the learning rate: the validation of a head of a probe
+HEAD_PREFIX = "test_lr"  # with the learning rate, the name of the scores of a probe's head
 
 
 class Split(NamedTuple):
@@ -314,7 +314,7 @@ def build_model(
         model.add_module("probe_heads", ProbeHeads(model, len(args.probe_lrs)))
         model.config |= {"probe": args.probe, "probe_lrs": tuple(args.probe_lrs)}
     for name, parameter in model.named_parameters():
-        parameter.requires_grad = name.startswith(trained_names(args))
+        parameter.requires_grad = name.startswith(trained_prefix(args))
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     print0(
         f"model {args.model}: {trained / 1e6:.1f} M parameters to train, "
@@ -355,8 +355,8 @@ def new_model(args: argparse.Namespace, env: DistEnv, start: Start) -> VisionTra
     return model
 
 
-def trained_names(args: argparse.Namespace) -> str:
-    """Return how the names of the parameters start that the run trains."""
+def trained_prefix(args: argparse.Namespace) -> str:
+    """Return the beginning of the names of the parameters that the run trains."""
     if args.probe:
         return "probe_heads."
     if args.freeze_backbone:
@@ -571,7 +571,7 @@ def choose_head(
     """
     best = max(range(len(lrs)), key=lambda i: (by_head[i].acc1, -by_head[i].loss))
     heads_of(model).copy_to(model, best)
-    named = {f"{HEAD_SCORES}{lr:g}": scores for lr, scores in zip(lrs, by_head, strict=True)}
+    named = {f"{HEAD_PREFIX}{lr:g}": scores for lr, scores in zip(lrs, by_head, strict=True)}
     return {"test": by_head[best]} | named
 
 
@@ -825,9 +825,9 @@ def keep_best(
 def head_scores(validations: dict[str, Scores]) -> dict[str, Scores]:
     """Return the scores of a probe's heads by learning rate, {} in finetuning."""
     return {
-        name.removeprefix(HEAD_SCORES): scores
+        name.removeprefix(HEAD_PREFIX): scores
         for name, scores in validations.items()
-        if name.startswith(HEAD_SCORES)
+        if name.startswith(HEAD_PREFIX)
     }
 
 

@@ -26,6 +26,7 @@ from data.manifest import (
     Samples,
     check_classes,
     class_indices,
+    describe_count,
     find_labeled,
     keep_subset,
     read_labeled,
@@ -252,7 +253,7 @@ def build_train_data(args: argparse.Namespace, env: DistEnv, train: Split) -> Tr
     if args.probe:
         center = center_views(args, train, manifest, substitutes=SUBSTITUTES)
         views = eval_loader(center, args.batch_size_per_gpu, workers, env)
-        if not args.probe_augment:
+        if not args.probe_augment:  # not `center`: each loader sets the watchdog of its data set
             dataset = center_views(args, train, manifest, substitutes=SUBSTITUTES)
     return TrainData(
         fingerprint=dataset_fingerprint(
@@ -272,8 +273,8 @@ def main(argv: list[str] | None = None) -> None:
     args, env, start, known_classes = engine_finetune.setup(get_parser(), argv)
     train, val, classes = dist.on_rank0(lambda: list_videos(args, start, known_classes))
     print0(
-        f"{len(train.paths)} videos to train on, {len(val.paths)} to validate on, "
-        f"{len(classes)} classes"
+        f"{describe_count(train.paths, train.spans)} to train on, "
+        f"{describe_count(val.paths, val.spans)} to validate on, {len(classes)} classes"
     )
     check_frame_folders(train.paths + val.paths, args.frames_fps)
     model = engine_finetune.build_model(args, env, start, classes)

@@ -148,7 +148,7 @@ def build_train_data(args: argparse.Namespace, env: DistEnv, train: Split) -> Tr
     if args.probe:
         center = center_images(args, train, SUBSTITUTES)
         views = eval_loader(center, args.batch_size_per_gpu, workers, env)
-        if not args.probe_augment:
+        if not args.probe_augment:  # not `center`: each loader sets the watchdog of its data set
             dataset = center_images(args, train, SUBSTITUTES)
     steps = flags.total_steps(args, sampler.updates_per_epoch)
     return TrainData(

@@ -1,10 +1,10 @@
 """Spatiotemporal masked autoencoder.
 
 The encoder sees a few tubelets of a clip, and a small decoder predicts the pixels of the hidden
-ones. Shapes as in models_vit.py, and: V visible and K hidden tokens (V + K = L), M of the hidden
-ones that the decoder predicts (M = K without decoder masking), E decoder width,
-u = t * pred_t_dim / T predicted frames per tubelet, P = u * p * p * C values per token, in the
-order (frame, row, column, color).
+ones. Shapes as in models_vit.py, and: V visible and K hidden tokens (V + K = L), M hidden tokens
+that are predicted (M = K without decoder masking), E decoder width, u = t * pred_t_dim / T
+predicted frames per tubelet, P = u * p * p * C values per token, in the order (frame, row, column,
+color).
 
 Feichtenhofer et al. 2022, arXiv 2205.09113; He et al. 2021, arXiv 2111.06377. Decoder masking:
 Wang et al. 2023 (VideoMAE v2), arXiv 2303.16727.
@@ -161,7 +161,7 @@ def normalize_colors(values: Tensor, pixel_std: tuple[float, ...]) -> tuple[Tens
 
 
 def index_mask(ids: Tensor, num_tokens: int) -> Tensor:
-    """Return the mask (B, L) bool that is True at the indices (B, N) of hidden tokens."""
+    """Return the mask (B, L) bool that is True at these token indices (B, N)."""
     mask = torch.zeros(len(ids), num_tokens, dtype=torch.bool, device=ids.device)
     return mask.scatter_(1, ids, True)
 
@@ -391,8 +391,8 @@ class MaskedAutoencoderViT(VideoEncoder):
 
         noise: (B, L) float32 in [0, 1) for both masks, drawn here if None; in training the data set
         draws it. decoder_mask_ratio, decoder_mask_type: see `choose_predicted`.
-        Returns x and delta of the decoder's tokens, each (B, [1 +] V + M, E), and the indices of
-        the visible tokens (B, V) and the predicted ones (B, M).
+        Returns x and delta of the decoder's tokens, each (B, [1 +] V + M, E), then the indices of
+        the visible tokens (B, V) and of the predicted ones (B, M).
         """
         if noise is None:
             noise = torch.rand(len(clips), self.num_tokens, device=clips.device)

@@ -24,6 +24,7 @@ from data.manifest import (
     Samples,
     class_indices,
     class_names,
+    describe_count,
     find_labeled,
     find_videos,
     keep_fraction,
@@ -190,9 +191,10 @@ def add_validation(group: argparse._ArgumentGroup) -> None:
 
 
 def find_samples(folders: list[str], csv: str, flag: str, frames_fps: float | None) -> Samples:
-    """Return the videos below folders, or the samples of a manifest. flag: of the folders.
+    """Return the videos below folders, or the samples of a manifest if there is one.
 
-    frames_fps: see `open_video`. Raises UserError if neither is given.
+    flag: how the folders were given, for messages. frames_fps: see `open_video`. Raises UserError
+    if neither is given.
     """
     if csv:
         return read_manifest(csv)
@@ -257,15 +259,10 @@ def save_manifest(args: argparse.Namespace, kind: str) -> None:
     manifest = flags.manifest_path(args, kind)
     write_manifest(manifest, kept)
     copy_indices(csvs, manifest, kept.paths)
-    print0(f"{counted(kept)} of {counted(found)}, listed in {manifest}")
-
-
-def counted(samples: Samples) -> str:
-    """Return the number of samples in words."""
-    count = len(samples.paths)
-    if samples.spans is None:
-        return f"{count} videos"
-    return f"{count} parts of {len(set(samples.paths))} videos"
+    print0(
+        f"{describe_count(kept.paths, kept.spans)} of {describe_count(found.paths, found.spans)}, "
+        f"listed in {manifest}"
+    )
 
 
 def clip_sampling(args: argparse.Namespace) -> ClipSampling:

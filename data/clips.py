@@ -4,7 +4,7 @@ T is the number of frames of a clip, N that of a video. See `ClipSampling` for h
 lasts, whatever the frame rate of the video is.
 
 A span (start, end) is a part of a video, in seconds. It has the frames that are shown from its
-start until its end, and clips are chosen from it as if it were a video of its own.
+start until its end. Clips are chosen from it as if it were a video of its own.
 
 Dense sampling takes T frames at a distance. Uniform sampling takes one frame from each of T equal
 parts of the video (Temporal Segment Networks, Wang et al. 2016, arXiv 1608.00859, section 3.1).
@@ -135,7 +135,7 @@ def uniform_indices_by_time(
 ) -> np.ndarray:
     """Return the frame indices (T,) of a uniform clip of a span of a video of variable rate.
 
-    The parts have equal durations: the frames are those shown at begin + (i + p_i) D / T, where
+    The parts have equal durations. The frames are those shown at begin + (i + p_i) D / T, where
     D = end - begin and p = `position`, see `uniform_indices`. times: (N,) seconds.
     """
     begin, end = span

@@ -56,13 +56,13 @@ class PackedPaths:
     Worker processes share the arrays' memory. They would slowly copy a list of str, because reading
     a str changes its reference count.
 
-    files: (n,) int64 file of each sample, numbered in the order of their first samples.
+    files: (n,) int64 index of each sample's file, in the order of their first samples.
     """
 
     def __init__(self, paths: list[str]):
-        number_of: dict[str, int] = {}
-        self.files = np.array([number_of.setdefault(path, len(number_of)) for path in paths], int)
-        encoded = [os.fsencode(path) for path in number_of]
+        index_of: dict[str, int] = {}
+        self.files = np.array([index_of.setdefault(path, len(index_of)) for path in paths], int)
+        encoded = [os.fsencode(path) for path in index_of]
         lengths = [len(path) for path in encoded]
         self.ends = np.cumsum([0, *lengths])
         self.bytes = np.frombuffer(b"".join(encoded), dtype=np.uint8)

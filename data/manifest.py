@@ -81,6 +81,13 @@ def unlabeled(paths: list[str]) -> Samples:
     return Samples(paths, [""] * len(paths))
 
 
+def describe_count(paths: list[str], spans: np.ndarray | None) -> str:
+    """Return the number of samples in words. spans: (n, 2) seconds, None: whole videos."""
+    if spans is None:
+        return f"{len(paths)} videos"
+    return f"{len(paths)} parts of {len(set(paths))} videos"
+
+
 class Found(NamedTuple):
     """The files below a folder, in order."""
 

@@ -10,25 +10,25 @@ from data.samplers import SampleGroups
 from util.dist import UserError, print0
 
 
-def join_sources(parts: list[Samples]) -> Samples:
-    """Return the samples of several lists as the sources of one; those of a single list as is."""
-    if len(parts) == 1:
-        return parts[0]
-    sizes = [len(part.paths) for part in parts]
+def join_sources(sources: list[Samples]) -> Samples:
+    """Return the samples of all sources in order, with their sources unless there is only one."""
+    if len(sources) == 1:
+        return sources[0]
+    sizes = [len(source.paths) for source in sources]
     spans = None
-    if any(part.spans is not None for part in parts):
+    if any(source.spans is not None for source in sources):
         whole_files = [np.tile(NO_SPAN, (size, 1)) for size in sizes]
         spans = np.concatenate(
             [
-                whole if part.spans is None else part.spans
-                for part, whole in zip(parts, whole_files, strict=True)
+                whole if source.spans is None else source.spans
+                for source, whole in zip(sources, whole_files, strict=True)
             ]
         )
     return Samples(
-        [path for part in parts for path in part.paths],
-        [label for part in parts for label in part.labels],
+        [path for source in sources for path in source.paths],
+        [label for source in sources for label in source.labels],
         spans,
-        np.repeat(np.arange(len(parts)), sizes),
+        np.repeat(np.arange(len(sources)), sizes),
     )
 
 

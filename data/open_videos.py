@@ -1,7 +1,7 @@
 """Video files that stay open from one sample to the next.
 
 Opening a file takes time in proportion to its length: for ten hours of video, as long as reading
-twenty clips. Samples that are parts of long files therefore share open files.
+about fifteen clips. Samples that are parts of long files therefore share open files.
 """
 
 import contextlib

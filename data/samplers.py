@@ -74,14 +74,14 @@ class GroupOrder:
         """
         begin = self.groups.totals(epoch * count)
         end = self.groups.totals((epoch + 1) * count)
-        number = torch.from_numpy(end - begin)
+        counts = torch.from_numpy(end - begin)
         taken = [
             self._draw(group, int(begin[group]), int(end[group]))
-            for group in number.nonzero().flatten().tolist()
+            for group in counts.nonzero().flatten().tolist()
         ]
         passes = torch.cat([group_passes for group_passes, _ in taken])
         indices = torch.cat([group_indices for _, group_indices in taken])
-        group_of_slot = torch.arange(len(number), dtype=torch.int32).repeat_interleave(number)
+        group_of_slot = torch.arange(len(counts), dtype=torch.int32).repeat_interleave(counts)
         group_of_slot = group_of_slot[torch.randperm(count, generator=generator)]
         slots = group_of_slot.argsort(stable=True)  # by group, those of a group in order
         order = torch.empty_like(slots)

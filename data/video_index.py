@@ -1,8 +1,8 @@
 """The video index of a manifest: what its files contain, found once and kept beside the manifest.
 
-`python -m tools.data_doctor` makes it. NAME.csv has NAME.index.npy, a table of one row per video in
-the order of the manifest, and NAME.times.npy, the display times of videos of variable frame rate.
-A video has one row, at its first place, even if several rows of the manifest are parts of it.
+`python -m tools.data_doctor` makes it. NAME.csv has NAME.index.npy, a table of one row per video,
+and NAME.times.npy, the display times of videos of variable frame rate. Videos are in the order of
+their first rows in the manifest; a video of which several rows are parts has one row in the table.
 Worker processes map both into memory. A row is valid while its file, or its folder of frames, keeps
 its size and date. A folder's frames are not listed again, and its rate is that of --frames_fps.
 Without a valid row, a file is examined whenever it is read.
@@ -191,7 +191,7 @@ def times_path(index: str | Path) -> Path:
 
 
 def distinct(paths: Sequence[str]) -> list[str]:
-    """Return the distinct paths, in the order of their first places."""
+    """Return the distinct paths, in the order of their first occurrences."""
     return list(dict.fromkeys(paths))
 
 

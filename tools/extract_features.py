@@ -175,8 +175,8 @@ def output_path(args: argparse.Namespace) -> Path:
     return path
 
 
-def check_parts(samples: Inputs, args: argparse.Namespace, output: Path) -> None:
-    """Raise UserError for what cannot be cut into clips, and for parts of videos to cut or name."""
+def check_samples(samples: Inputs, args: argparse.Namespace, output: Path) -> None:
+    """Raise UserError for flags that do not fit the samples: images, or parts of videos."""
     if samples.are_images and args.stride_seconds is not None:
         raise UserError("--stride_seconds is for videos, but the files are images. Drop it.")
     if args.sampling == "uniform" and args.stride_seconds is not None:
@@ -495,7 +495,7 @@ def main(argv: list[str] | None = None) -> None:
         lambda: list_inputs(args.data_dir, args.data_csv, source.classes, frames)
     )
     check_frame_folders(samples.paths, args.frames_fps)
-    check_parts(samples, args, output)
+    check_samples(samples, args, output)
     read_out = choose_read_out(source, args)
     encoder = load_encoder(args.checkpoint, **given_sizes(args))
     in_table = output.suffix == ".npz"

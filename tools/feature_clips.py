@@ -106,8 +106,8 @@ def list_inputs(
                 f"The labels are indices of the {len(classes)} classes of {source}."
             )
     indices = dict(zip(names, class_indices(names, classes, source), strict=True))
-    numbers = [indices.get(label, -1) for label in labels]
-    return Inputs(paths, numbers, classes, are_images, csv, spans)
+    label_indices = [indices.get(label, -1) for label in labels]
+    return Inputs(paths, label_indices, classes, are_images, csv, spans)
 
 
 def index_files(
@@ -162,12 +162,12 @@ def clips_along(
     paths = [samples.paths[file] for file in files]
     row_of = {path: row for row, path in enumerate(distinct(paths))}
     rows = np.array([row_of[path] for path in paths], dtype=np.int64)  # of the index
-    number, spans = cut_into_spans(index_durations(index)[rows], seconds, stride)
-    with_clips = np.unique(number)  # in `files`, as `number`
+    position, spans = cut_into_spans(index_durations(index)[rows], seconds, stride)
+    with_clips = np.unique(position)  # positions in `files`, as those of the clips
     absent = np.setdiff1d(np.arange(len(files)), with_clips).tolist()
     reasons = index.rows["reason"][rows]
     return Clips(
-        file=np.array(files, dtype=np.int64)[number],
+        file=np.array(files, dtype=np.int64)[position],
         clip=np.rint(spans[:, 0] / stride).astype(np.int64),
         spans=spans,
         known=index.of_files([paths[i] for i in with_clips]),

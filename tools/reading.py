@@ -13,6 +13,7 @@ from data.video_index import VideoIndex
 from util.args import SAMPLING_METHODS, add_frames_fps, check_sampling, given_flags
 from util.cli import Parser, nonnegative_int, positive_float, positive_int
 from util.dist import UserError, default_workers, escaped, print0
+from util.model_flags import spaced
 
 CLIP_FLAGS = ("sampling", "sampling_rate", "target_fps", "short_side", "decoder")
 MAX_LISTED = 20  # unreadable files that are printed
@@ -102,8 +103,8 @@ def parse_again(
     check_sampling(args, given_flags(parser, argv))
     if isinstance(rates, list):
         print0(
-            f"note: the checkpoint's run had --sampling_rate {' '.join(map(str, rates))}, videos "
-            f"are read here at {args.sampling_rate}"
+            f"note: the checkpoint's run had --sampling_rate {spaced(rates)}, videos are read here "
+            f"at {args.sampling_rate}"
         )
     return args
 

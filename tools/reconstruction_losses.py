@@ -86,12 +86,13 @@ def loss_table(found: Results, samples: Samples, masks: Masks) -> pd.DataFrame:
         for (mask_type, ratio), losses_of_seeds in zip(masks.kinds, losses_of_kinds, strict=True):
             for seed, loss in enumerate(losses_of_seeds):
                 rows.append((index, seed, mask_type, ratio, loss))
-    table = pd.DataFrame(rows, columns=["path", "seed", "mask_type", "mask_ratio", "loss"])
+    table = pd.DataFrame(rows, columns=["index", "seed", "mask_type", "mask_ratio", "loss"])
+    indices = table.pop("index").tolist()
+    table.insert(0, "path", [samples.paths[index] for index in indices])
     if samples.spans is not None:
-        spans = samples.spans[table["path"]]
+        spans = samples.spans[indices]
         table.insert(1, "start", spans[:, 0])
         table.insert(2, "end", spans[:, 1])
-    table["path"] = table["path"].map(dict(enumerate(samples.paths)))
     return table
 
 

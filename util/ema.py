@@ -18,7 +18,7 @@ from util.dist import UserError, print0
 class WeightAverage:
     """The EMA of a model's trained weights, in float32 on their device.
 
-    torch's AveragedModel does the same, but reads its counter on the host in each update, and
+    torch's AveragedModel does the same, but reads its counter on the host in each update. Also, it
     cannot leave out an update that was skipped on the device.
     """
 
@@ -33,7 +33,7 @@ class WeightAverage:
 
     @torch.no_grad()
     def restart(self) -> None:
-        """Start anew from the model's weights."""
+        """Start again from the model's weights."""
         torch._foreach_copy_(self.averages, self.weights)
 
     @torch.no_grad()
