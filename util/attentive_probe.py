@@ -91,11 +91,11 @@ def attentive_accuracy(
         train_head(head, tokens[:train_size], targets[:train_size], amp)
     correct = []
     with torch.no_grad(), autocast(device, amp):
-        for part, part_targets in zip(
+        for batch, batch_targets in zip(
             tokens[train_size:].split(BATCH), targets[train_size:].split(BATCH), strict=True
         ):
-            classes = head(part.to(device)).argmax(1).cpu()
-            correct.append(classes == part_targets)
+            classes = head(batch.to(device)).argmax(1).cpu()
+            correct.append(classes == batch_targets)
     return percent(torch.cat(correct))
 
 
