@@ -24,6 +24,7 @@ from data.clips import (
 from data.decode import warn_if_decord_missing
 from data.images import read_image
 from data.input_files import ReadError, error_summary
+from data.manifest import part_name
 from data.open_videos import OpenVideos
 from data.video import VideoInfo, VideoReader
 from data.video_index import VideoIndex
@@ -129,6 +130,17 @@ class SampleDataset(Dataset):
         """
         raise NotImplementedError
 
+    def span_of(self, index: int) -> Span | None:
+        """Return the part of its file that a sample consists of, None if all are whole files."""
+        if self.spans is None:
+            return None
+        start, end = self.spans[index].tolist()
+        return start, end
+
+    def name_of(self, index: int) -> str:
+        """Return the name of a sample, see `part_name`."""
+        return part_name(self.paths[index], self.span_of(index))
+
     def _unreadable_reason(self, index: int, path: str) -> str | None:
         """Return why the file of sample `index` must not be read, or None."""
         reason = self.quarantine.get(path)
@@ -145,10 +157,7 @@ class SampleDataset(Dataset):
         reason = self._unreadable_reason(candidate, path)
         if reason:
             raise ReadError(reason)
-        span = None
-        if self.spans is not None:
-            start, end = self.spans[candidate].tolist()
-            span = (start, end)
+        span = self.span_of(candidate)
         try:
             with self.watchdog.watch(candidate):
                 info = None
@@ -181,7 +190,7 @@ class SampleDataset(Dataset):
         label: Class index, -1 if there is none.
         index: The index asked for.
         path: The file that was read.
-        bad: [(path, reason)] of the unreadable files.
+        bad: [(name, reason)] of the unreadable samples, see `part_name`.
         replaced: Number of undecodable frames, each of which repeats a neighbor.
         damaged: [(path, reason)] of the file that was read, if these frames are many.
         """
@@ -200,7 +209,7 @@ class SampleDataset(Dataset):
             try:
                 read = self._read(key, candidate)
             except ReadError as error:
-                sample["bad"].append((path, str(error)))
+                sample["bad"].append((self.name_of(candidate), str(error)))
                 continue
             sample["clips"] = read.clips
             sample["path"] = path

@@ -76,6 +76,18 @@ class Samples(NamedTuple):
         return Samples(paths, [self.labels[i] for i in indices], spans, sources)
 
 
+def part_name(path: str, span: tuple[float, float] | None) -> str:
+    """Return the name of a sample for lists of files: its path, and of a part also its times.
+
+    The notation, a.mp4#t=8,8.5, is that of W3C's Media Fragments URI 1.0.
+    """
+    if span is None or span == NO_SPAN:
+        return path
+    start, end = span
+    name = f"{path}#t={start:.10g}"
+    return name if end == math.inf else f"{name},{end:.10g}"
+
+
 def unlabeled(paths: list[str]) -> Samples:
     """Return samples of whole files without labels."""
     return Samples(paths, [""] * len(paths))

@@ -201,8 +201,11 @@ def test_samples_are_spans_of_one_file(tmp_path, decoder):
         ((120 - 8) // 2 + offsets).tolist(),
     ]
     assert samples[-1]["clips"] is None
-    ((bad_path, reason),) = samples[-1]["bad"]
-    assert (bad_path, reason) == (path, "the video ends at 4.000 s, its part starts at 4.000 s")
+    ((name, reason),) = samples[-1]["bad"]
+    assert (name, reason) == (
+        f"{path}#t=4,5",
+        "the video ends at 4.000 s, its part starts at 4.000 s",
+    )
 
 
 @pytest.mark.parametrize("decoder", ["pyav", "decord"])
@@ -356,7 +359,8 @@ def test_training_clips_stay_in_their_span(tmp_path):
                 starts.add((index, numbers[0]))
     assert len(starts) > 20
     sample = data[(0, 3)]  # the video is 4 s long
-    assert sample["bad"][0] == (path, "the video ends at 4.000 s, its part starts at 9.000 s")
+    reason = "the video ends at 4.000 s, its part starts at 9.000 s"
+    assert sample["bad"][0] == (f"{path}#t=9,10", reason)
     assert sample["label"] in (0, 1, 2)
     numbers = shown_numbers(sample["clips"])[0]
     first, last = bounds[sample["label"]]

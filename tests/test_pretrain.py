@@ -159,6 +159,20 @@ def test_unreadable_videos_are_listed_and_too_many_are_an_error(tmp_path):
     assert len((tmp_path / "out3/bad_videos.csv").read_text().splitlines()) > 1
 
 
+def test_unreadable_parts_of_one_video_count_one_by_one(tmp_path):
+    video = write_video(tmp_path / "a.mp4")  # 1.33 s
+    rows = [f"{video},{start},{start + 0.25}" for start in (0, 0.25, 0.5, 0.75, 2, 3.125, 4, 5)]
+    manifest = tmp_path / "list.csv"
+    manifest.write_text("\n".join(["path,start,end", *rows]))
+    flags = f"--data_csv {manifest} --epochs 2 --batch_size_per_gpu 2 --max_bad_frac".split()
+    pretrain.main(pretrain_command(tmp_path, tmp_path / "out", *flags, "0.5"))
+    assert log_records(tmp_path / "out")[-1]["unreadable_videos"] == 4
+    listed = (tmp_path / "out/bad_videos.csv").read_text()
+    assert f'{video}#t=3.125,3.375","the video ends at 1.333 s' in listed
+    with pytest.raises(UserError, match=r"4 files .* more than --max_bad_frac allows.*#t="):
+        pretrain.main(pretrain_command(tmp_path, tmp_path / "out2", *flags, "0.4"))
+
+
 NEEDS_NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 
 

@@ -447,7 +447,7 @@ def add_shared_data(group: argparse._ArgumentGroup) -> None:
         "--max_bad_frac",
         type=float,
         default=0.1,
-        help="stop if a larger share of the files is unreadable (default: %(default)s)",
+        help="stop if a larger share of the samples is unreadable (default: %(default)s)",
     )
 
 
