@@ -33,7 +33,7 @@ from util.class_names import class_list, names_or_numbers, read_class_names
 from util.dist import DistEnv, UserError, print0
 from util.ema import WeightAverage, has_ema, weight_average
 from util.evaluation import Scores, evaluate, evaluate_heads
-from util.files import RunFiles
+from util.files import RunFiles, span_columns
 from util.frozen_features import (
     FeatureTable,
     FrozenEncoder,
@@ -864,7 +864,7 @@ def write_report(scores: Scores, data: EvalData, logger: RunLogger, epoch: int) 
 def prediction_table(scores: Scores, data: EvalData) -> dict[str, list]:
     """Return the columns of predictions.csv: path, label, the best classes and their scores.
 
-    Parts of videos have start and end (seconds).
+    If there are parts of videos, also start and end (seconds), as in a manifest.
     """
 
     def class_name(index: int) -> str:
@@ -872,7 +872,7 @@ def prediction_table(scores: Scores, data: EvalData) -> dict[str, list]:
 
     columns: dict[str, list] = {"path": data.samples.paths}
     if data.samples.spans is not None:
-        columns["start"], columns["end"] = data.samples.spans.T.tolist()
+        columns |= span_columns(data.samples.spans)
     columns["label"] = [class_name(label) for label in scores.labels.tolist()]
     for i in range(scores.top.shape[1]):
         columns[f"top{i + 1}"] = [class_name(index) for index in scores.top[:, i].tolist()]

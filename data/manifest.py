@@ -24,7 +24,7 @@ import numpy as np
 
 from data.frame_folder import has_frames
 from util.dist import UserError, print0
-from util.files import atomic_write
+from util.files import atomic_write, span_columns
 
 VIDEO_EXTENSIONS = (".mp4", ".mkv", ".webm", ".avi", ".mov")
 IMAGE_EXTENSIONS = (  # those of torchvision's ImageFolder
@@ -389,8 +389,9 @@ def write_manifest(path: str | Path, samples: Samples) -> None:
         header.append("label")
         columns.append(samples.labels)
     if samples.spans is not None:
-        header += ["start", "end"]
-        columns += [list(map(_seconds_text, bound)) for bound in samples.spans.T.tolist()]
+        times = span_columns(samples.spans)
+        header += times
+        columns += times.values()
     if samples.sources is not None:
         header.append("source")
         columns.append(list(map(str, samples.sources.tolist())))
@@ -512,14 +513,9 @@ def _span_problem(fields: dict[str, str]) -> str:
         return "start and end must be seconds, such as 12.5"
     if not 0 <= start < end:  # also if one is not a number
         return "the start must be 0 or more, and before the end (seconds)"
+    if (start, end) != NO_SPAN and is_image(fields["path"]):
+        return "an image has no start and end (leave them empty)"
     return ""
-
-
-def _seconds_text(seconds: float) -> str:
-    """Return the text of a time, from which it is read back equal; "" for no end."""
-    if seconds == math.inf:
-        return ""
-    return repr(seconds)
 
 
 def _shown(row: list[str]) -> str:

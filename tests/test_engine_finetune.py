@@ -1,7 +1,9 @@
 """Classification: training that resumes exactly, the best checkpoint, exact evaluation."""
 
+import math
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -23,10 +25,12 @@ import finetune_on_image
 from data.clips import ClipSampling, clip_slack, frame_indices, view_start
 from data.decode import open_video
 from data.transforms import view_transform
+from engine_finetune import EvalData, Split, prediction_table
 from models_vit import VisionTransformer, normalize
 from util import checkpoint, evaluation, train_loop
 from util.checkpoint import load
 from util.dist import UserError
+from util.evaluation import Scores
 from util.pixels import VIDEO_MEAN, VIDEO_STD
 
 BATCH = ["--batch_size_per_gpu", "4"]
@@ -211,3 +215,20 @@ def test_folded_static_clips_equal_exact_ones_in_values_and_gradients(sep_pos_em
     exact = logits_and_gradients(images.expand(-1, -1, 8, -1, -1))
     folded = logits_and_gradients(images)
     torch.testing.assert_close(exact, folded, rtol=1e-9, atol=1e-11)
+
+
+def test_predictions_of_parts_have_the_times_of_the_manifest():
+    spans = np.array([[0, math.inf], [1 / 3, 2.5], [3, math.inf]])
+    samples = Split(["a.mp4", "b.mp4", "b.mp4"], [0, 1, 1], spans)
+    scores = Scores(
+        loss=0.0,
+        acc1=0.0,
+        acc5=0.0,
+        labels=torch.tensor([0, 1, 1]),
+        top=torch.tensor([[0, 1]] * 3),
+        top_scores=torch.tensor([[0.75, 0.25]] * 3),
+    )
+    columns = prediction_table(scores, EvalData(["run", "jump"], samples, iter, views=1))
+    assert list(columns)[:5] == ["path", "start", "end", "label", "top1"]
+    assert columns["start"] == ["0.0", "0.3333333333333333", "3.0"]
+    assert columns["end"] == ["", "2.5", ""]

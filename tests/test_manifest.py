@@ -382,3 +382,11 @@ def test_parts_of_videos_are_written_and_read_back_equal(tmp_path):
 def test_a_manifest_of_whole_files_has_no_parts(tmp_path):
     assert read_manifest(write_text(tmp_path, "path,start,end\n/v/a.mp4,,\n")).spans is None
     assert read_manifest(write_text(tmp_path, "path,start,end\n/v/a.mp4,0,inf\n")).spans is None
+
+
+def test_an_image_has_no_parts(tmp_path):
+    header = "path,start,end\n"
+    manifest = write_text(tmp_path, f"{header}/v/a.JPG,,\n/v/a.mp4,1,2\n/v/b.png,0,\n")
+    assert read_manifest(manifest).spans.tolist() == [[0, math.inf], [1, 2], [0, math.inf]]
+    with pytest.raises(UserError, match=r"line 3: an image has no start and end .*b.png,1,2"):
+        read_manifest(write_text(tmp_path, f"{header}/v/a.mp4,1,2\n/v/b.png,1,2\n"))

@@ -64,6 +64,16 @@ def test_seed_0_has_the_mean_of_the_validation_loss(run, videos, tmp_path):
     assert sum(losses(rows)) / 5 == pytest.approx(record["val_loss"], rel=1e-6)
 
 
+def test_losses_of_parts_have_the_times_of_the_manifest(run, videos, tmp_path):
+    video = find_videos([videos], "--data_dirs")[-1]
+    times = [["0.1", "0.30000000000000004"], ["0.5", ""], ["0.0", ""]]
+    manifest = tmp_path / "parts.csv"
+    manifest.write_text("path,start,end\n" + "".join(f"{video},{s},{e}\n" for s, e in times))
+    rows = measure(run, tmp_path / "losses.csv", "--data_csv", manifest, "--mask_seeds", 2)
+    assert [[row["start"], row["end"]] for row in rows[::2]] == times
+    assert len({row["loss"] for row in rows}) == 6
+
+
 def test_every_seed_has_noise_of_its_own_and_seed_0_the_usual_one():
     assert torch.equal(fixed_noise([7], 32), mask_noise([derive_seed(7, 5)], 32))
     draws = torch.stack([fixed_noise([7, 8], 32, draw) for draw in range(3)]).flatten(0, 1)

@@ -16,7 +16,7 @@ from models_mae import MaskedAutoencoderViT
 from tools.reading import nothing_readable, print_unreadable
 from util.dist import print0
 from util.evaluation import Results, clip_losses, gather_readable, padded_batches
-from util.files import save_csv
+from util.files import save_csv, span_columns
 from util.seeds import fixed_noise
 
 
@@ -78,7 +78,7 @@ def reconstruction_losses(
 def loss_table(found: Results, samples: Samples, masks: Masks) -> pd.DataFrame:
     """Return a row for each readable sample, kind of mask and seed.
 
-    Parts of videos have start and end (seconds).
+    If there are parts of videos, also start and end (seconds), as in a manifest.
     """
     rows = []
     for index, losses in zip(found.table["index"].tolist(), found.table["loss"], strict=True):
@@ -90,9 +90,9 @@ def loss_table(found: Results, samples: Samples, masks: Masks) -> pd.DataFrame:
     indices = table.pop("index").tolist()
     table.insert(0, "path", [samples.paths[index] for index in indices])
     if samples.spans is not None:
-        spans = samples.spans[indices]
-        table.insert(1, "start", spans[:, 0])
-        table.insert(2, "end", spans[:, 1])
+        times = span_columns(samples.spans[indices])
+        table.insert(1, "start", times["start"])
+        table.insert(2, "end", times["end"])
     return table
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import csv
 import hashlib
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 if TYPE_CHECKING:
+    import numpy as np
     import pandas as pd
 
 MAX_NAME = 255  # bytes of a file's name, on most file systems
@@ -79,6 +81,19 @@ def save_csv(table: pd.DataFrame, path: Path) -> None:
         quoting = csv.QUOTE_NONNUMERIC  # the csv module does not quote a carriage return by itself
     with atomic_write(path) as temporary:
         table.to_csv(temporary, index=False, quoting=quoting, errors="surrogateescape")
+
+
+def span_columns(spans: np.ndarray) -> dict[str, list[str]]:
+    """Return the columns start and end of a table, in seconds that are read back equal.
+
+    spans: (n, 2) seconds; an infinite one, the end of the file, is "".
+    """
+
+    def column(times: np.ndarray) -> list[str]:
+        return ["" if time == math.inf else repr(time) for time in times.tolist()]
+
+    start, end = spans.T
+    return {"start": column(start), "end": column(end)}
 
 
 def fsync_path(path: Path) -> None:
