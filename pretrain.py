@@ -360,7 +360,7 @@ def build_data(
     """Return the training clips and the validations. Call on every rank."""
     samples = list_samples(args, "train", resuming)
     rates = sampling_rates(args)
-    groups = mixture_groups(args, samples)
+    groups = mixture_groups(args, samples, resuming)
     dataset = training_clips(args, samples, model.num_tokens)
     sampler = EpochSampler(
         len(dataset),
@@ -381,15 +381,23 @@ def build_data(
     )
 
 
-def mixture_groups(args: argparse.Namespace, samples: Samples) -> SampleGroups | None:
+def mixture_groups(
+    args: argparse.Namespace, samples: Samples, resuming: bool
+) -> SampleGroups | None:
     """Return the sources as groups of the sampler, None without --data_weights.
 
-    Raises UserError unless there is one weight and one sampling rate for each.
+    Raises UserError unless there is one weight and one sampling rate for each, and if the run that
+    is resumed had no sources.
     """
+    origin = str(flags.manifest_path(args, "train"))
     num_sources = 1
     if samples.sources is not None:
         num_sources = len(set(samples.sources.tolist()))
-    origin = str(flags.manifest_path(args, "train"))
+    elif resuming and is_mixture(args):
+        raise UserError(
+            f"--data_weights and several values of --sampling_rate need sources, but {origin} of "
+            "the resumed run has none. Drop them, or use another --save_prefix."
+        )
     check_mixture(num_sources, args.data_weights, sampling_rates(args), origin)
     return source_groups(samples.sources, args.data_weights)
 

@@ -130,6 +130,10 @@ def test_a_mixture_without_weights_is_a_concatenation(lists, videos, tmp_path):
     assert same(saved_weights(tmp_path / "lists"), saved_weights(tmp_path / "folder"))
     manifests = [tmp_path / name / "run_train.csv" for name in ("lists", "folder")]
     assert manifests[0].read_text() == manifests[1].read_text()
+    for more in ("--data_weights", "--sampling_rate"):
+        with pytest.raises(UserError, match=r"lists/run_train.csv of the resumed run has none"):
+            command = [*flags, "--data_csv", *lists, *output_flags(tmp_path / "lists")]
+            pretrain.main([*command, more, "1", "2"])
 
 
 @pytest.mark.parametrize(
