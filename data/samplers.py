@@ -47,8 +47,8 @@ def class_groups(labels: list[int], balanced: bool) -> SampleGroups | None:
         return None
     classes, of_sample, sizes = np.unique(labels, return_inverse=True, return_counts=True)
     print0(
-        f"--balanced: {len(classes)} classes of {sizes.min()} to {sizes.max()} samples, each drawn "
-        f"about {len(labels) / len(classes):.3g} times in an epoch"
+        f"--balanced: {len(classes)} classes of {sizes.min()} to {sizes.max()} samples, each of "
+        f"them {100 / len(classes):.3g} % of an epoch"
     )
     return SampleGroups(of_sample, np.ones(len(classes)))
 

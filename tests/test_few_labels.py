@@ -98,7 +98,7 @@ def test_balanced_images_and_their_order_survive_a_stop(images, tmp_path, monkey
     drawn = drawn_labels(monkeypatch, finetune_on_image, whole, epochs=4)
     assert drawn == {0: 12, 1: 12}  # of 4 x 6 of the 7 images
     printed = capsys.readouterr().out
-    assert "--balanced: 2 classes of 2 to 5 samples, each drawn about 3.5 times" in printed
+    assert "--balanced: 2 classes of 2 to 5 samples, each of them 50 % of an epoch" in printed
     part = image_command(train, tmp_path / "part", *flags)
     finetune_on_image.main([*part, "2"])  # of three updates of an epoch
     finetune_on_image.main([*part, "5"])
