@@ -76,14 +76,14 @@ class Samples(NamedTuple):
         return Samples(paths, [self.labels[i] for i in indices], spans, sources)
 
 
-def part_name(path: str, span: tuple[float, float] | None) -> str:
+def part_name(path: str, span: tuple[float, float] | np.ndarray | None) -> str:
     """Return the name of a sample for lists of files: its path, and of a part also its times.
 
     The notation, a.mp4#t=8,8.5, is that of W3C's Media Fragments URI 1.0.
     """
-    if span is None or span == NO_SPAN:
+    start, end = NO_SPAN if span is None else span
+    if (start, end) == NO_SPAN:
         return path
-    start, end = span
     name = f"{path}#t={start:.10g}"
     return name if end == math.inf else f"{name},{end:.10g}"
 

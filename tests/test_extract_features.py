@@ -266,6 +266,24 @@ def test_clips_along_videos_equal_a_plain_loop(pretrained, mixed, tmp_path):
             assert_close(features, model.norm(tokens[0, 1:].mean(0)))
 
 
+def test_parts_of_a_manifest_equal_the_clips_along_a_video(pretrained, mixed, tmp_path, capsys):
+    video = mixed / "long.mp4"
+    times = [(1.5, 1.5 + 16 / 30), (90, 95), (0.5, 0.5 + 16 / 30), (100, "")]
+    rows = [f"{video},b,{start},{end}\n" for start, end in times]
+    manifest = tmp_path / "parts.csv"
+    manifest.write_text("path,label,start,end\n" + "".join(rows) + f"{mixed}/short.mp4,a,,\n")
+    extract(pretrained, "--data_csv", manifest, "--output", tmp_path / "parts.npz")
+    extract(pretrained, "--data_dir", mixed, *STRIDE, "--output", tmp_path / "along.npz")
+    table = np.load(tmp_path / "parts.npz")
+    along = np.load(tmp_path / "along.npz")["features"]
+    assert np.allclose(table["features"], along[[3, 1, 7]], atol=1e-5)
+    assert table["paths"].tolist() == [str(video), str(video), str(mixed / "short.mp4")]
+    assert (table["start"].tolist(), table["end"][2]) == ([1.5, 0.5, 0], np.inf)
+    assert table["labels"].tolist() == [1, 1, 0]
+    assert table["unreadable"].tolist() == [f"{video}#t=90,95", f"{video}#t=100"]
+    assert f"2 of 5 files cannot be read:\n  {video}#t=90,95: the video" in capsys.readouterr().out
+
+
 def test_a_folder_holds_the_rows_of_the_table(pretrained, mixed, tmp_path, capsys):
     flags = ["--data_dir", mixed, *STRIDE, "--output"]
     extract(pretrained, *flags, tmp_path / "out.npz")

@@ -197,6 +197,24 @@ def test_segments_equal_clips_that_were_cut(finetuned, images, tmp_path):
     assert table["score1"].nunique() == 4
 
 
+def test_parts_in_a_manifest_equal_segments(finetuned, videos, tmp_path, capsys):
+    video = video_paths(videos)[-1]
+    views = ["--views", "2x3"]
+    segments = predicted(finetuned, tmp_path, video, "--segment_seconds", "0.4", *views)
+    whole = predicted(finetuned, tmp_path, video, *views, "--overwrite")
+    times = zip(segments["start"], segments["end"], strict=True)
+    rows = [f"{video},{start},{end}" for start, end in times]
+    rows[-1] = rows[-1].rpartition(",")[0]  # until the end of the file
+    manifest = tmp_path / "parts.csv"
+    manifest.write_text("\n".join(["path,start,end", *reversed(rows), f"{video},0,", rows[0]]))
+    capsys.readouterr()
+    parts = predicted(finetuned, tmp_path, manifest, *views, "--overwrite")
+    assert f"{len(rows) + 1} videos or parts of them, 0 images" in capsys.readouterr().out
+    columns = ["top1", "score1", "top2", "score2"]
+    expected = pd.concat([segments[::-1], whole], ignore_index=True)[columns]
+    pd.testing.assert_frame_equal(parts[columns], expected, atol=2e-6)
+
+
 def test_segments_are_read_without_describing_the_file_again(
     finetuned, videos, broken, images, tmp_path, monkeypatch
 ):

@@ -64,7 +64,7 @@ def test_seed_0_has_the_mean_of_the_validation_loss(run, videos, tmp_path):
     assert sum(losses(rows)) / 5 == pytest.approx(record["val_loss"], rel=1e-6)
 
 
-def test_losses_of_parts_have_the_times_of_the_manifest(run, videos, tmp_path):
+def test_losses_of_parts_have_the_times_of_the_manifest(run, videos, tmp_path, capsys):
     video = find_videos([videos], "--data_dirs")[-1]
     times = [["0.1", "0.30000000000000004"], ["0.5", ""], ["0.0", ""]]
     manifest = tmp_path / "parts.csv"
@@ -72,6 +72,11 @@ def test_losses_of_parts_have_the_times_of_the_manifest(run, videos, tmp_path):
     rows = measure(run, tmp_path / "losses.csv", "--data_csv", manifest, "--mask_seeds", 2)
     assert [[row["start"], row["end"]] for row in rows[::2]] == times
     assert len({row["loss"] for row in rows}) == 6
+    with open(manifest, "a") as file:
+        file.write(f"{video},9,\n")
+    capsys.readouterr()
+    assert measure(run, tmp_path / "more.csv", "--data_csv", manifest) == rows[::2]
+    assert f"1 of 4 files cannot be read:\n  {video}#t=9: " in capsys.readouterr().out
 
 
 def test_every_seed_has_noise_of_its_own_and_seed_0_the_usual_one():

@@ -109,9 +109,10 @@ def test_existing_pictures_are_replaced_on_request_only(checkpoint, videos, tmp_
 
 def test_a_manifest_replaces_folders(checkpoint, videos, tmp_path, capsys):
     manifest = tmp_path / "list.csv"
-    manifest.write_text(find_videos([videos], "--data_dirs")[3] + "\n")
+    video = find_videos([videos], "--data_dirs")[3]
+    manifest.write_text(f"path,start,end\n{video},,\n{video},0.25,0.5\n")
     draw(checkpoint, "--data_csv", manifest, "--output_dir", tmp_path)
-    assert f"clip 1: {find_videos([videos], '--data_dirs')[3]}" in capsys.readouterr().out
+    assert f"clip 1: {video}\nclip 2: {video}#t=0.25,0.5\n" in capsys.readouterr().out
 
 
 def test_the_checkpoint_is_given_with_or_without_its_flag(checkpoint, videos, tmp_path):

@@ -30,6 +30,7 @@ from torch import Tensor
 from data.datasets import ImageDataset, SampleDataset
 from data.frame_folder import check_frame_folders
 from data.loader import collate_readable, eval_loader
+from data.manifest import part_name
 from data.transforms import decode_short_side, image_transform
 from models_vit import VideoEncoder, token_grid
 from tools.data_doctor import Progress
@@ -371,7 +372,7 @@ def write_table(output: Path, extraction: Extraction) -> None:
         for indices, values in extraction.rows(clips)
     )
     table, unreadable = gather_readable(rows, extraction.unreadable)
-    reasons = by_path(samples, unreadable)
+    reasons = by_name(samples, unreadable)
     if len(unreadable) == len(samples.paths):
         raise nothing_readable(reasons, len(samples.paths))
     file, clip = divmod(table["index"].numpy(), CLIPS_PER_FILE)
@@ -406,7 +407,7 @@ def write_folder(folder: Path, extraction: Extraction, settings: dict) -> None:
         (path, name, samples.label(file))
         for file, (path, name) in enumerate(zip(samples.paths, names, strict=True))
     ]
-    reasons = by_path(samples, unreadable)
+    reasons = by_name(samples, unreadable)
     count = dist.on_rank0(lambda: write_lists(folder, listing, shape, reasons))
     print_unreadable(reasons, len(samples.paths))
     if count == 0:
@@ -424,9 +425,13 @@ def find_pending(folder: Path, names: list[str], shape: tuple[int, ...]) -> list
     return sorted(pending)
 
 
-def by_path(samples: Inputs, unreadable: dict[int, str]) -> dict[str, str]:
-    """Return {path: reason} for {file: reason}."""
-    return {samples.paths[file]: reason for file, reason in unreadable.items()}
+def by_name(samples: Inputs, unreadable: dict[int, str]) -> dict[str, str]:
+    """Return {name: reason} for {file: reason}. See `part_name` for the names."""
+    names = {}
+    for file, reason in unreadable.items():
+        span = None if samples.spans is None else samples.spans[file]
+        names[part_name(samples.paths[file], span)] = reason
+    return names
 
 
 def sha256_of_weights(encoder: VideoEncoder) -> str:

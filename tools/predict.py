@@ -378,6 +378,8 @@ def describe_task(samples: list[Sample], config: dict, args: argparse.Namespace)
     unit = "videos"
     if args.segment_seconds is not None:
         unit = "segments of videos"
+    elif any(sample.span for sample in samples):
+        unit = "videos or parts of them"
     side = config["img_size"]
     sampling = clip_sampling(config, args)
     spacing = f"sampling rate {args.sampling_rate} at {args.target_fps:g} frames/s"

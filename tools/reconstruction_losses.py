@@ -11,7 +11,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from data.manifest import Samples
+from data.manifest import Samples, part_name
 from models_mae import MaskedAutoencoderViT
 from tools.reading import nothing_readable, print_unreadable
 from util.dist import print0
@@ -102,7 +102,10 @@ def save_losses(path: Path, found: Results, samples: Samples, masks: Masks) -> N
     Raises UserError if no video is readable.
     """
     paths = samples.paths
-    unreadable = {paths[index]: reason for index, reason in found.unreadable.items()}
+    unreadable = {}
+    for index, reason in found.unreadable.items():
+        span = None if samples.spans is None else samples.spans[index]
+        unreadable[part_name(paths[index], span)] = reason
     if not found.table:
         raise nothing_readable(unreadable, len(paths))
     print_unreadable(unreadable, len(paths), most=len(paths))  # the table does not list them

@@ -307,12 +307,12 @@ def read_clips(dataset: ViewDataset, indices: list[int]) -> Tensor:
     clips = []
     for index in indices:
         sample = dataset[(0, index)]
-        for path, reason in sample["bad"]:
+        for name, reason in sample["bad"]:
             raise UserError(
-                f"{path} cannot be read ({reason}). Repair it or remove it from the data."
+                f"{name} cannot be read ({reason}). Repair it or remove it from the data."
             )
         clips.append(sample["clips"])
-        print0(escaped(f"clip {len(clips)}: {sample['path']}"))
+        print0(escaped(f"clip {len(clips)}: {dataset.name_of(index)}"))
     return torch.cat(clips)
 
 
