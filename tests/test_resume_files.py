@@ -191,6 +191,10 @@ def test_t09_changed_flags_are_printed(files, capsys):
             "training set of 17 -> 16 samples.*Restore the manifest in --datafile_dir",
         ),
         (
+            {"data": {"samples": 16, "sha256": "b"}, "args": {"train_data_path": "images"}},
+            "Restore --train_data_path, --shots, --frac_retained and --seed, or pass",
+        ),
+        (
             {"data": {"samples": 17, "sha256": "a", "weighting": "--balanced"}},
             r"another run \(weighting of the samples: none -> --balanced\). Restore the w",
         ),
