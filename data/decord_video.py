@@ -73,6 +73,7 @@ class DecordVideo(VideoReader):
         self.short_side = short_side
         self.info = info
         self.num_frames = info.frames
+        self.frame_pixels = info.width * info.height
         self.fps = info.fps
         self.times = info.times
         self.replaced = 0

@@ -13,6 +13,7 @@ from data.video import VideoInfo, VideoReader
 
 MAX_FILES = 32
 MAX_FRAMES = 4_000_000  # of all open files, which keep 84 bytes (PyAV) or 117 (decord) of each
+MAX_PIXELS = 16_000_000  # of a frame of all open files, whose decoders keep 16 bytes of each
 
 
 class OpenVideos:
@@ -63,9 +64,12 @@ class OpenVideos:
     def _close_oldest(self) -> None:
         """Close files until the others are within the limits. The last one always stays open."""
         frames = sum(video.num_frames for video in self.videos.values())
+        pixels = sum(video.frame_pixels for video in self.videos.values())
         for path in list(self.videos)[:-1]:
-            if len(self.videos) <= MAX_FILES and frames <= MAX_FRAMES:
+            within = frames <= MAX_FRAMES and pixels <= MAX_PIXELS
+            if within and len(self.videos) <= MAX_FILES:
                 return
             video = self.videos.pop(path)
             frames -= video.num_frames
+            pixels -= video.frame_pixels
             video.close()

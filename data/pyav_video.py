@@ -81,6 +81,7 @@ class PyAVVideo(VideoReader):
         """Open the file; without `info`, find out its frame rate. Raises ReadError."""
         self.container, self.stream = open_stream(path)
         self.codec = self.stream.codec_context
+        self.frame_pixels = self.codec.width * self.codec.height
         self.reformatter = VideoReformatter()
         self.short_side = short_side
         # Before the frame is turned upright.

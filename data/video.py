@@ -46,12 +46,14 @@ class VideoReader:
     fps: mean frame rate.
     times: display times (num_frames,) in seconds, None if the frame rate is constant.
     replaced: number of requested frames so far that could not be decoded; a neighbor replaced them.
+    frame_pixels: width * height of the frames in the file, of which a decoder keeps several.
     """
 
     num_frames: int
     fps: float
     times: np.ndarray | None
     replaced: int
+    frame_pixels: int = 0
 
     def seek(self, index: int) -> None:
         """Move to the keyframe before a frame. `read` does this by itself."""

@@ -314,8 +314,12 @@ def test_the_files_read_last_stay_open_within_limits(tmp_path, monkeypatch):
 
     monkeypatch.setattr(open_videos, "MAX_FILES", 3)
     assert [read(index) for index in (0, 1, 2, 1, 3)][-1] == [2, 1, 3]
+    monkeypatch.setattr(open_videos, "MAX_PIXELS", 2 * 96 * 64)
+    assert read(2) == [3, 2]
+    monkeypatch.undo()
+    assert read(1) == [3, 2, 1]
     monkeypatch.setattr(open_videos, "MAX_FRAMES", 60)
-    assert read(0) == [3, 0]
+    assert read(0) == [1, 0]
     monkeypatch.setattr(open_videos, "MAX_FRAMES", 1)
     assert read(2) == [2]
     with videos.open(paths[1], None, keep=False):
