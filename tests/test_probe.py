@@ -280,7 +280,9 @@ def test_a_probes_checkpoint_is_a_classifier_for_every_reader(
         at = flags.index(name)
         del flags[at : at + 2]
     finetune.main([*flags, *test])
-    assert f"top-1 {acc1:.2f} %" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"top-1 {acc1:.2f} %" in printed
+    assert "\n  initialized  -\n" in printed
     trained = pd.read_csv(out / "run_predictions.csv").set_index("path")
     tested = pd.read_csv(out / "run_test_predictions.csv").set_index("path")
     pd.testing.assert_frame_equal(trained, tested.loc[trained.index], atol=2e-5)

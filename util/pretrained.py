@@ -254,8 +254,10 @@ def _may_be_fresh(name: str, weights: dict[str, Tensor]) -> bool:
 
     A head may, and a decoder of which the file has no part.
     """
+    if name in weights:
+        return False
     if name.startswith("head."):
-        return name not in weights
+        return True
     return name.startswith(NON_ENCODER) and "decoder_pred.weight" not in weights
 
 
