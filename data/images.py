@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Iterator
 
+import numpy as np
 from PIL import Image
 
 from data.input_files import ReadError, check_path, error_summary
@@ -26,8 +27,16 @@ def open_image(path: str) -> Iterator[Image.Image]:
 
 
 def read_image(path: str) -> Image.Image:
-    """Return an image in RGB. Raises ReadError for anything that is not a readable image."""
+    """Return an image in RGB. Raises ReadError for anything that is not a readable image.
+
+    Of 16 bits per gray value, the upper 8 count, as Pillow reads those of colors. It would clip
+    gray values to 255, and also those of 32 bits, whose range is unknown.
+    """
     with open_image(path) as image:
+        if image.mode == "F" or (image.mode == "I" and image.format == "TIFF"):
+            raise ReadError("32 bits per gray value: convert it to 8 or 16 bits")
+        if image.mode.startswith("I"):  # "I;16", or "I" as in PGM files
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
         return image.convert("RGB")
 
 

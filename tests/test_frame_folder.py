@@ -19,6 +19,7 @@ from data.clips import ClipSampling
 from data.datasets import ViewDataset
 from data.decode import describe, open_video
 from data.frame_folder import FRAME_FOLDER, check_frame_folders
+from data.images import read_image
 from data.input_files import ReadError
 from data.manifest import find_labeled, find_videos, read_manifest, unlabeled, walk, write_manifest
 from data.video_index import index_path, load_index, new_index
@@ -139,6 +140,18 @@ def test_unreadable_frames_are_replaced_and_counted(tmp_path):
             video.read(np.array([3, 4]))
         assert video.restart()
         assert video.replaced == 0
+
+
+def test_gray_images_of_16_bits_keep_their_shades(tmp_path):
+    shades = np.arange(256, dtype=np.uint16).reshape(16, 16)
+    for name in ("1.png", "1.tif", "1.pgm"):
+        Image.fromarray(257 * shades).save(tmp_path / name)
+        read = np.asarray(read_image(str(tmp_path / name)))
+        assert (read == shades[..., None]).all()
+    for dtype in (np.int32, np.float32):
+        Image.fromarray(shades.astype(dtype)).save(tmp_path / "1.tif")
+        with pytest.raises(ReadError, match="32 bits per gray value: convert it to 8 or 16"):
+            read_image(str(tmp_path / "1.tif"))
 
 
 def test_only_the_wanted_frames_are_decoded(tmp_path, monkeypatch):
