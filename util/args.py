@@ -390,9 +390,9 @@ def resolve_probe(args: argparse.Namespace, given: set[str]) -> None:
         refuse_unused(given, ("cache_gib",), "with --probe linear. Drop it")
     if not args.probe_augment:
         refuse_unused(given, RANDOM_CLIP_FLAGS, "with --probe. Drop it, or add --probe_augment")
-    if len(set(args.probe_lrs)) < len(args.probe_lrs):
-        values = " ".join(f"{lr:g}" for lr in args.probe_lrs)
-        raise UserError(f"--probe_lrs {values} has a learning rate twice. Drop one.")
+    values = [f"{lr:g}" for lr in args.probe_lrs]  # as in the log, which has a column for each
+    if len(set(values)) < len(values):
+        raise UserError(f"--probe_lrs {' '.join(values)} has a learning rate twice. Drop one.")
     if "smoothing" not in given:
         args.smoothing = 0.0
 
@@ -401,7 +401,8 @@ def refuse_unused(given: set[str], unused: tuple[str, ...], cure: str) -> None:
     """Raise UserError if an unused flag is given. cure: end of the message, with what to do."""
     for name in unused:
         if name in given:
-            raise UserError(f"--{name} has no effect {cure}.")
+            flag = "--global_pool or --cls_token" if name == "global_pool" else f"--{name}"
+            raise UserError(f"{flag} has no effect {cure}.")
 
 
 def add_eval(run: argparse._ArgumentGroup) -> None:
