@@ -391,3 +391,6 @@ def test_a_run_keeps_its_kind_of_probe(videos, encoder, tmp_path, capsys):
     flags = "--probe linear --max_steps 1 --batch_size_per_gpu 4".split()
     finetune.main(without_lr(video_command(videos, tmp_path / "random", *flags)))
     assert "reads an encoder that was never trained" in capsys.readouterr().out
+    too_large = ["--probe", "linear", "--probe_lrs", "1e38"]
+    with pytest.raises(UserError, match="not finite at update 2 .*: lower --probe_lrs and"):
+        finetune.main(probe_command(videos, tmp_path / "large", encoder, *too_large))

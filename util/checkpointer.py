@@ -159,7 +159,7 @@ class Checkpointer:
         if not all_finite(contents["model"]):
             raise UserError(
                 f"the weights are not finite at update {self.state.step} and were not saved: "
-                "lower --lr and resume from the previous checkpoint"
+                f"lower {lr_flag(self.state)} and resume from the previous checkpoint"
             )
         target = path or self.logger.files.checkpoint
         if averaged:
@@ -243,6 +243,11 @@ def all_finite(weights: dict[str, torch.Tensor]) -> bool:
     return bool(torch.stack([value.isfinite().all() for value in floats]).all())
 
 
+def lr_flag(state: TrainState) -> str:
+    """Return the flag that sets a run's learning rate: a probe has others."""
+    return "--probe_lrs" if state.flags.get("probe") else "--lr"
+
+
 def reduce_metrics(state: TrainState, logger: RunLogger) -> None:
     """Sum the metrics over the ranks and list skipped updates. Call on every rank.
 
@@ -255,6 +260,6 @@ def reduce_metrics(state: TrainState, logger: RunLogger) -> None:
     if metrics.failed_step is not None:
         raise UserError(
             f"{metrics.max_bad_steps} updates in a row without a finite loss and gradient, up to "
-            f"update {metrics.failed_step}: lower --lr, or try --amp bf16; their files are in "
-            f"{logger.files.folder / 'nonfinite.jsonl'}"
+            f"update {metrics.failed_step}: lower {lr_flag(state)}, or try --amp bf16; their files "
+            f"are in {logger.files.folder / 'nonfinite.jsonl'}"
         )
