@@ -113,16 +113,18 @@ def _check_numbers(names: list[str], parts: list[FrameName]) -> None:
     raise ReadError(f"{parts[index].following(1, 1)[0]} is missing")
 
 
-def check_frame_folders(paths: list[str], frames_fps: float | None) -> None:
+def check_frame_folders(
+    paths: list[str], frames_fps: float | None, of_any_name: bool = False
+) -> None:
     """Raise UserError if a path is a folder, but --frames_fps is not given.
 
     Prints a note if it is given, but no path is a folder. Paths whose name has an extension are
     taken for files, since asking the file system for each of a million would take long; reading
-    such a folder without a rate is an error too.
+    such a folder without a rate is an error too. of_any_name: ask for these as well.
     """
     paths = list(dict.fromkeys(paths))
-    folders = (path for path in paths if not os.path.splitext(path)[1] and os.path.isdir(path))
-    folder = next(folders, None)
+    asked = (path for path in paths if of_any_name or not os.path.splitext(path)[1])
+    folder = next(filter(os.path.isdir, asked), None)
     if frames_fps is None and folder is not None:
         raise UserError(f"{folder} is {NO_RATE}")
     if frames_fps is not None and folder is None and not any(map(os.path.isdir, paths)):

@@ -339,6 +339,11 @@ def test_without_a_rate_numbered_images_remain_images(twins, finetuned, tmp_path
     ):
         with pytest.raises(UserError, match="clip_0 is a folder: pass --frames_fps"):
             main(words)
+    dotted = write_frames(tmp_path / "clip.2.mp4", frames=4)
+    write_manifest(tmp_path / "dotted.csv", unlabeled([str(dotted)]))
+    with pytest.raises(UserError, match="clip.2.mp4 is a folder: pass --frames_fps"):
+        data_doctor.main([str(tmp_path / "dotted.csv")])
+    assert not index_path(tmp_path / "dotted.csv").exists()
 
 
 def test_the_doctor_describes_folders_of_frames(twins, tmp_path, capsys):

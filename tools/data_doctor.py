@@ -450,7 +450,8 @@ def main(argv: list[str] | None = None) -> None:
     args = get_parser().parse_args(argv)
     clip = ClipSpec(args.num_frames, args.sampling_rate, args.img_size)
     paths, manifest = find_source(args.source, args.write, args.frames_fps)
-    check_frame_folders(paths, args.frames_fps)
+    # An index must not say of a folder that it needs a rate: training may have one.
+    check_frame_folders(paths, args.frames_fps, of_any_name=True)
     target = None
     if manifest:
         target = video_index.index_path(manifest)
