@@ -118,6 +118,7 @@ def center_images(args: argparse.Namespace, samples: Split, substitutes: int = 0
         transform=image_transform(args.img_size, train=False),
         seed=0,
         substitutes=substitutes,
+        epochs_differ=False,
     )
 
 

@@ -92,6 +92,10 @@ class SampleDataset(Dataset):
         spans: The part (start, end) of its file that each sample consists of, in seconds (n, 2);
             None for whole files. See data/clips.py.
 
+    Attributes:
+        epochs_differ: Whether each epoch has draws of its own. Otherwise those of epoch 0 are used,
+            and the substitute of an unreadable file is the same in all epochs.
+
     Raises UserError for spans that `check_spans` refuses.
     """
 
@@ -114,6 +118,7 @@ class SampleDataset(Dataset):
         self.seed = seed
         self.substitutes = substitutes
         self.known = known
+        self.epochs_differ = True
         self.watchdog = WorkerWatchdog(0, 0)
         self.quarantine: dict[str, str] = {}
 
@@ -195,6 +200,8 @@ class SampleDataset(Dataset):
         damaged: [(path, reason)] of the file that was read, if these frames are many.
         """
         epoch, index = key
+        if not self.epochs_differ:
+            epoch = 0
         sample: dict = {
             "clips": None,
             "label": -1,
@@ -207,7 +214,7 @@ class SampleDataset(Dataset):
         for candidate in self._candidates(epoch, index):
             path = self.paths[candidate]
             try:
-                read = self._read(key, candidate)
+                read = self._read((epoch, index), candidate)
             except ReadError as error:
                 sample["bad"].append((self.name_of(candidate), str(error)))
                 continue
@@ -392,6 +399,7 @@ class ViewDataset(SampleDataset):
         frames_fps: float | None = None,
     ):
         super().__init__(paths, labels, seed=0, substitutes=substitutes, known=known, spans=spans)
+        self.epochs_differ = False
         warn_if_decord_missing(decoder)
         self.sampling = sampling
         self.num_views = num_views
@@ -432,8 +440,8 @@ class ViewDataset(SampleDataset):
 class ImageDataset(SampleDataset):
     """Images as clips of one frame (1, C, 1, S, S).
 
-    transform: a PIL image -> uint8 (C, S, S), drawing from torch's global generator. The other
-    arguments: see `SampleDataset`.
+    transform: a PIL image -> uint8 (C, S, S), drawing from torch's global generator. epochs_differ:
+    False for crops that are the same in each epoch. The other arguments: see `SampleDataset`.
     """
 
     def __init__(
@@ -444,8 +452,10 @@ class ImageDataset(SampleDataset):
         transform: Callable,
         seed: int,
         substitutes: int,
+        epochs_differ: bool = True,
     ):
         super().__init__(paths, labels, seed, substitutes)
+        self.epochs_differ = epochs_differ
         self.transform = transform
 
     def read_clips(

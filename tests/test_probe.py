@@ -26,7 +26,8 @@ from torch import nn
 
 import finetune
 import finetune_on_image
-from data.datasets import ImageDataset, SampleDataset, ViewDataset
+from data.datasets import SUBSTITUTES, ImageDataset, SampleDataset, ViewDataset
+from engine_finetune import Split
 from models_vit import AttentivePool, VisionTransformer
 from tools import convert_checkpoint, inspect_checkpoint, predict
 from util import evaluation, frozen_features, train_loop
@@ -203,6 +204,23 @@ def test_each_clip_is_decoded_once_unless_the_tokens_are_too_large(
     assert "need 0.000141 GiB on a machine, of --cache_gib 0.0001; too much" in printed
     assert same(saved_weights(tmp_path / "kept"), saved_weights(tmp_path / "again"))
     assert log_records(tmp_path / "kept") == log_records(tmp_path / "again")
+
+
+def test_a_substitute_is_the_same_in_each_epoch_of_a_probe(videos, images):
+    """Otherwise features that are kept would differ from those that are encoded again."""
+    args = finetune.get_parser().parse_args(
+        without_lr(video_command(videos, "unused", "--img_size", "24"))
+    )
+    for maker, folder, more in (
+        (finetune.center_views, videos, [""]),
+        (finetune_on_image.center_images, images, []),
+    ):
+        paths = [str(path) for path in sorted(Path(folder).glob("*/*"))][:4]
+        split = Split(["missing", *paths], [0] * 5)
+        dataset = maker(args, split, *more, substitutes=SUBSTITUTES)
+        read = [dataset[epoch, 0]["path"] for epoch in range(6)]
+        assert set(read) <= set(paths)
+        assert len(set(read)) == 1
 
 
 @pytest.mark.parametrize("kind", ["linear", "attentive"])
