@@ -21,7 +21,7 @@ from runs import (
     video_command,
 )
 from signals import count_and_signal
-from tiny import same
+from tiny import same, tiny_vit
 from torch import nn
 
 import finetune
@@ -34,6 +34,7 @@ from util import evaluation, frozen_features, train_loop
 from util.checkpoint import load
 from util.dist import UserError
 from util.pretrained import load_classifier, load_encoder
+from util.probe_heads import ProbeHeads
 from util.seeds import derive_seed
 
 LRS = (0.003, 0.02)
@@ -111,7 +112,7 @@ def test_a_probe_equals_a_plain_loop_for_each_learning_rate(kind, videos, encode
     features = norm(tokens)
     if kind == "linear":
         features = norm(tokens[:, 1:].mean(1))
-        features = (features - features.mean(0)) / (features.std(0, correction=0) + 1e-6)
+        features = nn.BatchNorm1d(64, eps=1e-6, affine=False)(features)
     accuracies = {}
     losses = {}
     logits = {}
@@ -141,6 +142,18 @@ def test_a_probe_equals_a_plain_loop_for_each_learning_rate(kind, videos, encode
     shared = before.keys() & after.keys()
     assert len(shared) == 40
     assert all(torch.equal(before[name], after[name]) for name in shared)
+
+
+def test_a_linear_probe_normalizes_like_batch_norm():
+    """Also features that are constant but for rounding, whose noise must not be amplified."""
+    features = torch.randn(50, 64, generator=torch.Generator().manual_seed(0))
+    features *= torch.logspace(-9, 2, 64)
+    features += 3
+    heads = ProbeHeads(tiny_vit(), 1)
+    heads.standardize_by(features)
+    head = heads.heads[0].head
+    normalized = nn.BatchNorm1d(64, eps=1e-6, affine=False)(features)
+    torch.testing.assert_close(heads(features)[:, 0], head(normalized), rtol=1e-3, atol=1e-3)
 
 
 def test_an_attentive_pool_is_torchs_attention_of_one_query():

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from models_vit import AttentivePool, VisionTransformer
 from util.optim import param_groups
 
+VARIANCE_FLOOR = 1e-6  # the eps of BatchNorm
+
 
 class ProbeHead(nn.Module):
     """A classifier's head on features: a linear map, of an attentive probe after its pool."""
@@ -59,10 +61,14 @@ class ProbeHeads(nn.Module):
 
     @torch.no_grad()
     def standardize_by(self, features: Tensor) -> None:
-        """Standardize features from now on by the mean and std of these features (n, D)."""
+        """Standardize features from now on by the mean and std of these features (n, D).
+
+        The std has the floor of He et al.'s BatchNorm, so that noise in a constant feature remains
+        small.
+        """
         features = features.double()
         self.mean.copy_(features.mean(0))
-        self.std.copy_(features.std(0, correction=0) + 1e-6)
+        self.std.copy_((features.var(0, correction=0) + VARIANCE_FLOOR).sqrt())
 
     @torch.no_grad()
     def copy_to(self, model: VisionTransformer, index: int) -> None:
