@@ -372,6 +372,9 @@ def keeps_head(args: argparse.Namespace, start: Start, classes: list[str]) -> bo
     if source.attentive:
         print0(f"the head is new: {source.path} is an attentive probe, which finetuning drops")
         return False
+    if not source.head_is_trained:
+        print0(f"the head is new: {source.path} is a probe before its first validation")
+        return False
     if source.global_pool is None and "global_pool" not in start.given:
         print0(
             f"the head is new: {source.path} does not record its read-out "

@@ -62,6 +62,7 @@ class Layout(NamedTuple):
     config: dict  # the file's own, {} if it has none
     flags: dict  # of the run that wrote the file, {} if it has none
     global_pool: bool | None  # read-out of the classifier, None: unknown
+    head_is_trained: bool  # see `has_trained_head`
 
 
 class ImportedModel(NamedTuple):
@@ -79,6 +80,7 @@ class ImportedModel(NamedTuple):
     config: dict  # the file's own, {} if it has none
     flags: dict  # of the run that wrote the file, {} if it has none
     global_pool: bool | None  # read-out of the classifier, None: unknown
+    head_is_trained: bool  # see `has_trained_head`
     pixel_stats: dict  # mean and std of the pixels that the encoder was trained on
     targets: str  # what the decoder predicts: "videomae", or "pixels" as our own models
     num_heads_source: str  # where the number of heads comes from
@@ -271,6 +273,7 @@ def parse_checkpoint(
         config=config,
         flags=layout.flags,
         global_pool=layout.global_pool,
+        head_is_trained=layout.head_is_trained,
         pixel_stats={key: config.get(key, family.pixel_stats[key]) for key in ("mean", "std")},
         targets=config.get("targets", family.targets),
         num_heads_source=num_heads_source,
@@ -305,6 +308,7 @@ def read_layout(checkpoint: dict, path: str | Path) -> Layout:
         config=_dictionary(checkpoint.get("config")),
         flags=_dictionary(checkpoint.get("args")),
         global_pool=find_read_out(checkpoint, tensors, family) if head else None,
+        head_is_trained=has_trained_head(checkpoint),
     )
 
 
@@ -322,6 +326,15 @@ def refuse_vjepa(checkpoint: dict, path: str | Path) -> None:
             str(name).startswith("module.backbone.") for name in _dictionary(checkpoint.get(key))
         ):
             raise UserError(f"{path}: V-JEPA 2: rotary positions are not supported")
+
+
+def has_trained_head(checkpoint: dict) -> bool:
+    """Return whether the head, if there is one, is trained.
+
+    That of a probe is not until its first validation, which chooses the head.
+    """
+    is_probe = bool(_dictionary(checkpoint.get("config")).get("probe"))
+    return not is_probe or checkpoint.get("best_acc1", 0) >= 0
 
 
 def is_attentive(head: dict[str, Tensor]) -> bool:

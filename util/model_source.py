@@ -26,6 +26,7 @@ class ModelSource(NamedTuple):
     mean_std: dict  # "mean" and "std" of the pixels that it was trained on
     name: str  # for --model
     attentive: bool  # the head reads all tokens by `AttentivePool`
+    head_is_trained: bool  # see `has_trained_head` in util/checkpoint_formats.py
 
 
 def describe_checkpoint(
@@ -64,6 +65,7 @@ def describe(found: ImportedModel, path: str | Path) -> ModelSource:
         mean_std={key: found.pixel_stats[key] for key in ("mean", "std")},
         name=recorded_name.removeprefix("mae_"),
         attentive=is_attentive(found.head),
+        head_is_trained=found.head_is_trained,
     )
 
 
@@ -94,6 +96,11 @@ def model_name(sizes: dict) -> str:
 
 def require_head(source: ModelSource) -> int:
     """Return the number of classes. Raises UserError for a checkpoint without a classifier."""
+    if not source.head_is_trained:
+        raise UserError(
+            f"{source.path} has no classifier yet: it is a probe before its first validation, "
+            "which chooses the head. Resume that run."
+        )
     if source.num_classes is None:
         kind = "a pretraining checkpoint" if source.decoder else "an encoder alone"
         raise UserError(
