@@ -29,7 +29,7 @@ import finetune_on_image
 from data.datasets import SUBSTITUTES, ImageDataset, SampleDataset, ViewDataset
 from engine_finetune import Split
 from models_vit import AttentivePool, VisionTransformer
-from tools import convert_checkpoint, inspect_checkpoint, predict
+from tools import convert_checkpoint, extract_features, inspect_checkpoint, predict
 from util import evaluation, frozen_features, train_loop
 from util.checkpoint import load
 from util.dist import UserError
@@ -262,9 +262,12 @@ def test_a_probe_stopped_at_any_point_resumes_exactly(kind, videos, encoder, tmp
     encoded = count_and_signal(monkeypatch, frozen_features, "padded_batches", at=1)
     validated = count_and_signal(monkeypatch, evaluation, "padded_batches", at=1)
     done = []
-    for _ in range(4):
+    for start in range(4):
         finetune.main(command)
         done.append((len(updates), len(validated), (parts / "run.PREEMPTED").exists()))
+        if start == 1:
+            with pytest.raises(UserError, match="run.pth has no classifier yet: it is a probe"):
+                load_classifier(parts / "run.pth")
     updates_per_epoch = 2
     assert done == [
         (0, 0, True),
@@ -341,6 +344,13 @@ def test_a_probes_checkpoint_is_a_classifier_for_every_reader(
     kept = {"linear": "is kept: it has the same 2 classes", "attentive": "is an attentive probe"}
     assert kept[kind] in capsys.readouterr().out
     assert load_encoder(out / "run_best.pth").num_tokens == 36
+
+    extract_features.main(
+        [f"{out}/run_best.pth", "--data_dir", videos, "--output", f"{out}/features.npz"]
+        + "--device cpu --num_workers 0 --short_side 48 --decoder pyav".split()
+    )
+    printed = capsys.readouterr().out
+    assert ("the mean of the patch tokens, without its pool" in printed) == (kind == "attentive")
 
 
 @pytest.mark.parametrize("kind", ["linear", "attentive"])

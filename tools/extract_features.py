@@ -213,7 +213,12 @@ def choose_read_out(source: ModelSource, args: argparse.Namespace) -> ReadOut:
         )
     kind = args.tokens
     if kind == "mean" and source.num_classes is not None:
-        if source.global_pool is None:
+        if source.attentive:
+            print0(
+                f"note: {source.path} is an attentive probe; the features are the mean of the "
+                "patch tokens, without its pool."
+            )
+        elif source.global_pool is None:
             print0(
                 f"note: {source.path} does not record its read-out; the features are the mean of "
                 "the patch tokens."
