@@ -9,9 +9,11 @@ import pytest
 import torch
 from launch import ROOT, script_command, torchrun
 from make_videos import write_folder, write_video
-from runs import log_records, pretrain_command, saved_weights
+from runs import assert_same_run, log_records, pretrain_command, saved_weights
 
+import engine_pretrain
 import pretrain
+from util import preemption
 from util.dist import UserError
 
 ANCESTOR_COMMAND = (
@@ -101,6 +103,24 @@ def test_a_killed_run_that_resumes_ends_as_if_uninterrupted(videos, tmp_path):
     pretrain.main(command)
     assert_same_weights(tmp_path / "parts", tmp_path / "whole")
     assert train_losses(tmp_path / "parts") == train_losses(tmp_path / "whole")
+
+
+def test_f13_a_stop_after_the_last_update_changes_nothing(videos, tmp_path, monkeypatch):
+    whole = tmp_path / "whole"
+    parts = tmp_path / "parts"
+    flags = ["--val_dirs", videos, *ONE_UPDATE]
+    pretrain.main(pretrain_command(videos, whole, *flags, "--warmup_epochs", "0"))
+    command = pretrain_command(videos, parts, *flags, "--warmup_epochs", "0")
+
+    def stop(*_arguments) -> None:
+        raise preemption.Stopped
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine_pretrain, "measure", stop)
+        pretrain.main(command)
+    assert (parts / "run.PREEMPTED").exists()
+    pretrain.main(command)
+    assert_same_run(parts, whole)
 
 
 def test_a_run_that_ends_inside_an_epoch_resumes_there(videos, tmp_path):

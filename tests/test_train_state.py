@@ -6,7 +6,7 @@ from tiny import same
 from torch import nn
 
 from util.metrics import MetricSums
-from util.optim import Schedule, make_optimizer
+from util.optim import Schedule, make_optimizer, set_learning_rate
 from util.train_state import TrainState, dataset_fingerprint
 
 CPU = torch.device("cpu")
@@ -39,6 +39,7 @@ def do_updates(state: TrainState, count: int) -> None:
     """Do `count` updates, without the end of an epoch."""
     for _ in range(count):
         state.model(torch.ones(1, 3)).square().sum().backward()
+        set_learning_rate(state.optimizer, state.schedule.learning_rate(state.step))
         state.optimizer.step()
         state.optimizer.zero_grad()
         state.metrics.add(torch.ones(1), torch.zeros(()), torch.zeros(()), ["a.mp4"])

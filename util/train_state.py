@@ -9,7 +9,7 @@ from torch import nn
 
 from util.ema import WeightAverage
 from util.metrics import DataWaitTimer, MetricSums
-from util.optim import Schedule
+from util.optim import Schedule, set_learning_rate
 
 
 def dataset_fingerprint(
@@ -121,6 +121,8 @@ class TrainState:
         """
         self._load_optimizer(state)
         self._load_position(state)
+        if self.step > 0:  # an optimizer keeps the rate of its last update
+            set_learning_rate(self.optimizer, self.last_learning_rate())
         self.start_step = self.step
         self.last_logged_step = self.step
 
