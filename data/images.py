@@ -10,6 +10,8 @@ from data.input_files import ReadError, check_path, error_summary
 
 # Errors that Pillow raises for corrupt files.
 PILLOW_ERRORS = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
+WIDE_GRAY = ("I;16", "I;16L", "I;16B", "I;16N")  # modes of gray levels of more than 8 bits
+TIFF_BITS = 258  # the tag of the bits per gray level
 
 
 @contextlib.contextmanager
@@ -27,17 +29,31 @@ def open_image(path: str) -> Iterator[Image.Image]:
 
 
 def read_image(path: str) -> Image.Image:
-    """Return an image in RGB. Raises ReadError for anything that is not a readable image.
+    """Return an image in RGB, of 8 bits like Pillow's own reading of colors of 16 bits.
 
-    Of 16 bits per gray value, the upper 8 count, as Pillow reads those of colors. It would clip
-    gray values to 255, and also those of 32 bits, whose range is unknown.
+    Raises ReadError for anything that is not a readable image, or whose gray levels have no known
+    range.
     """
     with open_image(path) as image:
-        if image.mode == "F" or (image.mode == "I" and image.format == "TIFF"):
-            raise ReadError("32 bits per gray value: convert it to 8 or 16 bits")
-        if image.mode.startswith("I"):  # "I;16", or "I" as in PGM files
-            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-        return image.convert("RGB")
+        bits = _gray_bits(image)
+        if bits == 8:
+            return image.convert("RGB")
+        levels = np.asarray(image)
+        return Image.fromarray((levels >> (bits - 8)).astype(np.uint8)).convert("RGB")
+
+
+def _gray_bits(image: Image.Image) -> int:
+    """Return the bits of a gray level, 8 for all images that Pillow scales to 8 bits itself.
+
+    Raises ReadError for the 32-bit integers and floats of TIFF, whose range is not known.
+    """
+    if image.mode in WIDE_GRAY and image.format == "TIFF":
+        return image.tag_v2[TIFF_BITS][0]  # type: ignore[attr-defined]
+    if image.mode in WIDE_GRAY or (image.mode == "I" and image.format in ("PNG", "PPM")):
+        return 16
+    if image.mode in ("I", "F"):
+        raise ReadError("gray levels of unknown range: save it with 8 bits, or 16 unsigned ones")
+    return 8
 
 
 def image_size(path: str) -> tuple[int, int]:
