@@ -42,7 +42,7 @@ from util import args as flags
 from util import dist
 from util.cli import positive_int
 from util.dist import DistEnv, UserError, print0
-from util.model_flags import Start
+from util.model_flags import Start, lists_again, note_kept_list
 from util.pixels import VIDEO_MEAN, VIDEO_STD
 from util.train_state import dataset_fingerprint
 
@@ -112,21 +112,34 @@ def list_videos(
         return Split([], []), with_class_indices(val, known_classes, source), known_classes
     if start.path and known_classes and train_manifest.exists() and val_manifest.exists():
         check_same_subset(args, start, train_manifest)
+        note_kept_list(args, start, ("train_dir", "train_csv"))
         train = read_manifest(train_manifest)
-        val = read_manifest(val_manifest)
         classes = known_classes
+        if lists_again(args, start, ("val_dir", "val_csv")):
+            val, classes = list_validation(args, train.labels, classes)
+        else:
+            val = read_manifest(val_manifest)
     else:
         train = labeled_videos(args.train_dir, args.train_csv, "train", args.frames_fps)
-        val = labeled_videos(args.val_dir, args.val_csv, "val", args.frames_fps)
-        classes = check_classes(train.labels, val.labels, known_classes, source)
+        val, classes = list_validation(args, train.labels, known_classes)
         train = keep_labeled_subset(args, train, classes)
         write_manifest(train_manifest, train)
-        write_manifest(val_manifest, val)
         copy_index(args.train_csv, train_manifest, train.paths)
-        copy_index(args.val_csv, val_manifest, val.paths)
         write_classes(Path(args.datafile_dir, f"{args.save_prefix}_classes.json"), classes)
     val_split = with_class_indices(val, classes, source)
     return with_class_indices(train, classes, source), val_split, classes
+
+
+def list_validation(
+    args: argparse.Namespace, train_labels: list[str], known_classes: list[str] | None
+) -> tuple[Samples, list[str]]:
+    """Return the validation videos, listed in the run's own manifest, and the class names."""
+    manifest = flags.manifest_path(args, "val")
+    val = labeled_videos(args.val_dir, args.val_csv, "val", args.frames_fps)
+    classes = check_classes(train_labels, val.labels, known_classes, args.val_dir or args.val_csv)
+    write_manifest(manifest, val)
+    copy_index(args.val_csv, manifest, val.paths)
+    return val, classes
 
 
 def keep_labeled_subset(args: argparse.Namespace, train: Samples, classes: list[str]) -> Samples:

@@ -45,7 +45,7 @@ from util.cli import fraction, nonnegative_int, positive_float, positive_int
 from util.dist import DistEnv, UserError, print0
 from util.evaluation import EVAL_CLIPS_PER_FORWARD, mean_features, probe, validation_loss
 from util.logger import print_versions
-from util.model_flags import Start, find_start
+from util.model_flags import Start, find_start, lists_again, note_kept_list
 from util.optim import amp_dtype
 from util.pixels import VIDEO_MEAN, VIDEO_STD
 from util.pretrained import load_pretrained
@@ -233,13 +233,19 @@ def sampling_rates(args: argparse.Namespace) -> list[int]:
     return [args.sampling_rate]
 
 
-def list_samples(args: argparse.Namespace, kind: str, resuming: bool) -> Samples:
+def list_samples(args: argparse.Namespace, kind: str, start: Start) -> Samples:
     """Return the "train" or "val" samples. Call on every rank.
 
-    Rank 0 lists them in the run's own manifest; a resumed run reads it instead of the folders.
+    Rank 0 lists them in the run's own manifest. A resumed run reads it instead of the folders,
+    unless the flags of its validation set have changed.
     """
     manifest = flags.manifest_path(args, kind)
-    if not (resuming and manifest.exists()):
+    known = start.path is not None and manifest.exists()
+    if known and kind == "train":
+        note_kept_list(args, start, ("data_dirs", "data_csv", "data_frac"))
+    elif known:
+        known = not lists_again(args, start, ("val_dirs", "val_csv"))
+    if not known:
         dist.on_rank0(lambda: save_manifest(args, kind))
     samples = read_manifest(manifest)
     check_frame_folders(samples.paths, args.frames_fps)
@@ -355,10 +361,10 @@ def training_clips(args: argparse.Namespace, samples: Samples, noise_tokens: int
 
 
 def build_data(
-    args: argparse.Namespace, env: DistEnv, model: MaskedAutoencoderViT, resuming: bool
+    args: argparse.Namespace, env: DistEnv, model: MaskedAutoencoderViT, start: Start
 ) -> PretrainData:
     """Return the training clips and the validations. Call on every rank."""
-    samples = list_samples(args, "train", resuming)
+    samples = list_samples(args, "train", start)
     rates = sampling_rates(args)
     groups = mixture_groups(args, samples, resuming)
     dataset = training_clips(args, samples, model.num_tokens)
@@ -377,7 +383,7 @@ def build_data(
         fingerprint=fingerprint(args, samples),
         updates_per_epoch=sampler.updates_per_epoch,
         batches=train_loader(dataset, sampler, steps, worker_settings(args), env.device),
-        validations=build_validations(args, env, model, resuming),
+        validations=build_validations(args, env, model, start),
     )
 
 
@@ -420,7 +426,7 @@ def worker_settings(args: argparse.Namespace) -> WorkerSettings:
 
 
 def build_validations(
-    args: argparse.Namespace, env: DistEnv, model: MaskedAutoencoderViT, resuming: bool
+    args: argparse.Namespace, env: DistEnv, model: MaskedAutoencoderViT, start: Start
 ) -> list[Validation]:
     """Return the validations that the flags ask for. Call on every rank.
 
@@ -430,7 +436,7 @@ def build_validations(
     amp = amp_dtype(args.amp, env.device)
     validations = []
     if args.val_dirs or args.val_csv:
-        samples = list_samples(args, "val", resuming)
+        samples = list_samples(args, "val", start)
 
         def measure_loss(batches) -> dict[str, float]:
             loss = validation_loss(model, batches, args.mask_ratio, args.mask_type, amp)
@@ -497,7 +503,7 @@ def main(argv: list[str] | None = None) -> None:
     start = find_start(args, given, args.init_from)
     model = build_model(args, env, start)
     print_decoder_mask(args, given, model)
-    data = build_data(args, env, model, resuming=start.path is not None)
+    data = build_data(args, env, model, start)
     engine_pretrain.train(args, env, model, data, start.path)
 
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from models_vit import named_size
 from util import dist, resume
-from util.args import SAMPLING_METHODS, check_sampling
+from util.args import SAMPLING_METHODS, check_sampling, manifest_path
 from util.dist import UserError, print0
 from util.files import RunFiles
 from util.model_source import (
@@ -72,6 +72,42 @@ def find_start(args: argparse.Namespace, given: set[str], pretrained: str) -> St
         if "patch_size" in given:
             architecture["patch_size"] = args.patch_size
     return Start(path, source, architecture | sizes_in(args), given)
+
+
+def changed_flags(args: argparse.Namespace, start: Start, names: tuple[str, ...]) -> str:
+    """Return which of these flags have other values than in the resumed run, in words.
+
+    None have if all of them are left out.
+    """
+    values = {name: getattr(args, name) for name in names}
+    if start.path is None or start.source is None or not any(values.values()):
+        return ""
+    recorded = values | start.source.flags
+    return " and ".join(f"--{name}" for name in names if recorded[name] != values[name])
+
+
+def note_kept_list(args: argparse.Namespace, start: Start, names: tuple[str, ...]) -> None:
+    """Print a note if flags that choose the training set of a resumed run have changed."""
+    changed = changed_flags(args, start, names)
+    if changed:
+        print0(
+            f"note: {changed} changed, but a resumed run keeps its training set, that of "
+            f"{manifest_path(args, 'train')}. Another --save_prefix starts a new run."
+        )
+
+
+def lists_again(args: argparse.Namespace, start: Start, names: tuple[str, ...]) -> bool:
+    """Return whether flags that choose the validation set of a resumed run have changed.
+
+    If so, print a note.
+    """
+    changed = changed_flags(args, start, names)
+    if changed:
+        print0(
+            f"note: {changed} changed, so the validation set is listed again. Earlier results of "
+            "this run are those of the old set."
+        )
+    return changed != ""
 
 
 def settle_prefix(args: argparse.Namespace, given: set[str], pretrained: str) -> str:

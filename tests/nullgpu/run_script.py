@@ -201,8 +201,8 @@ def skip_reading(patches: contextlib.ExitStack) -> None:
         with torch.device("cuda"):
             return MaskedAutoencoderViT(**arguments)
 
-    def build_empty_data(args, env, model, resuming: bool):
-        data = build_data(args, env, model, resuming)
+    def build_empty_data(args, env, model, start):
+        data = build_data(args, env, model, start)
         batch = empty_batch(args, model.num_tokens)
         batches = [batch] * (data.updates_per_epoch * args.accum_iter)
         return data._replace(batches=lambda _epoch, _updates_done: on_device(batches, env.device))
