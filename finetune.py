@@ -84,6 +84,8 @@ def get_parser() -> flags.ScriptParser:
 
 def labeled_videos(folder: str, manifest: str, kind: str, frames_fps: float | None) -> Samples:
     """Return the samples of --{kind}_dir or --{kind}_csv. Raises UserError."""
+    if folder and manifest:
+        print0(f"note: --{kind}_dir is given, so --{kind}_csv is not used")
     if folder:
         return find_labeled(folder, VIDEO_EXTENSIONS, f"--{kind}_dir", frames_fps is not None)
     if not manifest:

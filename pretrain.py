@@ -366,7 +366,7 @@ def build_data(
     """Return the training clips and the validations. Call on every rank."""
     samples = list_samples(args, "train", start)
     rates = sampling_rates(args)
-    groups = mixture_groups(args, samples, resuming)
+    groups = mixture_groups(args, samples, resuming=start.path is not None)
     dataset = training_clips(args, samples, model.num_tokens)
     sampler = EpochSampler(
         len(dataset),
