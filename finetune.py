@@ -105,17 +105,15 @@ def list_videos(
     --class_names. The run saves its lists as manifests, which a resumed run reads instead of the
     folders.
     """
-    train_manifest = flags.manifest_path(args, "train")
     val_manifest = flags.manifest_path(args, "val")
     source = args.val_dir or args.val_csv or str(val_manifest)
     if args.eval:
         assert known_classes is not None  # `setup` has found them
         val = labeled_videos(args.val_dir, args.val_csv, "val", args.frames_fps)
         return Split([], []), with_class_indices(val, known_classes, source), known_classes
+    train_manifest = flags.manifest_path(args, "train")
     if start.path and known_classes and train_manifest.exists() and val_manifest.exists():
-        check_same_subset(args, start, train_manifest)
-        note_kept_list(args, start, ("train_dir", "train_csv"))
-        train = read_manifest(train_manifest)
+        train = resumed_training_videos(args, start, train_manifest)
         classes = known_classes
         if lists_again(args, start, ("val_dir", "val_csv")):
             val, classes = list_validation(args, train.labels, classes)
@@ -130,6 +128,13 @@ def list_videos(
         write_classes(Path(args.datafile_dir, f"{args.save_prefix}_classes.json"), classes)
     val_split = with_class_indices(val, classes, source)
     return with_class_indices(train, classes, source), val_split, classes
+
+
+def resumed_training_videos(args: argparse.Namespace, start: Start, manifest: Path) -> Samples:
+    """Return the training videos of a resumed run. Raises UserError if flags choose others."""
+    check_same_subset(args, start, manifest)
+    note_kept_list(args, start, ("train_dir", "train_csv"))
+    return read_manifest(manifest)
 
 
 def list_validation(
