@@ -54,6 +54,7 @@ URL_START = r"[A-Za-z][A-Za-z0-9+.-]+:"
 VIDEOMAE_VIDEO = ["0", "-1"]  # what follows the path of a video in VideoMAE v2's pretraining lists
 SHOWN_CLASSES = 5  # class names in an error message
 SHOWN_CHARACTERS = 120  # of a malformed line in an error message
+FolderKey = tuple[int, int]  # see `_folder_key`
 
 
 class Samples(NamedTuple):
@@ -105,38 +106,67 @@ class Found(NamedTuple):
 
     paths: list[str]  # absolute paths of files, and of folders of frames if these are wanted
     unread: list[str]  # folders of frames that are not wanted
+    repeated: list[str]  # folders left out, since they are or contain one that is searched
 
 
 def walk(folder: str, extensions: tuple[str, ...], frames: bool = False) -> list[str]:
     """Return the absolute paths of the files below a folder with these extensions, sorted.
 
-    Extensions match in any case. Hidden files and folders are left out, and so are links to a
-    folder that contains them. frames: a folder of numbered frames is a path too, in place of all
-    files in it. Raises UserError for such a folder that holds videos as well.
+    Extensions match in any case. Hidden files and folders are left out. Links to folders are
+    followed, but each real folder is searched once, at its first place; a note says if others are
+    left out. frames: a folder of numbered frames is a path too, in place of all files in it. Raises
+    UserError for such a folder that holds videos as well.
     """
-    return find_below(folder, extensions, frames).paths
+    found = find_below(folder, extensions, frames, set())
+    note_repeated(found.repeated)
+    return found.paths
 
 
-def find_below(folder: str, extensions: tuple[str, ...], frames: bool) -> Found:
-    """Return the paths of `walk`, and the folders of frames that are not among them."""
-    found = Found([], [])
+def find_below(
+    folder: str, extensions: tuple[str, ...], frames: bool, searched: set[FolderKey]
+) -> Found:
+    """Return the paths of `walk`, and what is not among them.
+
+    searched: folders to leave out, to which those below this one are added.
+    """
+    found = Found([], [], [])
+    real_path = Path(os.path.realpath(folder))
+    above = {_folder_key(str(parent)) for parent in real_path.parents}
+    keys = {folder: _folder_key(folder)}  # of folders that the walk will come to
     for parent, subfolders, files in os.walk(folder, followlinks=True):
-        subfolders[:] = sorted(
-            name
-            for name in subfolders
-            if not name.startswith(".") and not _leads_back(os.path.join(parent, name))
-        )
-        parent = os.path.abspath(parent)
-        names = sorted(name for name in files if not name.startswith("."))
-        if has_frames(names) and frames:
-            _check_no_videos(parent, names)
-            found.paths.append(parent)
+        key = keys.pop(parent)
+        if key in searched or key in above:
+            found.repeated.append(os.path.abspath(parent))
+            subfolders.clear()
             continue
-        wanted = [name for name in names if name.lower().endswith(extensions)]
-        found.paths.extend(os.path.join(parent, name) for name in wanted)
-        if not wanted and has_frames(names):
-            found.unread.append(parent)
+        searched.add(key)
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        for name in subfolders:
+            path = os.path.join(parent, name)
+            keys[path] = _folder_key(path)
+        _add_files(found, os.path.abspath(parent), files, extensions, frames)
     return found
+
+
+def _folder_key(path: str) -> FolderKey:
+    """Return what is equal for all paths of one folder: its device and its number there."""
+    status = os.stat(path)
+    return status.st_dev, status.st_ino
+
+
+def _add_files(
+    found: Found, folder: str, files: list[str], extensions: tuple[str, ...], frames: bool
+) -> None:
+    """Add the files of a folder, or a folder of frames itself, to what is found."""
+    names = sorted(name for name in files if not name.startswith("."))
+    if has_frames(names) and frames:
+        _check_no_videos(folder, names)
+        found.paths.append(folder)
+        return
+    wanted = [name for name in names if name.lower().endswith(extensions)]
+    found.paths.extend(os.path.join(folder, name) for name in wanted)
+    if not wanted and has_frames(names):
+        found.unread.append(folder)
 
 
 def _check_no_videos(folder: str, names: list[str]) -> None:
@@ -158,22 +188,18 @@ def note_unread_frames(folders: list[str]) -> None:
         )
 
 
+def note_repeated(folders: list[str]) -> None:
+    """Print a note about folders that are searched at another place, if there are any."""
+    if folders:
+        print0(
+            f"note: {len(folders)} folders are left out, since links lead to them twice or to a "
+            f"folder above (first: {folders[0]})."
+        )
+
+
 def is_image(path: str) -> bool:
     """Return whether a file's name is that of an image."""
     return path.lower().endswith(IMAGE_EXTENSIONS)
-
-
-def _leads_back(path: str) -> bool:
-    """Return whether a path is a link to a folder above it, in which a walk would not end."""
-    if not os.path.islink(path):
-        return False
-    target = os.stat(path)
-    parent = os.path.dirname(os.path.abspath(path))
-    while not os.path.samestat(os.stat(parent), target):
-        if parent == os.path.dirname(parent):
-            return False
-        parent = os.path.dirname(parent)
-    return True
 
 
 def check_folder(folder: str, flag: str) -> None:
@@ -193,12 +219,16 @@ def find_videos(folders: list[str], flag: str, frames: bool = False) -> list[str
     """
     found = []
     unread = []
+    repeated = []
+    searched: set[FolderKey] = set()
     for folder in folders:
         check_folder(folder, flag)
-        below = find_below(folder, VIDEO_EXTENSIONS, frames)
+        below = find_below(folder, VIDEO_EXTENSIONS, frames, searched)
         found += below.paths
         unread += below.unread
+        repeated += below.repeated
     note_unread_frames(unread)
+    note_repeated(repeated)
     if not found:
         raise UserError(
             f"no videos below {', '.join(folders)}: check {flag} "
@@ -212,31 +242,50 @@ def find_labeled(
 ) -> Samples:
     """Return the files of a folder with one subfolder per class.
 
-    Files may be nested more deeply. flag: how the folder was given, for messages. frames: see
-    `walk`. Raises UserError for a class without files.
+    Files may be nested more deeply. Links from one class to the folder of another are not followed.
+    flag: how the folder was given, for messages. frames: see `walk`. Raises UserError for a class
+    without files.
     """
     check_folder(folder, flag)
     entries = [entry for entry in os.scandir(folder) if entry.is_dir()]
     names = sorted(entry.name for entry in entries if not entry.name.startswith("."))
     if not names:
         raise UserError(f"{flag} {folder} has no subfolders: make one per class")
-    paths = []
+    class_folders = _class_folders(folder, names)
+    searched = set(class_folders)
+    found = Found([], [], [])
     labels = []
-    unread = []
-    for name in names:
+    for key, name in class_folders.items():
         class_folder = os.path.join(folder, name)
-        below = find_below(class_folder, extensions, frames)
-        unread += below.unread
+        searched.remove(key)
+        below = find_below(class_folder, extensions, frames, searched)
+        for collected, added in zip(found, below, strict=True):
+            collected += added
         if not below.paths:
-            note_unread_frames(unread)
-            raise UserError(
-                f"class folder {class_folder} has no files of {' '.join(extensions)}: "
-                "add some or remove the folder"
-            )
-        paths += below.paths
+            break
         labels += [name] * len(below.paths)
-    note_unread_frames(unread)
-    return Samples(paths, labels)
+    note_unread_frames(found.unread)
+    note_repeated(found.repeated)
+    if not below.paths:
+        raise UserError(
+            f"class folder {class_folder} has no files of {' '.join(extensions)}: "
+            "add some or remove the folder"
+        )
+    return Samples(found.paths, labels)
+
+
+def _class_folders(folder: str, names: list[str]) -> dict[FolderKey, str]:
+    """Return the names of class folders by their keys. Raises UserError if two are one folder."""
+    name_of: dict[FolderKey, str] = {}
+    for name in names:
+        key = _folder_key(os.path.join(folder, name))
+        if key in name_of:
+            raise UserError(
+                f"class folders {name_of[key]} and {name} in {folder} are one folder: "
+                "remove one of the links"
+            )
+        name_of[key] = name
+    return name_of
 
 
 def class_names(labels: list[str]) -> list[str]:

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import random
+import re
 from pathlib import Path
 
 import numpy as np
@@ -68,6 +69,67 @@ def test_links_to_a_folder_above_are_not_followed(tmp_path):
     os.symlink(tmp_path / "videos", tmp_path / "other" / "back")
     found = walk(str(tmp_path / "videos"), (".mp4",))
     assert found == [str(inner / "a.mp4"), str(inner / "other" / "b.mp4")]
+
+
+def found_names(folder: Path) -> list[str]:
+    """Return the videos below a folder, relative to it, in the order of a walk."""
+    return [str(Path(path).relative_to(folder)) for path in walk(str(folder), (".mp4",))]
+
+
+@pytest.mark.parametrize(
+    ("links", "expected"),
+    [
+        ({"loop": ".", "again": "."}, ["a/1.mp4", "b/2.mp4"]),
+        ({"a/to_b": "../b", "b/to_a": "../a"}, ["a/1.mp4", "a/to_b/2.mp4"]),
+        ({"b/to_deep": "../a/deep"}, ["a/1.mp4", "a/deep/3.mp4", "b/2.mp4"]),
+        ({"z": "b", "A": "b"}, ["A/2.mp4", "a/1.mp4"]),
+        ({"c": "OUTSIDE", "d": "OUTSIDE"}, ["a/1.mp4", "b/2.mp4", "c/4.mp4"]),
+        ({"c": "OUTSIDE", "d": "OUTSIDE/inner"}, ["a/1.mp4", "b/2.mp4", "c/4.mp4"]),
+    ],
+    ids=["loops", "each other", "found before", "siblings", "outside", "outside and inside"],
+)
+def test_f02_each_real_folder_is_searched_once(links, expected, tmp_path, capsys):
+    folder = tmp_path / "videos"
+    touch(folder, "a/1.mp4", "b/2.mp4")
+    if "a/deep/3.mp4" in expected:
+        touch(folder, "a/deep/3.mp4")
+    touch(tmp_path, "outside/4.mp4", "outside/inner/.hidden")
+    for name, target in links.items():
+        (folder / name).symlink_to(target.replace("OUTSIDE", str(tmp_path / "outside")))
+    assert found_names(folder) == expected
+    assert capsys.readouterr().out.count("folders are left out, since links lead to them") == 1
+
+
+def test_f02_several_folders_have_each_real_folder_once(tmp_path, capsys):
+    touch(tmp_path, "a/1.mp4", "a/deep/2.mp4", "b/3.mp4")
+    (tmp_path / "b/to_a").symlink_to("../a")
+    folders = [str(tmp_path / name) for name in ("a/deep", "b", "a")]
+    found = find_videos(folders, "--data_dirs")
+    assert [str(Path(path).relative_to(tmp_path)) for path in found] == [
+        "a/deep/2.mp4",
+        "b/3.mp4",
+        "b/to_a/1.mp4",
+    ]
+    shown = f"note: 2 folders are left out, .* (first: {tmp_path}/b/to_a/deep)"
+    assert re.search(re.escape(shown).replace(re.escape(".*"), ".*"), capsys.readouterr().out)
+    assert find_videos([str(tmp_path / "a")], "--data_dirs") != []
+    assert "left out" not in capsys.readouterr().out
+
+
+def test_f02_links_between_classes_change_no_label(tmp_path, capsys):
+    touch(tmp_path, "cat/1.mp4", "dog/2.mp4")
+    (tmp_path / "cat/friend").symlink_to("../dog")
+    samples = find_labeled(str(tmp_path), VIDEO_EXTENSIONS, "--train_dir")
+    assert [Path(path).name for path in samples.paths] == ["1.mp4", "2.mp4"]
+    assert samples.labels == ["cat", "dog"]
+    assert f"(first: {tmp_path}/cat/friend)" in capsys.readouterr().out
+    (tmp_path / "hound").symlink_to("dog")
+    with pytest.raises(UserError, match="class folders dog and hound in .* are one folder"):
+        find_labeled(str(tmp_path), VIDEO_EXTENSIONS, "--train_dir")
+    (tmp_path / "hound").unlink()
+    (tmp_path / "loop").symlink_to(".")
+    with pytest.raises(UserError, match="class folder .*loop has no files"):
+        find_labeled(str(tmp_path), VIDEO_EXTENSIONS, "--train_dir")
 
 
 def test_folders_keep_their_order(tmp_path):
