@@ -3,6 +3,8 @@
 The checks themselves are tested with readers that are known to be right or wrong.
 """
 
+import os
+
 import numpy as np
 import pytest
 import video_checks
@@ -233,3 +235,13 @@ def test_the_table_has_a_line_for_each_case(tmp_path):
     lines = video_checks.matrix_table(tmp_path, cases).splitlines()
     assert "| h264.mp4 | closed GOPs of 12 frames, 2 B-frames | exact | exact |" in lines
     assert len(lines) == 4
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getscheduler"), reason="Linux only")
+def test_writing_a_case_keeps_the_scheduling_of_the_tests(tmp_path):
+    policy = os.sched_getscheduler(0)
+    try:
+        write_case(CASE_BY_NAME["av1_svt.mp4"], tmp_path)
+    except NoEncoder as error:
+        pytest.skip(str(error))
+    assert os.sched_getscheduler(0) == policy

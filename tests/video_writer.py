@@ -3,9 +3,10 @@
 Only PyAV is needed. `write_case` makes the file of a `Case`; tests/video_matrix.py lists the cases.
 """
 
+import contextlib
 import os
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
@@ -307,10 +308,27 @@ def _frames(encoding: Encoding, time_base: Fraction):
         yield frame
 
 
+@contextlib.contextmanager
+def kept_scheduling() -> Iterator[None]:
+    """Restore how the system schedules this process: SVT-AV1 makes one of root real-time.
+
+    Everything else on the machine would starve beside it.
+    """
+    if not hasattr(os, "sched_getscheduler"):  # not Linux
+        yield
+        return
+    policy = os.sched_getscheduler(0)
+    parameters = os.sched_getparam(0)
+    try:
+        yield
+    finally:
+        os.sched_setscheduler(0, policy, parameters)
+
+
 def encode(encoding: Encoding, path: Path, muxer: tuple[tuple[str, str], ...] = ()) -> None:
     """Encode numbered frames into a container. Raises NoEncoder."""
     try:
-        with av.open(str(path), "w", options=dict(muxer)) as container:
+        with kept_scheduling(), av.open(str(path), "w", options=dict(muxer)) as container:
             tone = None
             if encoding.audio:
                 tone = container.add_stream("aac", rate=SAMPLE_RATE)
