@@ -420,6 +420,7 @@ def test_only_a_classifier_reads_its_class_token(num_classes, global_pool, cls_e
         sizes={"depth": 2, "cls_embed": cls_embed},
         num_classes=num_classes,
         global_pool=global_pool,
+        attentive=False,
         flags={},
     )
     args = extract_features.get_parser().parse_args(["a.pth", "--data_dir", "videos"])
