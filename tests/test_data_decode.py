@@ -456,7 +456,11 @@ def test_a_restart_forgets_earlier_reads(tmp_path):
         assert not video.restart()
 
 
-def test_decord_opens_a_file_again(tmp_path):
+def test_a_restart_of_decord_reads_the_same_frames(tmp_path):
     path = str(write_video(tmp_path / "v.mp4", frames=40))
     with open_video(path, "decord") as video:
-        assert video.restart() == isinstance(video, PyAVVideo)
+        expected = video.read(np.arange(40))
+        video.replaced = 3
+        assert video.restart()
+        assert video.replaced == 0
+        np.testing.assert_array_equal(video.read(np.array([30, 35])), expected[[30, 35]])

@@ -276,7 +276,7 @@ def write_broken_files(folder: Path) -> dict[str, str]:
         "empty.mp4": "empty file",
         "random.mp4": "not a video",
         "truncated.mp4": "not a video",
-        "folder.mp4": "not a regular file",
+        "folder.mp4": "a folder: pass --frames_fps",
         "fifo.mp4": "not a regular file",
         "audio.mp4": "no video stream",
         "missing.mp4": "No such file",
