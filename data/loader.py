@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 
 from data.datasets import SampleDataset
-from data.samplers import DistributedEvalSampler, EpochSampler
+from data.samplers import DistributedEvalSampler, EpochSampler, note_left_over
 from data.watchdog import (
     WorkerWatchdog,
     add_to_quarantine,
@@ -266,6 +266,7 @@ def train_loader(
     pass: workers read the next epoch's first batches during the last updates and the validation of
     an epoch.
     """
+    note_left_over(sampler)
     loader = FaultTolerantLoader(dataset, sampler, sampler.batch_size, _for_device(workers, device))
     run_pass: Iterator[dict] = iter(())
     next_update = None  # where the pass is between two epochs

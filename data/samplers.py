@@ -194,6 +194,19 @@ class EpochSampler(Sampler):
         return list(zip(passes.tolist(), indices.tolist(), strict=True))
 
 
+def note_left_over(sampler: EpochSampler) -> None:
+    """Print how many samples of an epoch do not fill an update, if there are any.
+
+    Groups have none: their samples are drawn in turn, over the epochs.
+    """
+    left_over = sampler.n - sampler.samples_per_epoch
+    if left_over > 0 and sampler.group_order is None:
+        print0(
+            f"note: {left_over} of {sampler.n} samples are left over in each epoch, others each "
+            f"time: an update takes {sampler.samples_per_update}"
+        )
+
+
 class DistributedEvalSampler(Sampler):
     """Yield (0, index) for every `world_size`-th sample from `rank` on.
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from data.samplers import DistributedEvalSampler, EpochSampler, SampleGroups
+from data.samplers import DistributedEvalSampler, EpochSampler, SampleGroups, note_left_over
 from util.dist import DistEnv, UserError
 from util.seeds import ORDER_STREAM, derive_seed
 
@@ -141,3 +141,25 @@ def test_evaluation_covers_each_sample_once_over_all_ranks(world_size):
         assert list(sampler) == samples[2:]
         assert len(sampler) == len(samples) - 2
     assert sorted(drawn) == [(0, index) for index in range(10)]
+
+
+@pytest.mark.parametrize(
+    ("samples", "accum_iter", "groups", "expected"),
+    [
+        (17, 2, None, "note: 1 of 17 samples are left over in each epoch"),
+        (15, 2, None, "note: 7 of 15 samples are left over in each epoch"),
+        (16, 2, None, ""),
+        (17, 2, SampleGroups(np.zeros(17, dtype=np.int64), np.ones(1)), ""),
+    ],
+)
+def test_f20_samples_left_over_are_counted_once(samples, accum_iter, groups, expected, capsys):
+    env = DistEnv(torch.device("cpu"), 0, 2)  # an update takes 2 x 2 x 2
+    sampler = EpochSampler(
+        samples, batch_size=2, accum_iter=accum_iter, env=env, seed=0, groups=groups
+    )
+    for epoch in range(3):
+        sampler.micro_batches(epoch, 0)
+    note_left_over(sampler)
+    printed = capsys.readouterr().out
+    assert printed.startswith(expected)
+    assert printed.count("\n") == int(expected != "")

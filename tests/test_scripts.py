@@ -12,9 +12,10 @@ import pytest
 import torch
 from corrupt_files import Payload
 from launch import ROOT, clean_environment
-from runs import SCRIPTS, pretrain_command, saved_weights
+from runs import SCRIPTS, image_command, pretrain_command, saved_weights, video_command
 
 import finetune
+import finetune_on_image
 import pretrain
 from tools import visualize
 from util.dist import UserError
@@ -188,3 +189,12 @@ def test_t19_a_hostile_checkpoint_is_refused(kind, program, run_state, videos, t
     assert not marker.exists()
     assert not list(out.glob("*.pth"))
     assert not (out / "run_log.txt").exists()
+
+
+def test_f20_every_script_counts_the_samples_left_over(videos, images, tmp_path, capsys):
+    flags = "--max_steps 1 --batch_size_per_gpu 5".split()
+    pretrain.main(pretrain_command(videos, tmp_path / "a", *flags))
+    finetune.main(video_command(videos, tmp_path / "b", *flags))
+    finetune_on_image.main(image_command(images, tmp_path / "c", *flags))
+    shown = re.findall(r"note: (\d+) of (\d+) samples are left over", capsys.readouterr().out)
+    assert shown == [("3", "8"), ("3", "8"), ("2", "12")]
