@@ -17,7 +17,7 @@ from runs import SCRIPTS, image_command, pretrain_command, saved_weights, video_
 import finetune
 import finetune_on_image
 import pretrain
-from tools import visualize
+from tools import data_doctor, make_manifest, visualize
 from util.dist import UserError
 
 TWO_UPDATES = "--max_steps 2 --batch_size_per_gpu 4".split()
@@ -198,3 +198,23 @@ def test_f20_every_script_counts_the_samples_left_over(videos, images, tmp_path,
     finetune_on_image.main(image_command(images, tmp_path / "c", *flags))
     shown = re.findall(r"note: (\d+) of (\d+) samples are left over", capsys.readouterr().out)
     assert shown == [("3", "8"), ("3", "8"), ("2", "12")]
+
+
+def test_f11_a_mistyped_folder_is_blamed_on_its_own_flag(videos, images, tmp_path):
+    nowhere = str(tmp_path / "nowhere")
+    out = tmp_path / "out"
+    commands = {
+        "--val_dirs": (pretrain.main, pretrain_command(videos, out, "--val_dirs", nowhere)),
+        "--probe_dir": (pretrain.main, pretrain_command(videos, out, "--probe_dir", nowhere)),
+        "--val_dir": (finetune.main, video_command(videos, out, "--val_dir", nowhere)),
+        "--train_dir": (finetune.main, video_command(videos, out, "--train_dir", nowhere)),
+        "--val_data_path": (
+            finetune_on_image.main,
+            image_command(images, out, "--val_data_path", nowhere),
+        ),
+        "SOURCE": (data_doctor.main, [nowhere]),
+        "VIDEOS": (make_manifest.main, ["--from", "folders", nowhere, str(tmp_path / "list.csv")]),
+    }
+    for flag, (main, command) in commands.items():
+        with pytest.raises(UserError, match=f"nowhere.* not found: check {flag}$"):
+            main(command)
