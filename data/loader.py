@@ -193,7 +193,14 @@ class FaultTolerantLoader:
         if self.workers.quarantine is None:
             print_rank(f"quarantined: {escaped(path)} {reason}")
             return
-        add_to_quarantine(self.workers.quarantine, path, reason)
+        try:
+            add_to_quarantine(self.workers.quarantine, path, reason)
+        except OSError as error:
+            print_rank(
+                f"quarantined: {escaped(path)} {reason}; {self.workers.quarantine} could not be "
+                f"written ({error.strerror}), so later runs try the file again"
+            )
+            return
         print_rank(
             f"quarantined: {escaped(path)} {reason}; listed in {self.workers.quarantine} "
             "(delete its line to try the file again)"

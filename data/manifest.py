@@ -352,8 +352,9 @@ def write_classes(path: Path, classes: list[str]) -> None:
     """Write the class names as a JSON list in the order of their indices."""
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(classes, indent=0, ensure_ascii=False) + "\n"
-    # The surrogates of a name that is not UTF-8 become JSON's own escapes
-    path.write_text(text, encoding="utf-8", errors="backslashreplace")
+    with atomic_write(path) as temporary:
+        # The surrogates of a name that is not UTF-8 become JSON's own escapes
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def keep_fraction(samples: Samples, share: float) -> Samples:

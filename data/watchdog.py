@@ -6,7 +6,6 @@ lists them in bad_videos.csv: see util/bad_files.py.
 """
 
 import contextlib
-import csv
 import gc
 import multiprocessing
 import os
@@ -16,6 +15,9 @@ from pathlib import Path
 
 import torch
 from torch.utils.data import get_worker_info
+
+from util.dist import print0
+from util.files import append_rows, read_rows
 
 
 class WorkerWatchdog:
@@ -85,18 +87,23 @@ def kill_workers() -> None:
 
 
 def read_quarantine(path: Path) -> dict[str, str]:
-    """Return the quarantined files {path: reason} of this run and earlier ones."""
-    if not path.exists():
-        return {}
-    with open(path, encoding="utf-8", errors="surrogateescape", newline="") as file:
-        return {row[0]: row[1] for row in csv.reader(file) if len(row) == 2}
+    """Return the quarantined files {path: reason} of this run and earlier ones.
+
+    Prints a warning if some lines are something else.
+    """
+    rows, problem = read_rows(path)
+    if problem:
+        print0(
+            f"warning: {path} is damaged ({problem}): files in it are tried again. "
+            "Remove these lines or the file."
+        )
+    return dict(rows)  # type: ignore[arg-type]
 
 
 def add_to_quarantine(quarantine: Path, path: str, reason: str) -> None:
-    """Add a file to the quarantine, for this run and later ones.
+    """Add a file to the quarantine, for this run and later ones. Raises OSError.
 
     Safe on several processes at once.
     """
     quarantine.parent.mkdir(parents=True, exist_ok=True)
-    with open(quarantine, "a", encoding="utf-8", errors="surrogateescape", newline="") as file:
-        csv.writer(file).writerow((path, reason))
+    append_rows(quarantine, [(path, reason)])

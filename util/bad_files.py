@@ -3,10 +3,10 @@
 Files that hang or kill a loader worker are also listed in quarantine.csv: see data/watchdog.py.
 """
 
-import csv
 from pathlib import Path
 
 from util.dist import UserError, all_gather_object, print0, rank
+from util.files import append_rows, read_rows
 
 
 class BadFiles:
@@ -21,6 +21,7 @@ class BadFiles:
         self.limit = limit
         self.unreadable: dict[str, str] = {}  # path: reason
         self.damaged: dict[str, str] = {}  # read, but with many frames replaced
+        self.warned = False  # that bad_videos.csv is damaged
 
     def add_batch(self, batch: dict) -> None:
         """Remember the bad files of this rank's batch. Raises UserError if there are too many."""
@@ -59,16 +60,14 @@ class BadFiles:
         if not listed:
             rows.insert(0, ("path", "reason"))
         try:
-            with open(
-                self.path, "a", encoding="utf-8", errors="surrogateescape", newline=""
-            ) as file:
-                csv.writer(file).writerows(rows)
+            append_rows(self.path, rows)
         except OSError as error:
             print0(f"warning: could not write {self.path.name} ({error.strerror or error})")
 
     def _already_listed(self) -> set[str]:
-        """Return the first column of bad_videos.csv."""
-        if not self.path.exists():
-            return set()
-        with open(self.path, encoding="utf-8", errors="surrogateescape", newline="") as file:
-            return {row[0] for row in csv.reader(file) if row}
+        """Return the first column of bad_videos.csv, with a warning if it has other lines."""
+        rows, problem = read_rows(self.path)
+        if problem and not self.warned:
+            self.warned = True
+            print0(f"warning: {self.path} is damaged ({problem}): remove these lines or the file")
+        return {path for path, _ in rows}

@@ -126,8 +126,8 @@ class Checkpointer:
         if last and not written:
             raise UserError(
                 "the run is complete, but its last checkpoint could not be written: make room in "
-                f"{self.logger.files.folder} and run the same command again; it resumes from the "
-                "previous checkpoint"
+                f"{self.logger.files.folder}, which must be a folder, and run the same command "
+                "again; it resumes from the previous checkpoint"
             )
 
     def save(
@@ -168,6 +168,7 @@ class Checkpointer:
             contents.pop("ema", None)
         keep = self.keep if path is None else 1  # the best checkpoint has no history
         try:
+            target.parent.mkdir(parents=True, exist_ok=True)  # in case somebody has removed it
             checkpoint.save(target, contents, keep)
         except OSError as error:
             print0(

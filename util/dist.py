@@ -26,6 +26,8 @@ PATH_ERRORS = (  # what the system reports for a path that a user has given
     errno.EACCES,
     errno.EDQUOT,
     errno.EEXIST,
+    errno.EFBIG,
+    errno.EIO,
     errno.EISDIR,
     errno.ELOOP,
     errno.ENAMETOOLONG,
@@ -34,7 +36,9 @@ PATH_ERRORS = (  # what the system reports for a path that a user has given
     errno.ENOTDIR,
     errno.EPERM,
     errno.EROFS,
+    errno.ESTALE,
 )
+FULL_DISK_ERRORS = (errno.EDQUOT, errno.EFBIG, errno.ENOSPC)
 OWN_PACKAGES = ("util", "data", "tools")
 GROUP_TIMEOUT = timedelta(minutes=10)
 MAX_DEFAULT_WORKERS = 16  # loader processes of a process
@@ -352,7 +356,10 @@ def all_gather_object(item: Item) -> list[Item]:
 
 
 def on_rank0(function: Callable[[], Item]) -> Item:
-    """Call `function()` on rank 0; return its result, or raise its UserError, on every rank."""
+    """Call `function()` on rank 0; return its result, or raise its UserError, on every rank.
+
+    With several ranks an OSError about a path is a UserError too, so that none waits for rank 0.
+    """
     if not dist.is_initialized():
         return function()
     outcome: list = [None, None]  # result, message of the error
@@ -361,6 +368,10 @@ def on_rank0(function: Callable[[], Item]) -> Item:
             outcome[0] = function()
         except UserError as error:
             outcome[1] = str(error)
+        except OSError as error:
+            if not is_path_error(error):
+                raise
+            outcome[1] = path_problem(error)
     dist.broadcast_object_list(outcome, src=0)
     result, error_message = outcome
     if error_message is not None:
@@ -397,18 +408,28 @@ def run_script(main: Callable[[], object]) -> None:
         )
         sys.exit(2)
     except OSError as error:
-        if error.errno not in PATH_ERRORS or error.filename is None:
+        if not is_path_error(error):
             raise
-        print_rank(
-            f"error: {error.filename} cannot be used ({error.strerror}). "
-            "Check the path and its permissions, or give another one."
-        )
+        print_rank(f"error: {escaped(path_problem(error))}")
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
     finally:
         end_progress()
         cleanup()
+
+
+def is_path_error(error: OSError) -> bool:
+    """Return whether an error concerns a path that a user has given."""
+    return error.errno in PATH_ERRORS and error.filename is not None
+
+
+def path_problem(error: OSError) -> str:
+    """Return what is wrong with the path of an error, in one line, and the cure."""
+    cure = "Check the path and its permissions, or give another one."
+    if error.errno in FULL_DISK_ERRORS:
+        cure = "Make room, or give another path."
+    return f"{os.fsdecode(error.filename)} cannot be used ({error.strerror}). {cure}"
 
 
 def _stdout_is_broken() -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import errno
 import hashlib
 import math
 import os
@@ -58,8 +59,8 @@ class RunFiles(NamedTuple):
 def atomic_write(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path` to write to; it replaces `path` at the end.
 
-    If the block raises, the temporary file is removed and `path` stays as it was. The suffix stays
-    last, since numpy and Pillow choose the format by it.
+    If the block raises, the temporary file is removed and `path` stays as it was. The error of a
+    full disk names `path`. The suffix stays last, since numpy and Pillow choose the format by it.
     """
     temporary = path.with_name(f"{path.stem}.tmp{path.suffix}")
     if len(os.fsencode(temporary.name)) > MAX_NAME:
@@ -68,9 +69,48 @@ def atomic_write(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
+    except BaseException as error:
+        with contextlib.suppress(OSError):  # such as NotADirectoryError
+            temporary.unlink(missing_ok=True)
+        if type(error) is OSError and error.filename is None:
+            # a write that fails does not name its file, and numpy's gives no number either
+            reason = error.strerror or str(error)
+            raise OSError(error.errno or errno.EIO, reason, str(path)) from error
         raise
+
+
+def append_rows(path: Path, rows: list[tuple[str, str]]) -> None:
+    """Append rows (path, reason) to a CSV file. Raises OSError.
+
+    If the last line is incomplete, it is ended first.
+    """
+    with open(path, "a", encoding="utf-8", errors="surrogateescape", newline="") as file:
+        if file.tell() > 0 and path.read_bytes()[-1:] != b"\n":
+            file.write("\n")
+        csv.writer(file).writerows(rows)
+
+
+def read_rows(path: Path) -> tuple[list[list[str]], str]:
+    """Return the rows (path, reason) of a CSV file, and what is wrong with its other lines.
+
+    The latter is "" for nothing. A file that does not exist has no rows.
+    """
+    rows = []
+    other_lines = 0
+    try:
+        with open(path, encoding="utf-8", errors="surrogateescape", newline="") as file:
+            for row in csv.reader(file):
+                if len(row) == 2:
+                    rows.append(row)
+                elif row:
+                    other_lines += 1
+    except FileNotFoundError:
+        return [], ""
+    except (OSError, csv.Error) as error:
+        return rows, str(error)
+    if other_lines:
+        return rows, f"lines that are not path,reason: {other_lines}"
+    return rows, ""
 
 
 def save_csv(table: pd.DataFrame, path: Path) -> None:

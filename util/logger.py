@@ -97,22 +97,21 @@ class RunLogger:
             reason = error.strerror or error
             print0(f"warning: could not write {what} ({reason}); the run continues")
 
-    @contextlib.contextmanager
-    def tensorboard(self) -> Iterator:
-        """Yield TensorBoard's writer.
+    def _take_writer(self) -> SummaryWriter:
+        """Return TensorBoard's writer, to be given back to `self.writer` after it has written.
 
-        A writer cannot recover from a failure, so the next call makes a new one.
+        A writer cannot recover from a failure, so one that is not given back is replaced. Raises
+        OSError if its folder has vanished or cannot be made.
         """
         from torch.utils.tensorboard import SummaryWriter
 
-        with self.warn_on_oserror("to TensorBoard"):
-            writer = self.writer
-            self.writer = None  # stays None if the block fails
-            if writer is None:
-                folder = self.files.folder / "tb" / self.files.prefix
-                writer = SummaryWriter(str(folder), purge_step=self.purge_step)
-            yield writer
-            self.writer = writer
+        writer = self.writer
+        self.writer = None
+        folder = self.files.folder / "tb" / self.files.prefix
+        if writer is None:
+            return SummaryWriter(str(folder), purge_step=self.purge_step)
+        folder.stat()  # TensorBoard writes in a thread, which would print a traceback
+        return writer
 
     def log_step(
         self,
@@ -135,9 +134,11 @@ class RunLogger:
             self.eta_start = (step, time.time())
         line = progress_line(step, total_steps, epoch, values, rates)
         show_progress(line + self._eta(step, total_steps))
-        with self.tensorboard() as writer:
+        with self.warn_on_oserror("to TensorBoard"):
+            writer = self._take_writer()
             for name, value in (values | rates).items():
                 writer.add_scalar(f"train/{name}", value, step)
+            self.writer = writer
 
     def _eta(self, step: int, total_steps: int) -> str:
         """Return the time left, by the mean speed since the first line."""
@@ -164,11 +165,13 @@ class RunLogger:
             return
         with self.warn_on_oserror(self.files.log.name):
             append_line(self.files.log, json.dumps(record))
-        with self.tensorboard() as writer:
+        with self.warn_on_oserror("to TensorBoard"):
+            writer = self._take_writer()
             for name, value in record.items():
                 if isinstance(value, (int, float)) and name != "epoch":
                     writer.add_scalar(f"epoch/{name}", value, record["epoch"])
             writer.flush()
+            self.writer = writer
 
     def log_image(self, name: str, image: Tensor, epoch: int, numbered: bool = True) -> None:
         """Save an image (3, H, W) uint8 as {prefix}_{name}[_{epoch}].png, and in TensorBoard."""
@@ -178,8 +181,10 @@ class RunLogger:
         path = self.files.path(suffix)
         with self.warn_on_oserror(path.name):
             Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)
-        with self.tensorboard() as writer:
+        with self.warn_on_oserror("to TensorBoard"):
+            writer = self._take_writer()
             writer.add_image(name, image, epoch)
+            self.writer = writer
 
     def save_table(self, name: str, columns: dict[str, list]) -> None:
         """Save a table as {prefix}_{name}.csv."""
@@ -216,7 +221,7 @@ class RunLogger:
         """Flush TensorBoard."""
         if self.writer is not None:
             with self.warn_on_oserror("to TensorBoard"):
-                self.writer.close()
+                self._take_writer().close()
 
 
 @contextlib.contextmanager
