@@ -8,8 +8,6 @@ from PIL import Image
 
 from data.input_files import ReadError, check_path, error_summary
 
-# Errors that Pillow raises for corrupt files.
-PILLOW_ERRORS = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
 WIDE_GRAY = ("I;16", "I;16L", "I;16B", "I;16N")  # modes of gray levels of more than 8 bits
 TIFF_BITS = 258  # the tag of the bits per gray level
 
@@ -23,7 +21,9 @@ def open_image(path: str) -> Iterator[Image.Image]:
     try:
         with Image.open(check_path(path)) as image:
             yield image
-    except PILLOW_ERRORS as error:
+    except ReadError:
+        raise
+    except Exception as error:  # a decoder can raise anything; a huge image, MemoryError
         reason = error_summary(error).partition(": ")[0]  # the rest repeats the path
         raise ReadError(f"not an image: {reason}") from None
 

@@ -5,8 +5,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from data.datasets import ImageDataset
 from data.decode import open_video
 from data.images import read_image
 from data.input_files import ReadError
@@ -60,3 +62,44 @@ def test_f10_gray_levels_without_a_range_are_refused(kind, tmp_path):
     Image.fromarray(DEEP_RAMP.astype(kind)).save(path)
     with pytest.raises(ReadError, match="unknown range: save it with 8 bits"):
         read_image(str(path))
+
+
+@pytest.mark.parametrize("error", [RuntimeError("odd file"), MemoryError(), KeyError(258)])
+def test_f01_any_error_of_pillow_costs_one_frame(error, tmp_path, monkeypatch):
+    for number in range(3):
+        Image.fromarray(RAMP + number).save(tmp_path / f"{number}.png")
+    load = Image.Image.convert
+
+    def load_or_raise(image, mode):
+        if image.filename.endswith("1.png"):
+            raise error
+        return load(image, mode)
+
+    with open_video(str(tmp_path), "pyav", frames_fps=10) as video:
+        monkeypatch.setattr(Image.Image, "convert", load_or_raise)
+        assert video.read(np.arange(3)).shape == (3, 16, 16, 3)
+        assert video.replaced == 1
+    with pytest.raises(ReadError, match="^not an image: "):
+        read_image(str(tmp_path / "1.png"))
+
+
+def test_f01_names_with_nul_and_extreme_shapes_are_read_errors(tmp_path):
+    long = tmp_path / "long.png"
+    Image.new("L", (60_000, 1)).save(long)
+    good = tmp_path / "good.png"
+    Image.fromarray(RAMP).save(good)
+    paths = [str(long), str(tmp_path / "a\0.png"), str(good)]
+    dataset = ImageDataset(
+        paths=paths, labels=[0] * 3, transform=shrink_or_fail, seed=0, substitutes=9
+    )
+    for index in range(2):
+        sample = dataset[(0, index)]
+        assert sample["path"] == str(good)
+        assert paths[index] in dict(sample["bad"])
+
+
+def shrink_or_fail(image: Image.Image) -> torch.Tensor:
+    """Return an image (3, 4, 4); an allocation for a long one fails."""
+    if max(image.size) > 10_000:
+        raise MemoryError
+    return torch.zeros(3, 4, 4, dtype=torch.uint8)
