@@ -26,7 +26,7 @@ def run_file(tmp_path):
     mae = tiny_mae()
     state = {
         "model": mae.state_dict(),
-        "optimizer": {"state": {}},
+        "optimizer": {"state": {}, "param_groups": []},
         "scaler": {},
         "epoch": 1,
         "step": 7,
@@ -172,7 +172,7 @@ def test_inspect_lists_the_tensors_of_an_unknown_layout(tmp_path, capsys):
 
 def test_inspect_shows_odd_dictionaries(tmp_path, capsys):
     state: dict = {"args": {1: 2, "lr": 3, None: 4}, "a": {"w": torch.zeros(2)}}
-    state["a"]["again"] = state
+    state["again"] = state["a"]
     state |= {index: index for index in range(200)}
     torch.save(state, tmp_path / "a.pth")
     rows = inspected(tmp_path / "a.pth", capsys)

@@ -13,7 +13,7 @@ import pickle
 import re
 import warnings
 import zipfile
-import zlib
+from collections import Counter
 from collections.abc import Iterable
 from itertools import count
 from pathlib import Path
@@ -23,13 +23,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from util.checkpoint_schema import SchemaError, all_tensors, check_contents
 from util.dist import UserError
 from util.file_kind import ZIP_START, kind_of_file
 from util.files import fsync_path, sha256_of
 from util.hub import PREFERRED, WEIGHT_SUFFIXES, local_path, refuse_parts
 
-# Errors raised for truncated or corrupt files.
-CORRUPTION_ERRORS = (zipfile.BadZipFile, zlib.error, EOFError, pickle.UnpicklingError)
+# In the message of torch's RuntimeError for too little memory, and for a file that it cannot open.
+MACHINE_FAULT = re.compile("alloc|unable to (open|mmap)")
 RUN_PARTS = {
     "model": dict,
     "optimizer": dict,
@@ -42,7 +43,7 @@ RUN_PARTS = {
 
 
 class CorruptCheckpoint(UserError):
-    """A file that exists and is readable, but is not a complete checkpoint."""
+    """A file that exists and can be read, but is not a complete and valid checkpoint."""
 
 
 # Writing
@@ -132,9 +133,9 @@ def load(path: str | Path, check: bool = True, lazily: bool = False) -> dict:
     check: compare the file's checksums first. lazily: leave the tensors of a .pth file on the
     disk until they are used. A .safetensors file, and pytorch_model.bin, gives {"model": tensors}
     and the entries of config.json beside it. Only tensors and plain data are read: no code of the
-    file is run.
+    file is run, and only what util/checkpoint_schema.py allows is returned.
     Raises UserError if the file is missing, unreadable or not a dictionary; CorruptCheckpoint, a
-    UserError, if it is truncated or corrupt.
+    UserError, if it is truncated or corrupt, or has a part that cannot be right.
     """
     file = file_of(path)
     try:
@@ -153,6 +154,14 @@ def load(path: str | Path, check: bool = True, lazily: bool = False) -> dict:
             f"checkpoint {path} holds a {type(state).__name__}, not a dictionary. "
             "Pass a checkpoint of a model."
         )
+    try:
+        check_contents(state)
+        if zipfile.is_zipfile(file):
+            _check_records(file, state)
+    except SchemaError as error:
+        raise CorruptCheckpoint(
+            f"checkpoint {path} cannot be used ({error}): corrupt or wrongly written, pass another"
+        ) from None
     return state
 
 
@@ -196,6 +205,22 @@ def _read_pth(path: Path, check: bool, lazily: bool) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
 
 
+def _check_records(path: Path, state: dict) -> None:
+    """Raise SchemaError if a tensor of a file of torch.save has more memory than was saved for it.
+
+    With mmap torch reads beyond the end of a record.
+    """
+    with zipfile.ZipFile(path) as archive:
+        records = [
+            each for each in archive.infolist() if each.filename.split("/")[-2:-1] == ["data"]
+        ]
+    saved = Counter(record.file_size for record in records)
+    storages = [tensor.untyped_storage() for tensor in all_tensors(state)]
+    sizes = {storage.data_ptr(): storage.nbytes() for storage in storages if storage.nbytes()}
+    for size in Counter(sizes.values()) - saved:
+        raise SchemaError(f"a tensor is of {size} bytes, which no record of the file has")
+
+
 def _read_safetensors(path: Path, check: bool) -> dict:
     """Read a .safetensors file and config.json beside it. Raises ValueError if a hash is wrong."""
     safetensors_torch = import_safetensors(str(path))
@@ -220,6 +245,8 @@ def _read_sidecar(path: Path) -> dict:
         raise UserError(f"{sidecar} is not valid JSON ({first_line(error)}). Repair it.") from None
     if not isinstance(described, dict):
         raise UserError(f"{sidecar} holds a {type(described).__name__}, not an object. Repair it.")
+    if not isinstance(described.get("config", {}), dict):
+        raise UserError(f"{sidecar} has a config that is not an object. Repair it.")
     if described.get("model_type") == "videomae":  # written by Hugging Face transformers
         described = {"config": _translate_videomae_config(described)}
     config = described.get("config")
@@ -266,9 +293,8 @@ def _unreadable(path: str | Path, file: Path, error: Exception) -> UserError:
     that the file is corrupt, nor do objects in it that are not loaded.
     """
     message = f"checkpoint {path} cannot be read"
-    if isinstance(error, (OSError, MemoryError)):
+    if _is_of_machine(error):
         return UserError(f"{message} ({first_line(error)}): check memory, disk and permissions")
-    intact = zipfile.is_zipfile(file)
     refused = _refused_class(error)
     kind = kind_of_file(file)
     if refused:
@@ -276,15 +302,21 @@ def _unreadable(path: str | Path, file: Path, error: Exception) -> UserError:
             f" (it contains {refused}, which is not loaded for safety): "
             "save its weights again, as tensors and plain data"
         )
-    elif kind:
+        return UserError(message)
+    if kind:
         message += f" ({kind}): not a checkpoint"
     else:
         message += f" ({_reason(file, error)}): corrupt or not a checkpoint"
-        intact &= not isinstance(error, CORRUPTION_ERRORS)
-        intact &= "PytorchStreamReader" not in str(error)
-    if intact:
-        return UserError(message)
+    if zipfile.is_zipfile(file) and (kind or file.suffix == ".safetensors"):
+        return UserError(message)  # the file of another program
     return CorruptCheckpoint(message)
+
+
+def _is_of_machine(error: Exception) -> bool:
+    """Return whether memory, disk or network are at fault for a failed read."""
+    if isinstance(error, (OSError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and MACHINE_FAULT.search(str(error)) is not None
 
 
 def _refused_class(error: Exception) -> str | None:

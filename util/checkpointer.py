@@ -69,9 +69,10 @@ class Checkpointer:
         }
         resume.check_same_run(path, saved, current, force)
         checkpoint.load_weights(path, state.model, saved["model"])
+        require_metrics(path, saved, state.metrics.names)
         try:
             state.restore_progress(saved)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
             raise UserError(
                 f"{path} does not fit ({checkpoint.first_line(error)}): --layer_decay, "
                 "--weight_decay, --bias_wd and --freeze_backbone must group the parameters as in "
@@ -236,6 +237,20 @@ def load_on_rank(path: Path) -> dict:
         return checkpoint.load(path, check=False)
     except UserError as error:  # the file may be missing on this machine only
         raise UserError(f"rank {rank()}: {error}", print_on_any_rank=True) from error
+
+
+def require_metrics(path: Path, saved: dict, names: tuple[str, ...]) -> None:
+    """Raise UserError if the sums in a checkpoint lack a metric of this run."""
+    tally = saved.get("tally")
+    if not tally:  # saved by an earlier version
+        return
+    for sums in tally["sums"].values():
+        missing = [name for name in names if name not in sums]
+        if missing:
+            raise UserError(
+                f"{path} has no sums of {', '.join(missing)}: another script or version saved it. "
+                "Resume with that one, or start a new run from its weights."
+            )
 
 
 def all_finite(weights: dict[str, torch.Tensor]) -> bool:

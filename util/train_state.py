@@ -119,12 +119,29 @@ class TrainState:
 
         state: the contents of a checkpoint. Raises KeyError, TypeError or ValueError.
         """
+        self._require_fitting_moments(state["optimizer"])
         self._load_optimizer(state)
         self._load_position(state)
         if self.step > 0:  # an optimizer keeps the rate of its last update
             set_learning_rate(self.optimizer, self.last_learning_rate())
         self.start_step = self.step
         self.last_logged_step = self.step
+
+    def _require_fitting_moments(self, saved: dict) -> None:
+        """Raise ValueError if a saved moment has not the shape of its parameter.
+
+        torch does not compare them, and the fused kernel reads beyond the end of a smaller one.
+        """
+        groups = self.optimizer.param_groups
+        parameters = [parameter for group in groups for parameter in group["params"]]
+        for index, entry in saved["state"].items():
+            for name in ("exp_avg", "exp_avg_sq"):
+                shape = tuple(entry[name].shape)
+                expected = tuple(parameters[index].shape)
+                if shape != expected:
+                    raise ValueError(
+                        f"{name} of parameter {index} has shape {shape}, not {expected}"
+                    )
 
     def _load_optimizer(self, state: dict) -> None:
         """Restore moments and loss scale; weight decay and betas still come from the flags."""
