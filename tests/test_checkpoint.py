@@ -210,6 +210,16 @@ def test_what_is_not_a_checkpoint_is_one_plain_line(kind, suffix, tmp_path):
     assert isinstance(error.value, CorruptCheckpoint) == corrupt
 
 
+def test_an_archive_with_a_broken_directory_is_one_line(tmp_path):
+    path = tmp_path / "a.pth"
+    torch.save({"w": torch.ones(100)}, path)
+    path.write_bytes(path.read_bytes().replace(b"PK\x01\x02", b"PK\x01\x03"))
+    assert zipfile.is_zipfile(path)
+    for check in (True, False):
+        with pytest.raises(CorruptCheckpoint, match="a.pth cannot be read"):
+            load(path, check=check)
+
+
 def test_a_failing_disk_is_not_a_corrupt_file(tmp_path, monkeypatch):
     save_step(tmp_path, 1, 1)
 

@@ -43,9 +43,12 @@ def kind_of_file(path: Path) -> str | None:
 
 
 def _kind_of_zip(path: Path) -> str | None:
-    """Return what a zip archive is, None for a file of torch.save."""
-    with zipfile.ZipFile(path) as archive:
-        names = [name.rpartition("/")[2] for name in archive.namelist()]
+    """Return what a zip archive is, None for a file of torch.save and for a corrupt archive."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = [name.rpartition("/")[2] for name in archive.namelist()]
+    except (zipfile.BadZipFile, ValueError, NotImplementedError):
+        return None
     if "constants.pkl" in names:
         return "a TorchScript program"
     if "data.pkl" not in names:
