@@ -9,7 +9,8 @@ from util import checkpoint, resume
 from util.dist import UserError
 from util.files import RunFiles
 
-CONFIG = {"depth": 2, "embed_dim": 64}
+PIXELS = {"mean": (0.5, 0.5, 0.5), "std": (0.2, 0.2, 0.2)}
+CONFIG = {"depth": 2, "embed_dim": 64, "num_heads": 2} | PIXELS
 CURRENT = {
     "config": CONFIG,
     "args": {"lr": 0.1, "data_dirs": ["a"]},

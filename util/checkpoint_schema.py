@@ -138,6 +138,9 @@ SCALER = {
     "_growth_tracker": whole(0),
 }
 DATA = {"samples": whole(0), "sha256": TEXT}
+# Without them the file of a run would be taken for another project's, or get the usual values.
+REQUIRED_OF_RUNS = {"model", "config"}
+REQUIRED_CONFIG = {"embed_dim", "depth", "num_heads", "mean", "std"}
 
 
 def check_contents(state: dict) -> None:
@@ -149,6 +152,7 @@ def check_contents(state: dict) -> None:
     if _is_ours(state):
         check_entries("", state, ENTRIES)
         check_entries("config", state.get("config", {}), CONFIG)
+        _require_description(state)
         _check_plain_parts(state)
         _check_weights(state)
         _check_optimizer(state)
@@ -198,6 +202,17 @@ def _require_entries(part: str, entries: dict, names: set[str]) -> None:
     missing = sorted(names - entries.keys())
     if missing:
         raise SchemaError(f"{part} has no {', '.join(missing)}")
+
+
+def _require_description(state: dict) -> None:
+    """Raise SchemaError if the file of a run does not describe its model."""
+    if "samples_consumed" not in state:  # a converted file has what was known
+        return
+    _require_entries("it", state, REQUIRED_OF_RUNS)
+    required = set(REQUIRED_CONFIG)
+    if "num_classes" in state["config"]:
+        required.add("global_pool")
+    _require_entries("config", state["config"], required)
 
 
 # Any file
