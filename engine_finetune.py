@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from data.transforms import make_mixup, random_erasing_
 from models_vit import VisionTransformer, normalize
-from util import checkpoint, dist, pictures, preemption, resume
+from util import checkpoint, dist, pictures, preemption, resume, same_run
 from util.args import (
     ScriptParser,
     apply_system_flags,
@@ -217,6 +217,7 @@ def setup(
     args, given = parse(parser, argv)
     resolve_probe(args, given)
     env = dist.setup(args.device, args.deterministic)
+    same_run.compare_commands(args)
     if not args.eval:
         preemption.install_signal_handlers()
     print_versions()

@@ -39,7 +39,7 @@ from data.video_index import copy_indices, load_index
 from engine_pretrain import PretrainData, Validation
 from models_mae import DECODER_MASK_TYPES, MASK_TYPES, MaskedAutoencoderViT
 from util import args as flags
-from util import dist, preemption
+from util import dist, preemption, same_run
 from util.attentive_probe import attentive_accuracy, features_and_tokens, tokens_fit
 from util.cli import fraction, nonnegative_int, positive_float, positive_int
 from util.dist import DistEnv, UserError, print0
@@ -248,6 +248,7 @@ def list_samples(args: argparse.Namespace, kind: str, start: Start) -> Samples:
     if not known:
         dist.on_rank0(lambda: save_manifest(args, kind))
     samples = read_manifest(manifest)
+    same_run.compare_data({str(manifest): fingerprint(args, samples)})
     check_frame_folders(samples.paths, args.frames_fps)
     return samples
 
@@ -458,6 +459,8 @@ def build_probe(args: argparse.Namespace, env: DistEnv, model: MaskedAutoencoder
     ]
     source = f"--probe_dir {args.probe_dir}/val"
     labels = class_indices(train.labels + val.labels, class_names(train.labels), source)
+    found = dataset_fingerprint(train.paths + val.paths, labels)
+    same_run.compare_data({f"the videos of --probe_dir {args.probe_dir}": found})
     size = len(train.paths)
     amp = amp_dtype(args.amp, env.device)
     has_tokens = tokens_fit(model, len(labels), amp)
@@ -497,6 +500,7 @@ def main(argv: list[str] | None = None) -> None:
     """Run the script on a command line (default: sys.argv). Raises UserError for bad input."""
     args, given = flags.parse(get_parser(), argv)
     env = dist.setup(args.device, args.deterministic)
+    same_run.compare_commands(args)
     preemption.install_signal_handlers()
     print_versions()
     flags.resolve_compile(args, env.device)

@@ -17,6 +17,7 @@ full disk, free disk limit files to "bytes" bytes, and remove that limit, at a m
 slow                 wait "seconds" before each micro-step
 no offset            start each epoch with its first sample, wherever it was interrupted
 in validation        send this process "signal" at the begin of a validation
+stop within          after a signal, allow "seconds" seconds without progress
 die after save       send this process SIGKILL after the checkpoint of update "step"
 
 Every micro-step is recorded in {output_dir}/used_RANK.jsonl.
@@ -39,7 +40,7 @@ import engine_pretrain
 import models_vit
 import pretrain
 from data.samplers import EpochSampler
-from util import checkpoint, dist
+from util import checkpoint, dist, preemption
 
 DDP_SETTLING_PASSES = 2  # before the first micro-step, with several ranks
 
@@ -167,6 +168,9 @@ def inject(faults: list[dict], out: Path) -> None:
             patch_sampler()
         elif fault["do"] == "in validation":
             patch_validation(fault["signal"])
+        elif fault["do"] == "stop within":
+            preemption.STOP_SECONDS = fault["seconds"]
+            preemption.STOP_UPDATES = 0
         elif fault["do"] == "die after save":
             patch_save(fault["step"])
 

@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -168,6 +169,48 @@ def launcher_variables(rank: int, world_size: int, port: int) -> dict[str, str]:
     }
 
 
+def slurm_variables(rank: int, world_size: int, port: int) -> dict[str, str]:
+    """Return the variables that srun sets for a task, and the port."""
+    return {
+        "SLURM_JOB_ID": "7",
+        "SLURM_STEP_ID": "0",
+        "SLURM_PROCID": str(rank),
+        "SLURM_LOCALID": str(rank),
+        "SLURM_NTASKS": str(world_size),
+        "SLURM_STEP_TASKS_PER_NODE": str(world_size),
+        "SLURM_STEP_NODELIST": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+
+
+def start_ranks(
+    commands: list[list[str]],
+    faults: list[dict] = (),
+    variables: Callable[[int, int, int], dict[str, str]] = launcher_variables,
+) -> list[BaseProcess]:
+    """Pretrain in one process for each of these lists of flags, with faults of tests/faulty.py.
+
+    variables: the environment by which they find each other. Rank R prints into printed_R.txt in
+    the --output_dir of rank 0.
+    """
+    # for the server, which starts with the first call
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["faulty"])
+    out = Path(commands[0][commands[0].index("--output_dir") + 1])
+    out.mkdir(parents=True, exist_ok=True)
+    port = free_port()
+    processes = []
+    for rank, flags in enumerate(commands):
+        environment = variables(rank, len(commands), port)
+        output = str(out / f"printed_{rank}.txt")
+        arguments = (environment, list(faults), flags, output)
+        process = context.Process(target=_run_rank, args=arguments)
+        process.start()
+        processes.append(process)
+    return processes
+
+
 def run_ranks(
     world_size: int, flags: list[str], faults: list[dict] = (), timeout: int = 120
 ) -> tuple[list[int], str]:
@@ -175,25 +218,10 @@ def run_ranks(
 
     flags: of pretrain.py. Returns the ranks' exit codes, and what they printed, rank by rank.
     """
-    # for the server, which starts with the first call
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["faulty"])
+    processes = start_ranks([flags] * world_size, faults)
     out = Path(flags[flags.index("--output_dir") + 1])
-    out.mkdir(parents=True, exist_ok=True)
-    port = free_port()
-    outputs = []
-    processes = []
-    for rank in range(world_size):
-        environment = launcher_variables(rank, world_size, port)
-        output = str(out / f"printed_{rank}.txt")
-        arguments = (environment, list(faults), flags, output)
-        process = context.Process(target=_run_rank, args=arguments)
-        process.start()
-        outputs.append(output)
-        processes.append(process)
     hung = end_processes(processes, timeout)
-    printed = "".join(Path(output).read_text() for output in outputs)
+    printed = "".join((out / f"printed_{rank}.txt").read_text() for rank in range(world_size))
     assert not hung, f"still running after {timeout} s:\n{printed[-3000:]}"
     return [process.exitcode for process in processes], printed
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from util import checkpoint, preemption, resume
+from util import checkpoint, preemption, resume, same_run
 from util.bad_files import BadFiles
 from util.dist import UserError, on_rank0, print0, rank
 from util.ema import averaged_checkpoint, has_ema, require_trained_weights
@@ -55,6 +55,7 @@ class Checkpointer:
             self._resume(path, force)
         on_rank0(self._prepare_folder)
         state = self.state
+        same_run.compare_data(state.position_facts())
         self.logger.open(state.flags, state.step, epoch_is_open=state.metrics.updates > 0)
 
     def _resume(self, path: Path, force: bool) -> None:
@@ -102,6 +103,7 @@ class Checkpointer:
         The ranks' wishes are combined one update later: no rank blocks here. Raises
         preemption.Stopped on every rank.
         """
+        preemption.mark_progress(update=True)
         step = self.state.step
         waited = time.monotonic() - self.last_attempt_time
         overdue = rank() == 0 and self.every_seconds > 0 and waited >= self.every_seconds
@@ -145,7 +147,8 @@ class Checkpointer:
         self.bad_files.gather()
         if epoch is None:
             epoch, _ = state.position()
-        written = on_rank0(lambda: self._write(path, epoch, averaged))
+        with preemption.saving():
+            written = on_rank0(lambda: self._write(path, epoch, averaged))
         if path is None:
             self.last_attempt_time = time.monotonic()
             self.last_attempt_step = state.step
@@ -188,6 +191,7 @@ class Checkpointer:
         batches = iter(batches)
         while True:
             batch = next(batches, None)
+            preemption.mark_progress()
             stop_requested = preemption.stop_reason() != ""
             stop_requested, any_left = self.any_rank.now(stop_requested, batch is not None)
             if stop_requested:

@@ -10,7 +10,9 @@ import os
 import re
 import select
 import signal
+import socket
 import sys
+import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from typing import NamedTuple, TextIO, TypeVar
@@ -19,6 +21,7 @@ import torch
 import torch.distributed as dist
 
 from util import preemption
+from util.failures import Failure, FailureWatch, end_process
 
 Item = TypeVar("Item")  # any picklable object
 
@@ -41,6 +44,7 @@ PATH_ERRORS = (  # what the system reports for a path that a user has given
 FULL_DISK_ERRORS = (errno.EDQUOT, errno.EFBIG, errno.ENOSPC)
 OWN_PACKAGES = ("util", "data", "tools")
 GROUP_TIMEOUT = timedelta(minutes=10)
+LATE_TIMEOUT = timedelta(seconds=10)  # to reach the others after an error before the group exists
 MAX_DEFAULT_WORKERS = 16  # loader processes of a process
 PEAK_TFLOPS = {  # dense bf16 or fp16, from the datasheets of the SXM boards
     "H200": 989,
@@ -48,6 +52,7 @@ PEAK_TFLOPS = {  # dense bf16 or fp16, from the datasheets of the SXM boards
     "A100": 312,
 }
 _progress_line_open = False  # the terminal's last line is a progress line
+_failure_watch: FailureWatch | None = None  # None in a run of one process
 
 
 class UserError(Exception):
@@ -219,7 +224,7 @@ def setup(device: str | None, deterministic: bool = False) -> DistEnv:
         # uninitialized memory reproducible, and none of our code reads any.
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.use_deterministic_algorithms(deterministic)
-    preemption.start_launcher_watchdog()
+    preemption.start_watchdogs(_end_now)
     started_by_srun = _is_srun_task()
     if started_by_srun:
         _set_torchrun_variables()
@@ -270,14 +275,38 @@ def _select_gpu(device: torch.device, local_rank: int, started_by_srun: bool) ->
 
 def _init_process_group(device: torch.device) -> None:
     """Join the process group: NCCL for GPUs, gloo for CPUs."""
-    if device.type == "cuda":
-        dist.init_process_group("nccl", device_id=device, timeout=GROUP_TIMEOUT)
-    else:
-        dist.init_process_group("gloo", timeout=GROUP_TIMEOUT)
+    store = _join_store(GROUP_TIMEOUT)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(
+        backend,
+        store=store,
+        rank=rank(),
+        world_size=_int_from_env("WORLD_SIZE", 1),
+        timeout=GROUP_TIMEOUT,
+        device_id=device if backend == "nccl" else None,
+    )
+
+
+def _join_store(timeout: timedelta) -> dist.Store:
+    """Meet the other processes at the launcher's address; from now on one's failure ends all."""
+    global _failure_watch
+    store, own_rank, processes = next(dist.rendezvous("env://", timeout=timeout))
+    _failure_watch = FailureWatch(
+        store,
+        own_rank,
+        processes,
+        outlives_ranks=os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == str(True),
+        report=_report_other_failure,
+    )
+    return store
 
 
 def cleanup() -> None:
     """Leave the process group, if there is one."""
+    global _failure_watch
+    if _failure_watch is not None:
+        _failure_watch.leave()
+        _failure_watch = None
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -387,36 +416,115 @@ def run_script(main: Callable[[], object]) -> None:
 
     A UserError, a missing package and a path that cannot be used become one line on stderr and
     exit code 2, Ctrl-C exit code 130. If the reader of stdout has ended, as `head` does, the script
-    ends with the shell's code for that, 141, and without a message.
+    ends with the shell's code for that, 141, and without a message. Any failure ends all processes
+    of the run; only the first one prints its message or traceback.
     """
     try:
         main()
-    except UserError as error:
-        if rank() == 0 or error.print_on_any_rank:
-            print_rank(f"error: {escaped(str(error))}")
-        sys.exit(2)
-    except BrokenPipeError:
-        if not _stdout_is_broken():
-            raise  # another pipe, for example that of a loader's worker
-        sys.exit(128 + signal.SIGPIPE)
-    except ModuleNotFoundError as error:
-        package = error.name or ""
-        if package.partition(".")[0] in OWN_PACKAGES:
+    except (Exception, KeyboardInterrupt) as error:
+        code, line = _exit_of(error)
+        if _is_alone() and code == 1:
             raise
-        print_rank(
-            f"error: the package {package} is not installed. Run: pip install -r requirements.txt"
-        )
-        sys.exit(2)
-    except OSError as error:
-        if not is_path_error(error):
-            raise
-        print_rank(f"error: {escaped(path_problem(error))}")
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
+        at_once = not isinstance(error, UserError) or error.print_on_any_rank
+        first = _announce(line or _first_line(error), code, at_once)
+        if first.rank == rank():
+            _print_failure(code, line)
+        else:
+            _report_other_failure(first)
+        if not _is_alone():
+            sys.stdout.flush()
+            if _failure_watch is not None:
+                _failure_watch.leave()
+            end_process(first.code)
+        sys.exit(code)
     finally:
         end_progress()
         cleanup()
+
+
+def _is_alone() -> bool:
+    """Return whether this is the only process of the run."""
+    return _int_from_env("WORLD_SIZE", 1) == 1 and not _is_srun_task()
+
+
+def _print_failure(code: int, line: str) -> None:
+    """Print why this process fails: a line, or the traceback of the exception in hand."""
+    end_progress()
+    if line:
+        print_rank(f"error: {escaped(line)}{_place()}")
+    elif code == 1:
+        traceback.print_exc()
+
+
+def _exit_of(error: Exception | KeyboardInterrupt) -> tuple[int, str]:
+    """Return the exit code for an error and its line, "" if there is none.
+
+    Code 1 means an error of the program, to be shown with its traceback.
+    """
+    if isinstance(error, KeyboardInterrupt):
+        return 130, ""
+    if isinstance(error, UserError):
+        return 2, str(error)
+    if isinstance(error, BrokenPipeError) and _stdout_is_broken():
+        return 128 + signal.SIGPIPE, ""
+    if isinstance(error, ModuleNotFoundError):
+        package = error.name or ""
+        if package.partition(".")[0] not in OWN_PACKAGES:
+            return (
+                2,
+                f"the package {package} is not installed. Run: pip install -r requirements.txt",
+            )
+    if isinstance(error, OSError) and is_path_error(error):
+        return 2, path_problem(error)
+    return 1, ""
+
+
+def _announce(reason: str, code: int, at_once: bool) -> Failure:
+    """Tell the other processes that this one fails. Return the failure that was announced first.
+
+    at_once: only this process fails. Otherwise rank 0 may fail alike, and goes first.
+    """
+    alone = _is_alone() or (_failure_watch is None and not _join_late())
+    if alone or _failure_watch is None:
+        return Failure(rank(), "", code, reason)
+    return _failure_watch.announce(reason, code, at_once)
+
+
+def _join_late() -> bool:
+    """Meet the other processes after an error that came before. Return whether that worked."""
+    try:
+        if _is_srun_task():
+            _set_torchrun_variables()
+        _join_store(LATE_TIMEOUT)
+    except (ValueError, RuntimeError):  # no address, or nobody there
+        return False
+    return True
+
+
+def _end_now(reason: str, code: int) -> None:
+    """End this process and the others, from another thread than the main one."""
+    first = _announce(reason, code, at_once=True)
+    if first.rank == rank():
+        print_rank(f"error: {reason}{_place()}")
+    end_process(first.code)
+
+
+def _report_other_failure(failure: Failure) -> None:
+    """Print on one process of each machine that another process's failure ends it."""
+    if _int_from_env("LOCAL_RANK", 0) == 0:
+        print_rank(f"ended, because rank {failure.rank} on {failure.host} has failed")
+
+
+def _place() -> str:
+    """Return where this process runs, for the end of a message; "" on rank 0."""
+    if rank() == 0:
+        return ""
+    return f" (rank {rank()} on {socket.gethostname()})"
+
+
+def _first_line(error: BaseException) -> str:
+    """Return an error's type and the first line of its message."""
+    return f"{type(error).__name__}: {error}".splitlines()[0][:200]
 
 
 def is_path_error(error: OSError) -> bool:

@@ -9,12 +9,18 @@ A stop is requested by SIGTERM, SIGUSR1 or SIGINT (Ctrl-C), and by the death of 
 4. the script ends with exit code 0, or 2 if the checkpoint could not be written.
 
 Before the first update Ctrl-C exits at once; the other signals wait for that update.
+
+A process that cannot stop so, because it waits for another one, is ended by a second SIGTERM, or
+when nothing has been done for a while after a signal: see `_watch_signals`.
 """
 
+import contextlib
 import os
+import select
 import signal
 import threading
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -23,7 +29,11 @@ import torch.distributed as dist
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 GRACE_SECONDS = 120  # time to save and exit after the launcher dies
-POLL_SECONDS = 0.5  # how often to check that the launcher is alive
+POLL_SECONDS = 0.5  # how often to check that the launcher is alive, and a stop is under way
+SECOND_SIGNAL_SECONDS = 10.0  # closer ones are the launcher's and the scheduler's
+STOP_SECONDS = 60.0  # after a signal: longest time without progress
+STOP_UPDATES = 5  # likewise, in times of the longest update
+FIRST_UPDATE_SECONDS = 600.0  # likewise before the first update, and while a checkpoint is written
 GROUP_TIMEOUT = timedelta(minutes=30)
 
 
@@ -34,9 +44,36 @@ class StopRequest:
     reason: str = ""  # a signal's name, or "launcher died"
     time: float = 0.0  # of the signal, on the monotonic clock
     training: bool = False  # before the first update Ctrl-C exits at once
+    # as `_watch_signals` knows it, which sees a signal before the main thread does:
+    first_signal: str = ""
+    first_time: float = 0.0  # of SIGTERM or Ctrl-C
+    events: int = 0  # of `Progress`
+    last_call: float = 0.0  # of `_stuck`
+    waited: float = 0.0  # seconds since the last of these events
+    over: bool = False  # the run has ended or stopped
+
+
+@dataclass
+class Progress:
+    """What the main thread has done: updates, batches of validations, checkpoints."""
+
+    events: int = 0
+    updates: int = 0
+    last_time: float = 0.0  # of an event, on the monotonic clock
+    longest: float = 0.0  # seconds from one event to the next update
+    saving: bool = False
+
+    def seconds_allowed(self) -> float:
+        """Return how long a stop may take from one event to the next."""
+        if self.saving or self.updates == 0:
+            return FIRST_UPDATE_SECONDS
+        return max(STOP_SECONDS, STOP_UPDATES * self.longest)
 
 
 _request = StopRequest()
+_progress = Progress()
+_end: Callable[[str, int], None] | None = None  # see `start_watchdogs`
+_signal_pipe: tuple[int, int] | None = None  # of this process, read by `_watch_signals`
 
 
 class Stopped(Exception):
@@ -45,15 +82,19 @@ class Stopped(Exception):
 
 def install_signal_handlers() -> None:
     """Make the stop signals set a flag; before training starts, Ctrl-C still exits at once."""
-    global _request
+    global _request, _progress
     _request = StopRequest()
+    _progress = Progress()
     for signum in STOP_SIGNALS:
         signal.signal(signum, _handle_signal)
+    signal.set_wakeup_fd(_signal_writer(), warn_on_full_buffer=False)
 
 
 def restore_signal_handlers() -> None:
     """Make the stop signals end the process again."""
     _request.training = False
+    _request.over = True
+    signal.set_wakeup_fd(-1)
     for signum in STOP_SIGNALS:
         if signal.getsignal(signum) is not _handle_signal:
             continue
@@ -83,25 +124,112 @@ def _handle_signal(signum: int, _frame) -> None:
         _request.time = time.monotonic()
 
 
-def start_launcher_watchdog() -> None:
-    """Under torchrun, stop this process when the launcher dies; without torchrun, do nothing.
+def mark_progress(update: bool = False) -> None:
+    """Note that an update (or a batch of a validation, or a checkpoint) has been done."""
+    now = time.monotonic()
+    if update and _progress.events > 0:
+        _progress.longest = max(_progress.longest, now - _progress.last_time)
+    _progress.updates += int(update)
+    _progress.last_time = now
+    _progress.events += 1
 
-    Before training starts, the process exits at once.
+
+@contextlib.contextmanager
+def saving() -> Iterator[None]:
+    """Wrap the writing of a checkpoint, which may take longer than an update."""
+    _progress.saving = True
+    try:
+        yield
+    finally:
+        _progress.saving = False
+        mark_progress()
+
+
+def start_watchdogs(end: Callable[[str, int], None]) -> None:
+    """Prepare to end this process when its launcher dies, or when it does not stop after a signal.
+
+    end: (reason, exit code); ends this process, from any thread.
     """
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
-        return
-    launcher_pid = os.getppid()
-    threading.Thread(target=_watch_parent, args=(launcher_pid,), daemon=True).start()
+    global _end
+    _end = end
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        launcher_pid = os.getppid()
+        threading.Thread(target=_watch_parent, args=(launcher_pid,), daemon=True).start()
 
 
 def _watch_parent(launcher_pid: int) -> None:
-    """Wait until the parent process changes, request a stop, and exit after the grace period."""
+    """Wait until the parent process changes, request a stop, and exit after the grace period.
+
+    Before training starts, the process exits at once.
+    """
     while os.getppid() == launcher_pid:
         time.sleep(POLL_SECONDS)
     if _request.training:
         _request.reason = _request.reason or "launcher died"
         time.sleep(GRACE_SECONDS)
     os._exit(1)  # the main thread may be blocked in a collective with dead peers
+
+
+def _signal_writer() -> int:
+    """Return the file to which the interpreter writes each signal's number, even while it waits.
+
+    The first call starts the thread that reads them. A forked process must not write there.
+    """
+    global _signal_pipe
+    if _signal_pipe is None:
+        _signal_pipe = os.pipe()
+        os.set_blocking(_signal_pipe[1], False)
+        os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))
+        threading.Thread(target=_watch_signals, args=(_signal_pipe[0],), daemon=True).start()
+    return _signal_pipe[1]
+
+
+def _watch_signals(reader: int) -> None:
+    """End the process if it does not stop after a signal. reader: receives the signals' numbers.
+
+    A signal's handler runs only in the main thread, which may wait in a collective.
+    """
+    while True:
+        ready, _, _ = select.select([reader], [], [], POLL_SECONDS)
+        received = os.read(reader, 4096) if ready else b""
+        problem = _stuck(_request, received)
+        if problem and not _request.over and _end is not None:
+            _end(problem, 128 + signal.SIGTERM)
+
+
+def _stuck(request: StopRequest, received: bytes) -> str:
+    """Return why a process that was told to stop must be ended, "" if it need not be.
+
+    received: numbers of the signals since the last call. The reasons are a second SIGTERM, or no
+    progress for the time that `Progress` allows. A suspended process loses little of that time: a
+    call adds no more than it should have taken.
+    """
+    now = time.monotonic()
+    for number in received:
+        if number not in STOP_SIGNALS:
+            continue
+        name = signal.Signals(number).name
+        if not request.first_signal:
+            request.first_signal = name
+            request.last_call = now
+        if number == signal.SIGUSR1:
+            continue
+        if request.first_time and now - request.first_time >= SECOND_SIGNAL_SECONDS:
+            return f"ended by a second {name}, without another checkpoint"
+        request.first_time = request.first_time or now
+    if not request.first_signal:
+        return ""
+    request.waited += min(now - request.last_call, 2 * POLL_SECONDS)
+    request.last_call = now
+    if request.events != _progress.events:
+        request.events = _progress.events
+        request.waited = 0.0
+    if request.waited <= _progress.seconds_allowed():
+        return ""
+    return (
+        f"ended {request.waited:.0f} s after {request.first_signal} or the last update after it: "
+        "it waits for another process or for its files, and could not save"
+    )
 
 
 class AnyRank:

@@ -89,6 +89,18 @@ class TrainState:
         """Return the learning rate of the last update."""
         return self.schedule.learning_rate(self.step - 1)
 
+    def position_facts(self) -> dict[str, object]:
+        """Return what must be equal on all processes: data, position, a sample of the weights."""
+        weights = hashlib.sha256()
+        for value in self.model.state_dict().values():
+            weights.update(repr(value.flatten()[:4].tolist()).encode())
+        return {
+            "the training set": self.data,
+            "the update to start from": self.step,
+            "the samples consumed": self.samples_consumed,
+            "the model's weights": weights.hexdigest()[:12],
+        }
+
     def state_dict(self, epoch: int) -> dict:
         """Return the contents of a checkpoint. Call `reduce_metrics` first.
 
