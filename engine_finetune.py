@@ -217,7 +217,7 @@ def setup(
     args, given = parse(parser, argv)
     resolve_probe(args, given)
     env = dist.setup(args.device, args.deterministic)
-    same_run.compare_commands(args)
+    same_run.compare_commands(vars(args))
     if not args.eval:
         preemption.install_signal_handlers()
     print_versions()

@@ -500,7 +500,7 @@ def main(argv: list[str] | None = None) -> None:
     """Run the script on a command line (default: sys.argv). Raises UserError for bad input."""
     args, given = flags.parse(get_parser(), argv)
     env = dist.setup(args.device, args.deterministic)
-    same_run.compare_commands(args)
+    same_run.compare_commands(vars(args))
     preemption.install_signal_handlers()
     print_versions()
     flags.resolve_compile(args, env.device)

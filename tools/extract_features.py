@@ -68,7 +68,7 @@ from tools.reading import (
     print_unreadable,
     worker_settings,
 )
-from util import dist
+from util import dist, same_run
 from util.cli import Parser, nonnegative_int, positive_float
 from util.dist import DistEnv, UserError, print0
 from util.evaluation import feature_rows, gather_readable
@@ -499,6 +499,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_again(parser, argv, source.flags, CLIP_FLAGS)
     check_seconds("stride_seconds", args.stride_seconds, args.target_fps)
     env = dist.setup(args.device)
+    same_run.compare_commands(vars(args))
     output = dist.on_rank0(lambda: output_path(args))
     frames = args.frames_fps is not None
     samples = dist.on_rank0(

@@ -61,7 +61,7 @@ from tools.reading import (
     print_unreadable,
     worker_settings,
 )
-from util import dist
+from util import dist, same_run
 from util.cli import Parser, positive_float
 from util.dist import DistEnv, UserError, print0
 from util.evaluation import predict
@@ -436,6 +436,7 @@ def main(argv: list[str] | None = None) -> None:
     args, source = parse_flags(argv)
     output = Path(args.output) if args.output else None
     env = dist.setup(args.device)
+    same_run.compare_commands(vars(args))
     dist.on_rank0(lambda: check_output(output, args.source, args.overwrite))
     frames = args.frames_fps is not None
     found = dist.on_rank0(lambda: find_files(args.source, frames))

@@ -1,6 +1,5 @@
 """Check that all processes of a run train the same thing, before they wait for one another."""
 
-import argparse
 import functools
 import hashlib
 import json
@@ -19,13 +18,13 @@ MOST_DIFFERENCES = 5  # that a message names
 ABSENT = "nothing"
 
 
-def compare_commands(args: argparse.Namespace) -> None:
+def compare_commands(flags: dict[str, object]) -> None:
     """Raise UserError unless all processes have the same flags, code and packages.
 
     Call on every rank, before anything that depends on the flags. Flags that cannot change the
     result may differ, such as the number of workers.
     """
-    facts = {f"--{name}": value for name, value in vars(args).items() if name not in LOCAL_FLAGS}
+    facts = {f"--{name}": value for name, value in flags.items() if name not in LOCAL_FLAGS}
     facts["the code"] = code_digest()
     facts["Python"] = ".".join(platform.python_version_tuple()[:2])
     for package in PACKAGES:
@@ -80,7 +79,7 @@ def code_digest() -> str:
     """Return a hash of the repository's own source files."""
     root = Path(__file__).parent.parent
     total = hashlib.sha256()
-    for pattern in ("*.py", "util/*.py", "data/*.py"):
+    for pattern in ("*.py", "util/*.py", "data/*.py", "tools/*.py"):
         for path in sorted(root.glob(pattern)):
             total.update(f"{path.relative_to(root)}\n".encode())
             total.update(path.read_bytes())
