@@ -290,7 +290,10 @@ def _init_process_group(device: torch.device) -> None:
 def _join_store(timeout: timedelta) -> dist.Store:
     """Meet the other processes at the launcher's address; from now on one's failure ends all."""
     global _failure_watch
-    store, own_rank, processes = next(dist.rendezvous("env://", timeout=timeout))
+    server, own_rank, processes = next(dist.rendezvous("env://", timeout=timeout))
+    # torchrun's server outlives a start of the processes; the next one must not read its entries
+    start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    store = dist.PrefixStore(f"start {start}", server)
     _failure_watch = FailureWatch(
         store,
         own_rank,

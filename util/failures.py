@@ -68,8 +68,6 @@ class FailureWatch:
         self.world_size = world_size
         self.outlives_ranks = outlives_ranks
         self.report = report
-        # torchrun's store outlives a start of the processes, and so would its failure
-        self.start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         self.failed = threading.Event()  # this process has announced a failure
         self.leaving = threading.Event()
         self.thread = threading.Thread(target=self._watch, daemon=True)
@@ -85,10 +83,10 @@ class FailureWatch:
         try:
             deadline = time.monotonic() + WAIT_FOR_RANK0
             while not at_once and self.rank > 0 and time.monotonic() < deadline:
-                if self.store.check([self._key(FAILURE)]):
+                if self.store.check([FAILURE]):
                     break
                 time.sleep(0.2)
-            first = self.store.compare_set(self._key(FAILURE), "", json.dumps(own))
+            first = self.store.compare_set(FAILURE, "", json.dumps(own))
         except RuntimeError:  # the store's process has ended
             return own
         return Failure(*json.loads(first))
@@ -100,14 +98,11 @@ class FailureWatch:
         patience = WAIT_FOR_OTHERS if self.failed.is_set() else WAIT_FOR_END
         deadline = time.monotonic() + patience
         with contextlib.suppress(RuntimeError):
-            gone = self.store.add(self._key(GONE), 1)
+            gone = self.store.add(GONE, 1)
             hosts_store = self.rank == 0 and not self.outlives_ranks
             while hosts_store and gone < self.world_size and time.monotonic() < deadline:
                 time.sleep(0.05)
-                gone = self.store.add(self._key(GONE), 0)
-
-    def _key(self, name: str) -> str:
-        return f"{name}/{self.start}"
+                gone = self.store.add(GONE, 0)
 
     def _watch(self) -> None:
         """End the process if another one has failed."""
@@ -127,13 +122,13 @@ class FailureWatch:
 
     def _announced(self) -> Failure | None:
         """Return the failure of another process, if there is one. Raises RuntimeError."""
-        if not self.store.check([self._key(FAILURE)]):
+        if not self.store.check([FAILURE]):
             return None
-        return Failure(*json.loads(self.store.get(self._key(FAILURE))))
+        return Failure(*json.loads(self.store.get(FAILURE)))
 
     def _end_for(self, failure: Failure) -> None:
         """End this process because of another one's failure."""
         self.report(failure)
         with contextlib.suppress(RuntimeError):
-            self.store.add(self._key(GONE), 1)
+            self.store.add(GONE, 1)
         end_process(failure.code)
