@@ -6,6 +6,8 @@ from fractions import Fraction
 import numpy as np
 
 UPRIGHT = (1, 0, 0, 1)  # see `frame_orientation`
+# Of a stored picture, of which decoders keep up to 17: the limit of level 6.2 of H.264 and HEVC.
+MAX_PIXELS = 35_651_584
 PIXEL_ASPECTS = (0.25, 4)  # plausible range; values outside of it are errors of the file
 
 

@@ -1,6 +1,8 @@
 """Reading images with Pillow."""
 
 import contextlib
+import functools
+import warnings
 from collections.abc import Iterator
 
 import numpy as np
@@ -18,14 +20,27 @@ def open_image(path: str) -> Iterator[Image.Image]:
 
     Raises ReadError, also within the context, for anything that is not a readable image.
     """
+    _filter_warnings()
     try:
         with Image.open(check_path(path)) as image:
             yield image
     except ReadError:
         raise
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
+        raise ReadError(f"an image of more than {Image.MAX_IMAGE_PIXELS} pixels") from None
     except Exception as error:  # a decoder can raise anything; a huge image, MemoryError
         reason = error_summary(error).partition(": ")[0]  # the rest repeats the path
         raise ReadError(f"not an image: {reason}") from None
+
+
+@functools.cache
+def _filter_warnings() -> None:
+    """Refuse images that Pillow only warns of: their memory could end the process.
+
+    Ignore its other warnings, such as of damaged metadata: they name no file.
+    """
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
+    warnings.simplefilter("error", Image.DecompressionBombWarning)
 
 
 def read_image(path: str) -> Image.Image:

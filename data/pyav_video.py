@@ -5,7 +5,9 @@ import numpy as np
 from av.stream import Disposition
 from av.video.reformatter import VideoReformatter
 
+from data.box_tables import check_tables
 from data.frame_geometry import (
+    MAX_PIXELS,
     UPRIGHT,
     apply_orientation,
     frame_orientation,
@@ -46,7 +48,15 @@ def open_stream(path: str):
     if stream.codec_context is None:
         container.close()
         raise ReadError("no decoder for its codec")
-    stream.codec_context.thread_count = 1
+    codec = stream.codec_context
+    codec.thread_count = 1
+    codec.options = {"max_pixels": str(MAX_PIXELS)}  # whatever size a packet declares
+    if codec.width * codec.height > MAX_PIXELS:
+        container.close()
+        raise ReadError(
+            f"pictures of {codec.width} x {codec.height} pixels, more than {MAX_PIXELS} in all: "
+            "reduce them"
+        )
     return container, stream
 
 
@@ -78,7 +88,12 @@ class PyAVVideo(VideoReader):
     """
 
     def __init__(self, path: str, short_side: int | None, info: VideoInfo | None = None):
-        """Open the file; without `info`, find out its frame rate. Raises ReadError."""
+        """Open the file; without `info`, check its tables and find out its frame rate.
+
+        Raises ReadError.
+        """
+        if info is None:
+            check_tables(path)
         self.container, self.stream = open_stream(path)
         self.codec = self.stream.codec_context
         self.frame_pixels = self.codec.width * self.codec.height
@@ -120,6 +135,8 @@ class PyAVVideo(VideoReader):
             if not self.gops.starts_decodable():
                 self.gops.unseen = self._count_unseen()
             self.num_frames = self.gops.num_frames
+        if self.num_frames < 1:
+            raise ReadError("no frames")
         self.fps, self.times = self._frame_rate()
 
     def restart(self) -> bool:
@@ -166,7 +183,7 @@ class PyAVVideo(VideoReader):
     def _claimed_fps(self, tick: float) -> float:
         """Return the frame rate that the container states, 0 if none."""
         claimed_fps = float(self.stream.average_rate or 0)
-        if not self.is_sequential or not self.stream.duration:
+        if not self.is_sequential or (self.stream.duration or 0) <= 0:
             return claimed_fps
         mean_fps = self.num_frames / (self.stream.duration * tick)
         if abs(claimed_fps / mean_fps - 1) < FPS_TOLERANCE:
