@@ -96,7 +96,7 @@ class VideoIndex:
         """Return why video `index` cannot be read, or None."""
         row = self.rows[index]
         if row["state"] == UNREADABLE and unchanged(row, path):
-            return row["reason"].decode(errors="replace")
+            return row["reason"].decode(errors="ignore")
         return None
 
     def info(self, index: int, path: str) -> VideoInfo | None:
@@ -152,7 +152,7 @@ class VideoIndex:
         row["times_at"] = -1
         if info is None:
             row["state"] = UNREADABLE
-            row["reason"] = reason.encode()[:MAX_REASON]
+            row["reason"] = reason.encode(errors="backslashreplace")[:MAX_REASON]
             return
         row["state"] = READABLE
         row["reason"] = b""

@@ -221,3 +221,12 @@ def test_parts_of_a_video_share_its_row(listed, tmp_path):
     assert [dataset.paths.files[i] for i in range(6)] == [0, 1, 0, 2, 1, 0]
     broken = find(paths, "broken.mp4")
     assert dataset._unreadable_reason(order.index(broken), paths[broken]) or broken not in order
+
+
+def test_f06_reasons_that_hold_any_name_are_kept(tmp_path):
+    path = str(tmp_path / "a.mp4")
+    (tmp_path / "a.mp4").write_bytes(b"no video")
+    index = video_index.new_index([path], None)
+    for reason, kept in (("\udcff\n", "\\udcff\n"), ("x" * 63 + "é", "x" * 63), ("é", "é")):
+        index.set_row(0, None, reason)
+        assert index.reason(0, path) == kept
