@@ -78,7 +78,7 @@ def test_uncompressed_sound_is_not_counted(tmp_path):
     ],
     ids=["one table", "fragments"],
 )
-def test_more_packets_than_the_file_can_hold_are_refused(muxer, changes, tmp_path):
+def test_f01_more_packets_than_the_file_can_hold_are_refused(muxer, changes, tmp_path):
     path = tmp_path / "a.mp4"
     encode(SHORT, path, muxer)
     info = describe(str(path))

@@ -71,7 +71,7 @@ def test_times_of_a_constant_rate_give_the_same_indices():
 
 @pytest.mark.parametrize("name", VARIABLE)
 @pytest.mark.parametrize("indexed", [False, True])
-def test_clips_of_variable_rate_are_chosen_by_time(tmp_path, name, indexed):
+def test_fe_clips_of_variable_rate_are_chosen_by_time(tmp_path, name, indexed):
     case = CASE_BY_NAME[name]
     path = str(write_case(case, tmp_path))
     times = np.array(case.seconds)

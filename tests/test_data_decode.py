@@ -200,7 +200,7 @@ def test_the_frame_rate_of_avi_ignores_empty_packets(tmp_path):
 
 
 @each_decoder
-def test_frames_that_cannot_be_converted_give_the_reason(tmp_path, decoder):
+def test_fg_frames_that_cannot_be_converted_give_the_reason(tmp_path, decoder):
     path = tmp_path / "v.mp4"
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=30)

@@ -193,7 +193,7 @@ def test_long_lists_are_cut():
     assert lines[-1].strip() == "..."
 
 
-def test_the_program_runs_from_the_command_line(folder):
+def test_f21_the_program_runs_without_warnings(folder):
     command = [sys.executable, "-W", "always", "-m", "tools.data_doctor", str(folder), *QUICK]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

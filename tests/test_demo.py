@@ -116,7 +116,7 @@ def test_progress_is_the_last_one_in_a_log(tmp_path):
         assert demo.percent_done(log) == shown
 
 
-def test_progress_in_a_file_is_rare(capsys, monkeypatch):
+def test_f17_progress_in_a_file_is_rare(capsys, monkeypatch):
     display = demo.ProgressDisplay()
     for _ in range(3):
         display.show(["pretrain 20 %"])
@@ -176,7 +176,7 @@ def test_a_signal_kills_the_children_without_a_traceback(tmp_path, signum):
 
 
 @pytest.mark.slow
-def test_the_whole_demo_runs_twice_with_little_output(tmp_path, capsys, monkeypatch):
+def test_f17_the_whole_demo_runs_twice_with_little_output(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(demo, "LABELS", 1)
     (tmp_path / "mine.txt").write_text("kept")
     for _ in range(2):

@@ -186,11 +186,11 @@ def foreign_rows(text: str) -> list[dict[str, str]]:
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_measured_tables_are_those_of_the_results(page):
+def test_f14_measured_tables_are_those_of_the_results(page):
     assert foreign_rows(read(page)) == []
 
 
-def test_a_wrong_number_in_a_marked_table_is_found():
+def test_f14_a_wrong_number_in_a_marked_table_is_found():
     text = read("README.md")
     assert text.count("<!-- rows of ") == 1
     assert len(foreign_rows(text.replace("83.1 (", "83.2 ("))) == 1

@@ -31,7 +31,7 @@ def named(tmp_path_factory) -> Path:
     return folder
 
 
-def test_videos_of_any_name_are_trained_on_and_listed(named, tmp_path, capsys):
+def test_f06_videos_of_any_name_are_trained_on_and_listed(named, tmp_path, capsys):
     finetune.main(video_command(named, tmp_path, "--epochs", "1", "--batch_size_per_gpu", "8"))
     paths, labels, *_ = read_manifest(tmp_path / "run_train.csv")
     assert sorted(Path(path).stem for path in paths) == sorted(NAMES * 2)
@@ -41,7 +41,7 @@ def test_videos_of_any_name_are_trained_on_and_listed(named, tmp_path, capsys):
     assert "\x1b" not in capsys.readouterr().out
 
 
-def test_unreadable_files_of_any_name_are_listed_in_one_line(named, tmp_path):
+def test_f06_unreadable_files_of_any_name_are_listed_in_one_line(named, tmp_path):
     bad = tmp_path / "videos" / os.fsdecode(b"bad\n\xff.mp4")
     bad.parent.mkdir()
     bad.write_bytes(b"no video")
@@ -53,13 +53,13 @@ def test_unreadable_files_of_any_name_are_listed_in_one_line(named, tmp_path):
         assert [row[0] for row in csv.reader(file)] == ["path", str(bad)]
 
 
-def test_files_of_any_name_are_quarantined(tmp_path):
+def test_f06_files_of_any_name_are_quarantined(tmp_path):
     for name in NAMES:
         add_to_quarantine(tmp_path / "quarantine.csv", name, "hung")
     assert list(read_quarantine(tmp_path / "quarantine.csv")) == list(NAMES)
 
 
-def test_names_are_printed_in_one_line(capfd):
+def test_f06_names_are_printed_in_one_line(capfd):
     print0(*NAMES, "ü", "two\nlines")
     printed = capfd.readouterr().out
     assert printed.count("\n") == 3  # "e\nf" too: tables have several lines

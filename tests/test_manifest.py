@@ -277,7 +277,7 @@ def test_videomae_v2_lists_of_videos_have_no_labels(tmp_path):
 
 
 @pytest.mark.parametrize("header", ["clip_path,label", "video_name,tag", "Video Name;Tag", "clips"])
-def test_unknown_headers_are_told_by_the_files(header, tmp_path, capsys):
+def test_f19_unknown_headers_are_told_by_the_files(header, tmp_path, capsys):
     touch(tmp_path, "a.mp4", "b.mp4")
     separator = ";" if ";" in header else ","
     rows = [f"{name}.mp4{separator}{label}" for name, label in (("a", "x"), ("b", "y"))]
@@ -297,7 +297,7 @@ def test_a_missing_video_is_no_header(tmp_path):
         assert read_manifest(write_text(tmp_path, text))[1] == ["x", "y"]
 
 
-def test_whole_numbers_are_numbers_however_written(tmp_path):
+def test_f19_whole_numbers_are_numbers_however_written(tmp_path):
     manifest = write_text(tmp_path, "a.mp4,10.0\nb.mp4,2.00\nc.mp4,3\nd.mp4,\n")
     assert read_manifest(manifest)[1] == ["10", "2", "3", ""]
     assert read_manifest(write_text(tmp_path, "a.mp4 3.0\nb.mp4 0.\n"))[1] == ["3", "0"]
@@ -323,7 +323,7 @@ UNICODE_PARTS = [c.encode() for c in " a\xa0\x85\u2028\ufeffü\u3000,"]
 
 
 @pytest.mark.parametrize("alphabet", [HARD_PARTS, USUAL_PARTS, UNICODE_PARTS])
-def test_every_name_reads_back_and_opens(alphabet, tmp_path):
+def test_f06_every_name_reads_back_and_opens(alphabet, tmp_path):
     draw = random.Random(0)
     for trial in range(40):
         folder = tmp_path / str(trial) / random_name(draw, alphabet)
@@ -393,6 +393,9 @@ def test_t17_the_validation_set_has_the_classes_of_training(capsys):
     with pytest.raises(UserError, match="VAL: unknown class 'c'; .* 2 classes are a, b"):
         check_classes(["a", "b"], ["a", "b", "c"], None, "VAL")
     assert capsys.readouterr().out == ""
+
+
+def test_f12_a_validation_set_may_lack_classes(capsys):
     assert check_classes(["a", "b", "c"], ["a"], None, "VAL") == ["a", "b", "c"]
     assert "note: VAL has no samples of 2 training classes (first: 'b')" in capsys.readouterr().out
 

@@ -62,7 +62,7 @@ def flags_of(path) -> dict:
     return torch.load(path, weights_only=True)["args"]
 
 
-def test_finetuning_takes_the_model_of_a_pretraining_checkpoint(mae, videos, tmp_path, capsys):
+def test_f16_finetuning_takes_the_model_of_a_pretraining_checkpoint(mae, videos, tmp_path, capsys):
     finetune.main(bare_command(videos, tmp_path, "--finetune", mae))
     path = tmp_path / "vit_micro_patch16.pth"
     flags = flags_of(path)
@@ -106,7 +106,7 @@ def test_a_flag_that_contradicts_the_checkpoint_names_both(flags, message, mae, 
     assert not list(tmp_path.glob("*.pth"))
 
 
-def test_evaluation_needs_no_model_flags(finetuned, videos, tmp_path, capsys):
+def test_f16_evaluation_needs_no_model_flags(finetuned, videos, tmp_path, capsys):
     evaluate = ["--eval", "--val_dir", str(videos), "--num_workers", "0", "--device", "cpu"]
     evaluate += ["--decoder", "pyav", "--short_side", "48"]
     finetune.main([*evaluate, "--resume", finetuned, *output_flags(tmp_path)])

@@ -509,7 +509,7 @@ def test_set_attention_chooses_for_every_block(package):
 
 
 @pytest.mark.parametrize("attn", ["auto", "math"])
-def test_set_attention_names_the_kernel_that_runs(attn):
+def test_f15_set_attention_names_the_kernel_that_runs(attn):
     model = tiny_vit(attn=attn)
     (line,) = model.set_attention("cpu", torch.float32)
     with torch.profiler.profile(acc_events=True) as profile:

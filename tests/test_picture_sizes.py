@@ -14,7 +14,7 @@ from data.images import read_image
 from data.input_files import ReadError
 
 
-def test_videos_of_more_pixels_than_8k_are_refused(tmp_path, monkeypatch):
+def test_f01_videos_of_more_pixels_than_8k_are_refused(tmp_path, monkeypatch):
     assert MAX_PIXELS >= 7680 * 4320
     path = write_video(tmp_path / "a.mp4", frames=2, size=(96, 64))
     describe(str(path))
@@ -23,7 +23,7 @@ def test_videos_of_more_pixels_than_8k_are_refused(tmp_path, monkeypatch):
         describe(str(path))
 
 
-def test_a_later_picture_that_is_too_large_is_replaced(tmp_path, monkeypatch):
+def test_f01_a_later_picture_that_is_too_large_is_replaced(tmp_path, monkeypatch):
     case = next(case for case in CASES if case.name == "size_change_h264.mkv")
     path = str(write_case(case, tmp_path))
     with open_video(path, "pyav") as video:
@@ -38,7 +38,7 @@ def test_a_later_picture_that_is_too_large_is_replaced(tmp_path, monkeypatch):
     assert np.array_equal(frames[:kept], whole[:kept])
 
 
-def test_images_that_pillow_only_warns_of_are_refused(tmp_path, monkeypatch):
+def test_f01_images_that_pillow_only_warns_of_are_refused(tmp_path, monkeypatch):
     path = tmp_path / "a.png"
     Image.new("L", (30, 50)).save(path)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)

@@ -244,7 +244,7 @@ def test_output_sizes():
     assert output_size(2, 180, Fraction(160), 256) == (2, 180)  # no such pixels
 
 
-def test_pixels_become_square(tmp_path):
+def test_ff_pixels_become_square(tmp_path):
     (tmp_path / "src").mkdir()
     write_timed(tmp_path / "src" / "v.mp4", [0, 33, 66], aspect=Fraction(3, 2))
     main([str(tmp_path / "src"), str(tmp_path / "dst")])
@@ -371,7 +371,7 @@ def test_bad_input_is_one_line(tmp_path):
             main([str(manifest), str(src)])
 
 
-def test_the_program_prints_no_warnings(tmp_path):
+def test_f21_the_program_prints_no_warnings(tmp_path):
     write_folder(tmp_path / "src", videos=2)
     command = [
         sys.executable,

@@ -145,7 +145,7 @@ def test_the_checks_pass_a_reader_that_is_right(case, matrix):
 
 @every_case
 @every_reader
-def test_the_frames_that_a_player_shows_are_counted(case, decoder, indexed, matrix):
+def test_fa_the_frames_that_a_player_shows_are_counted(case, decoder, indexed, matrix):
     path, _ = matrix(case)
     with open_like_dataset(path, decoder, indexed) as video:
         assert video_checks.check_count(case, video) == []
@@ -153,7 +153,7 @@ def test_the_frames_that_a_player_shows_are_counted(case, decoder, indexed, matr
 
 @every_case
 @every_reader
-def test_each_frame_read_alone_is_the_right_one(case, decoder, indexed, matrix):
+def test_fc_each_frame_read_alone_is_the_right_one(case, decoder, indexed, matrix):
     path, _ = matrix(case)
     order = video_checks.random_order(case)
     with open_like_dataset(path, decoder, indexed) as video:
@@ -165,7 +165,7 @@ def test_each_frame_read_alone_is_the_right_one(case, decoder, indexed, matrix):
 
 @every_case
 @every_reader
-def test_clips_equal_the_sequential_decode(case, decoder, indexed, matrix):
+def test_fd_clips_equal_the_sequential_decode(case, decoder, indexed, matrix):
     path, reference = matrix(case)
     with open_like_dataset(path, decoder, indexed) as video:
         assert video_checks.check_clips(case, video, reference) == []
@@ -184,7 +184,7 @@ def test_decord_itself_reads_what_it_claims(name, matrix):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("decoder", SKIPPING)
-def test_skipping_is_exact_for(decoder, matrix):
+def test_fb_skipping_is_exact_for(decoder, matrix):
     for name in SKIPPING[decoder]:
         path, _ = matrix(CASE_BY_NAME[name])
         measured = video_checks.measure_skipping(path, decoder)
