@@ -6,11 +6,21 @@ The processes are started by hand or with srun's variables: nothing else would e
 import os
 import re
 import signal
+import socket
+import subprocess
 import time
 from pathlib import Path
 
 import pytest
-from launch import end_processes, launcher_variables, slurm_variables, start_ranks, torchrun
+from launch import (
+    clean_environment,
+    end_processes,
+    launcher_variables,
+    script_command,
+    slurm_variables,
+    start_ranks,
+    torchrun,
+)
 from make_videos import write_folder
 from runs import pretrain_command
 
@@ -77,6 +87,24 @@ def test_f04_a_rank_with_another_manifest_ends_all(videos, tmp_path):
         other.mkdir(exist_ok=True)
         lines = (tmp_path / "run_train.csv").read_text().splitlines()
         (other / "run_train.csv").write_text("\n".join(lines[:-1]) + "\n")
+
+
+def test_f04_a_port_in_use_is_one_line(videos, tmp_path):
+    with socket.socket() as used:
+        used.bind(("127.0.0.1", 0))
+        used.listen()
+        variables = launcher_variables(0, 2, used.getsockname()[1])
+        run = subprocess.run(
+            script_command("pretrain.py", pretrain_command(videos, tmp_path)),
+            env=clean_environment(**variables),
+            capture_output=True,
+            text=True,
+            timeout=100,
+        )
+    assert run.returncode == 2
+    errors = [line for line in run.stderr.splitlines() if "error: " in line]
+    assert re.match("error: the 2 processes do not meet at 127.0.0.1:.*MASTER_PORT", errors[0])
+    assert "Traceback" not in run.stderr
 
 
 def test_f04_a_crash_by_hand_ends_all_within_seconds(videos, tmp_path):

@@ -274,8 +274,17 @@ def _select_gpu(device: torch.device, local_rank: int, started_by_srun: bool) ->
 
 
 def _init_process_group(device: torch.device) -> None:
-    """Join the process group: NCCL for GPUs, gloo for CPUs."""
-    store = _join_store(GROUP_TIMEOUT)
+    """Join the process group: NCCL for GPUs, gloo for CPUs. Raises UserError."""
+    try:
+        store = _join_store(GROUP_TIMEOUT)
+    except (ValueError, RuntimeError) as error:
+        address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        raise UserError(
+            f"the {os.environ['WORLD_SIZE']} processes do not meet at {address} "
+            f"({_first_line(error)}). Start all of them within {GROUP_TIMEOUT.seconds // 60} "
+            "minutes, with the same MASTER_ADDR (host of rank 0) and MASTER_PORT (free there).",
+            print_on_any_rank=True,
+        ) from error
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(
         backend,
