@@ -712,12 +712,15 @@ def start_run(
     state = new_state(args, env, model, config, data)
     logger = RunLogger(run_files(args))
     checkpointer = Checkpointer(
-        state,
-        logger,
-        BadFiles(logger.files.folder, limit=args.max_bad_frac * data.fingerprint["samples"]),
+        state=state,
+        logger=logger,
+        bad_files=BadFiles(
+            logger.files.folder, limit=args.max_bad_frac * data.fingerprint["samples"]
+        ),
         keep=args.keep,
         every_steps=args.checkpoint_every_steps,
         every_minutes=args.checkpoint_every_minutes,
+        sync_save=args.sync_save,
     )
     checkpointer.start(resume_from, args.force_resume)
     return checkpointer
@@ -804,6 +807,7 @@ def keep_best(
     validations: see `validate`. The one with the higher top-1 counts, the weights' if they are
     equal.
     """
+    checkpointer.settle_best()
     best_name = max(validations, key=lambda name: validations[name].acc1)
     best = validations[best_name]
     state = checkpointer.state
@@ -822,8 +826,7 @@ def keep_best(
     heads = head_table(validations)
     if heads["lr"]:
         logger.save_table("probe", heads)
-    if not checkpointer.save(epoch, logger.files.best, averaged=best_name == "test_ema"):
-        state.best_acc1 = best_before  # the next improvement is saved
+    checkpointer.save_best(epoch, best_name == "test_ema", best_before)
 
 
 def head_scores(validations: dict[str, Scores]) -> dict[str, Scores]:

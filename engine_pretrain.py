@@ -137,12 +137,13 @@ def start_run(
     logger = RunLogger(RunFiles(Path(args.output_dir), args.save_prefix))
     most_unreadable = args.max_bad_frac * data.fingerprint["samples"]
     checkpointer = Checkpointer(
-        state,
-        logger,
-        BadFiles(logger.files.folder, limit=most_unreadable),
+        state=state,
+        logger=logger,
+        bad_files=BadFiles(logger.files.folder, limit=most_unreadable),
         keep=args.keep,
         every_steps=args.checkpoint_every_steps,
         every_minutes=args.checkpoint_every_minutes,
+        sync_save=args.sync_save,
     )
     checkpointer.start(resume_from, args.force_resume)
     return checkpointer

@@ -19,10 +19,13 @@ no offset            start each epoch with its first sample, wherever it was int
 in validation        send this process "signal" at the begin of a validation
 stop within          after a signal, allow "seconds" seconds without progress
 die after save       send this process SIGKILL after the checkpoint of update "step"
+die amid save        send it SIGKILL when half of that checkpoint is in the temporary file
+save slowly          wait "seconds" before each checkpoint is written
 
 Every micro-step is recorded in {output_dir}/used_RANK.jsonl.
 """
 
+import io
 import json
 import os
 import resource
@@ -154,6 +157,33 @@ def patch_save(step: int) -> None:
     checkpoint.save = save
 
 
+def patch_torch_save(step: int) -> None:
+    """Make this process die when it has written half of the checkpoint of update `step`."""
+    original = torch.save
+
+    def save(state, file):
+        if state["step"] == step:
+            whole = io.BytesIO()
+            original(state, whole)
+            file.write(whole.getvalue()[: whole.tell() // 2])
+            file.flush()
+            send_signal("SIGKILL")
+        original(state, file)
+
+    torch.save = save
+
+
+def patch_disk(seconds: float) -> None:
+    """Make each checkpoint wait before it is written."""
+    original = checkpoint.save
+
+    def save(*arguments):
+        time.sleep(seconds)
+        original(*arguments)
+
+    checkpoint.save = save
+
+
 def inject(faults: list[dict], out: Path) -> None:
     """Patch the pretraining script so that this process has its share of the faults."""
     rank = dist.rank()
@@ -173,6 +203,10 @@ def inject(faults: list[dict], out: Path) -> None:
             preemption.STOP_UPDATES = 0
         elif fault["do"] == "die after save":
             patch_save(fault["step"])
+        elif fault["do"] == "die amid save":
+            patch_torch_save(fault["step"])
+        elif fault["do"] == "save slowly":
+            patch_disk(fault["seconds"])
 
 
 def main(faults: list[dict], script: str, flags: list[str]) -> None:

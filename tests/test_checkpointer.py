@@ -37,7 +37,10 @@ def test_t05_a_new_start_removes_its_own_stale_files_only(videos, tmp_path):
 @pytest.mark.slow
 def test_t06_a_full_disk_costs_checkpoints_but_not_the_run(videos, uninterrupted, tmp_path):
     command = pretrain_command(videos, tmp_path, *SAVE_EACH_UPDATE)
-    printed = check_ranks(2, command, [FULL_DISK, {"do": "free disk", "rank": 0, "at": 6}])
+    room_again = {"do": "free disk", "rank": 0, "at": 6}
+    # the pause lets the write of update 5 fail before there is room
+    slow = {"do": "slow", "seconds": 0.5}
+    printed = check_ranks(2, command, [slow, FULL_DISK, room_again])
     warning = r"could not save .*run.pth at update (\d) \(File too large\); the run continues"
     # update 4 ends an epoch: one save comes before its log line, and one after it
     assert re.findall(warning, printed) == ["3", "4", "4", "5"]
@@ -126,7 +129,7 @@ def test_t07_a_missing_checkpoint_is_an_error_on_all_ranks(videos, tmp_path):
 def test_timed_checkpoints_come_once_each(videos, tmp_path):
     flags = (
         "--batch_size_per_gpu 2 --epochs 4 --checkpoint_every_minutes 1e-9 --checkpoint_period 9 "
-        "--keep 9"
+        "--keep 9 --sync_save"  # a write under way would delay the next one
     ).split()
     check_ranks(2, pretrain_command(videos, tmp_path, *flags))
     paths = tmp_path.glob("run*.pth")

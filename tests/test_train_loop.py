@@ -80,7 +80,12 @@ def start_run(out: Path, max_bad_steps: int = 10) -> Checkpointer:
     )
     logger = RunLogger(RunFiles(out, "run"))
     checkpointer = Checkpointer(
-        state, logger, BadFiles(out, limit=0), keep=1, every_steps=None, every_minutes=0
+        state=state,
+        logger=logger,
+        bad_files=BadFiles(out, limit=0),
+        keep=1,
+        every_steps=None,
+        every_minutes=0,
     )
     checkpointer.start(None, force=False)
     return checkpointer

@@ -602,6 +602,12 @@ def add_run(parser: ScriptParser) -> argparse._ArgumentGroup:
         help="number of newest checkpoints to keep, at least 2 (default: %(default)s)",
     )
     group.add_argument(
+        "--sync_save",
+        action="store_true",
+        help="stop training while a checkpoint is written; default: copy it to host memory first, "
+        "and write the copy meanwhile",
+    )
+    group.add_argument(
         "--force_resume",
         action="store_true",
         help="resume even if data, global batch or model settings differ from the checkpoint's",

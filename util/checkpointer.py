@@ -8,11 +8,17 @@ from pathlib import Path
 import torch
 
 from util import checkpoint, preemption, resume, same_run
+from util.background_save import BackgroundWriter, HostCopy, Outcome
 from util.bad_files import BadFiles
 from util.dist import UserError, on_rank0, print0, rank
 from util.ema import averaged_checkpoint, has_ema, require_trained_weights
+from util.host_memory import available_memory
 from util.logger import RunLogger, writing_to
 from util.train_state import TrainState
+
+MEMORY_RESERVE = 2**30  # bytes of host memory that a copy of the checkpoint leaves
+WAIT_SECONDS = 60  # after which the ranks meet while a checkpoint is written
+SLOW_SECONDS = 1  # shorter waits for the disk are not worth a note
 
 
 class Checkpointer:
@@ -20,18 +26,20 @@ class Checkpointer:
 
     def __init__(
         self,
+        *,
         state: TrainState,
         logger: RunLogger,
         bad_files: BadFiles,
-        *,
         keep: int,
         every_steps: int | None,
         every_minutes: float,
+        sync_save: bool = False,
     ):
         """Prepare to save; nothing is written before `start`. Call on every rank.
 
         keep: number of checkpoints to keep. every_steps, every_minutes: save within an epoch every
-        so many updates and minutes; None and 0 turn that off.
+        so many updates and minutes; None and 0 turn that off. sync_save: let training wait for each
+        write.
         """
         self.state = state
         self.logger = logger
@@ -39,7 +47,15 @@ class Checkpointer:
         self.keep = keep
         self.every_steps = every_steps
         self.every_seconds = every_minutes * 60
+        self.sync_save = sync_save
         self.any_rank = preemption.AnyRank()
+        self.host_copy = HostCopy()
+        self.writer = BackgroundWriter()
+        self.noted: set[str] = set()  # notes that were printed: each is, once
+        self.unfinished_step: int | None = None  # of the writes under way, equal on all ranks
+        self.best_is_under_way = False
+        self.best_before = -1.0  # accuracy of the best checkpoint before the one under way
+        self.lost_best = False  # the writer could not write the best checkpoint
         self.last_saved_step = 0
         # attempts include saves that failed: a full disk is not tried again after every update
         self.last_attempt_step = 0
@@ -104,9 +120,12 @@ class Checkpointer:
         preemption.Stopped on every rank.
         """
         preemption.mark_progress(update=True)
+        self._report_problems()
         step = self.state.step
         waited = time.monotonic() - self.last_attempt_time
         overdue = rank() == 0 and self.every_seconds > 0 and waited >= self.every_seconds
+        if self.writer.is_busy():
+            overdue = False  # a disk slower than every_minutes delays the next save, not training
         stop_requested = preemption.stop_reason() != ""
         stop_requested, overdue = self.any_rank.deferred(stop_requested, overdue)
         if stop_requested:
@@ -125,7 +144,7 @@ class Checkpointer:
         state.metrics.reset()
         last = state.is_last_step()
         due = last or (epoch + 1) % checkpoint_period == 0
-        written = due and self.save(epoch)
+        written = due and self.save(epoch, wait=last)
         if last and not written:
             raise UserError(
                 "the run is complete, but its last checkpoint could not be written: make room in "
@@ -134,30 +153,112 @@ class Checkpointer:
             )
 
     def save(
-        self, epoch: int | None = None, path: Path | None = None, averaged: bool = False
+        self,
+        epoch: int | None = None,
+        path: Path | None = None,
+        averaged: bool = False,
+        wait: bool = False,
     ) -> bool:
-        """Write the newest checkpoint, or another one to `path`. Call on every rank.
+        """Save the newest checkpoint, or another one to `path`. Call on every rank.
 
         epoch: None for the current one. A checkpoint at `path` has one set of weights, the EMA if
-        `averaged`; the newest one has both. Returns whether the file was written: a full disk does
-        not end the run. Raises UserError if the weights are not finite.
+        `averaged`; the newest one has both. wait: until the file is written; else training may
+        continue meanwhile. Returns False if the file could not be written, as far as that is known:
+        a full disk does not end the run. Raises UserError if the weights are not finite.
         """
         state = self.state
         reduce_metrics(state, self.logger)
         self.bad_files.gather()
         if epoch is None:
             epoch, _ = state.position()
+        if self.unfinished_step not in (None, state.step):
+            self._wait_for_earlier_saves()
+        target = path or self.logger.files.checkpoint
         with preemption.saving():
-            written = on_rank0(lambda: self._write(path, epoch, averaged))
+            in_foreground = on_rank0(lambda: self._start_write(target, epoch, averaged))
+        self.unfinished_step = state.step
+        written = True
+        if wait or in_foreground:
+            written = self.finish_saves()
         if path is None:
             self.last_attempt_time = time.monotonic()
             self.last_attempt_step = state.step
-            if written:
-                self.last_saved_step = state.step
         return written
 
-    def _write(self, path: Path | None, epoch: int, averaged: bool) -> bool:
-        """Write a checkpoint on rank 0."""
+    def save_best(self, epoch: int, averaged: bool, best_before: float) -> None:
+        """Save the best checkpoint. Call on every rank.
+
+        best_before: accuracy of the best checkpoint so far. It is the best again if the new one
+        cannot be written, so that the next improvement is saved.
+        """
+        self.best_before = best_before
+        self.save(epoch, self.logger.files.best, averaged)
+        self.best_is_under_way = self.unfinished_step is not None
+
+    def settle_best(self) -> None:
+        """Wait for the best checkpoint, if it is under way. Call on every rank.
+
+        From then on `state.best_acc1` is the accuracy of a file that exists.
+        """
+        if self.best_is_under_way:
+            self.finish_saves()
+
+    def finish_saves(self) -> bool:
+        """Wait for the writes under way. Call on every rank.
+
+        Returns whether the last one succeeded. The ranks meet every WAIT_SECONDS, so that no
+        collective times out.
+        """
+        if self.unfinished_step is None:
+            return True
+        outcomes = None
+        with preemption.saving():
+            while outcomes is None:
+                outcomes = on_rank0(self._wait_for_writes)
+        self.unfinished_step = None
+        self.best_is_under_way = False
+        files = self.logger.files
+        for outcome in outcomes:
+            if outcome.path == files.checkpoint and outcome.written:
+                self.last_saved_step = outcome.step
+            if outcome.path == files.best and not outcome.written:
+                self.state.best_acc1 = self.best_before
+        return outcomes[-1].written
+
+    def _wait_for_earlier_saves(self) -> None:
+        """Wait for the writes under way, whose copy is overwritten next. Call on every rank."""
+        start = time.monotonic()
+        self.finish_saves()
+        seconds = time.monotonic() - start
+        if seconds > SLOW_SECONDS:
+            self._note_once(
+                "slow disk",
+                f"note: update {self.state.step} waited {seconds:.0f} s for the checkpoint before "
+                "to be written: the disk is too slow for saves this often "
+                "(--checkpoint_every_steps, --checkpoint_period)",
+            )
+
+    def _note_once(self, subject: str, text: str) -> None:
+        """Print a note, unless there was one about this subject."""
+        if subject not in self.noted:
+            self.noted.add(subject)
+            print0(text)
+
+    def _wait_for_writes(self) -> list[Outcome] | None:
+        """Return on rank 0 what became of the writes, None if one needs more time."""
+        if not self.writer.wait(WAIT_SECONDS):
+            return None
+        self._report_problems()
+        self.lost_best = False
+        return self.writer.finish()
+
+    def _report_problems(self) -> None:
+        """Print the warnings of writes that failed; only rank 0 writes."""
+        for problem in self.writer.new_problems():
+            print0(problem)
+
+    def _start_write(self, target: Path, epoch: int, averaged: bool) -> bool:
+        """Start writing a checkpoint on rank 0. Return whether training has to wait for it."""
         contents = self.state.state_dict(epoch)
         contents["unreadable"] = dict(self.bad_files.unreadable)
         if not all_finite(contents["model"]):
@@ -165,22 +266,53 @@ class Checkpointer:
                 f"the weights are not finite at update {self.state.step} and were not saved: "
                 f"lower {lr_flag(self.state)} and resume from the previous checkpoint"
             )
-        target = path or self.logger.files.checkpoint
-        if averaged:
-            contents = averaged_checkpoint(target, contents)
-        elif path is not None:
+        copied = self._copy(contents)
+        in_foreground = copied is None
+        contents = copied or contents
+        keep = self.keep
+        if target != self.logger.files.checkpoint:
+            keep = 1  # the best checkpoint has no history
+            if averaged:
+                contents = averaged_checkpoint(target, contents)
             contents.pop("ema", None)
-        keep = self.keep if path is None else 1  # the best checkpoint has no history
+        step = self.state.step
+        self.writer.start(target, step, lambda: self._write(target, contents, keep))
+        return in_foreground
+
+    def _copy(self, contents: dict) -> dict | None:
+        """Return a copy of a checkpoint's contents, None to write them in the foreground."""
+        if self.sync_save:
+            return None
+        missing = self.host_copy.missing_bytes(contents)
+        available = available_memory()
+        if not missing or available is None or missing + MEMORY_RESERVE <= available:
+            try:
+                return self.host_copy.take(contents, self.state.step)
+            except MemoryError:
+                self.host_copy = HostCopy()  # release what there was memory for
+        self._note_once(
+            "memory",
+            f"note: saving in the foreground: a copy of the checkpoint needs {gib(missing)} of "
+            f"memory besides {gib(MEMORY_RESERVE)} to spare, and {gib(available)} are left",
+        )
+        return None
+
+    def _write(self, target: Path, contents: dict, keep: int) -> str:
+        """Write a checkpoint, in the writer's thread. Return a warning if that fails, else ""."""
+        files = self.logger.files
+        if self.lost_best and target == files.checkpoint:
+            contents["best_acc1"] = self.best_before
         try:
             target.parent.mkdir(parents=True, exist_ok=True)  # in case somebody has removed it
             checkpoint.save(target, contents, keep)
         except OSError as error:
-            print0(
-                f"warning: could not save {target} at update {self.state.step} ({error.strerror}); "
+            self.lost_best = self.lost_best or target == files.best
+            return (
+                f"warning: could not save {target} at update {contents['step']} "
+                f"({error.strerror or error}); "
                 "the run continues, the previous checkpoint is untouched"
             )
-            return False
-        return True
+        return ""
 
     def stop_between_batches(self, batches: Iterator[dict]) -> Iterator[dict]:
         """Yield a rank's validation batches. Call on every rank.
@@ -205,22 +337,27 @@ class Checkpointer:
     def graceful_shutdown(self) -> Iterator[None]:
         """Wrap the training loop: when it is stopped, save and write the .PREEMPTED marker.
 
-        Raises UserError if the checkpoint cannot be written.
+        After an error a single process completes the writes under way before it exits; several
+        processes end at once, which leaves a temporary file. Raises UserError if the checkpoint
+        cannot be written.
         """
         preemption.mark_training_started()
         try:
             yield
             self.any_rank.drain()
+            self.finish_saves()
         except preemption.Stopped:
             self.any_rank.drain()
             self._save_stopped_run()
         finally:
+            self._report_problems()
             preemption.restore_signal_handlers()
 
     def _save_stopped_run(self) -> None:
         step = self.state.step
         files = self.logger.files
-        written = step == self.last_saved_step or self.save()
+        self.finish_saves()
+        written = step == self.last_saved_step or self.save(wait=True)
         if not written:
             raise UserError(
                 f"stopped at update {step}, but the checkpoint could not be written: the run will "
@@ -258,9 +395,20 @@ def require_metrics(path: Path, saved: dict, names: tuple[str, ...]) -> None:
 
 
 def all_finite(weights: dict[str, torch.Tensor]) -> bool:
-    """Return whether all floating-point weights are finite."""
-    floats = [value for value in weights.values() if value.is_floating_point()]
-    return bool(torch.stack([value.isfinite().all() for value in floats]).all())
+    """Return whether all floating-point weights are finite: their extremes are, which takes a read.
+
+    On a CPU this takes a fifteenth of the time of `isfinite`, which makes tensors.
+    """
+    extremes: list[torch.Tensor] = []
+    for value in weights.values():
+        if value.is_floating_point():
+            extremes += torch.aminmax(value.detach())  # NaN if any is
+    return bool(torch.stack(extremes).isfinite().all())
+
+
+def gib(size: int | None) -> str:
+    """Return a number of bytes as text."""
+    return "an unknown amount" if size is None else f"{size / 2**30:.1f} GiB"
 
 
 def lr_flag(state: TrainState) -> str:
