@@ -225,3 +225,14 @@ def test_a_path_that_the_system_refuses_is_one_line(error, capsys):
     with pytest.raises(SystemExit):
         dist.run_script(fail)
     assert capsys.readouterr().err.startswith("error: some/path cannot be used")
+
+
+def test_a_lack_of_open_files_is_one_line(capsys):
+    def fail() -> None:
+        raise OSError(errno.EMFILE, "Too many open files", "run_log.txt")
+
+    with pytest.raises(SystemExit, match="2"):
+        dist.run_script(fail)
+    error = capsys.readouterr().err
+    assert error.startswith("error: no more files can be opened (Too many open files; ulimit -n is")
+    assert error.count("\n") == 1

@@ -8,6 +8,7 @@ user error: one line on stderr, then exit code 2.
 import errno
 import os
 import re
+import resource
 import select
 import signal
 import socket
@@ -41,6 +42,7 @@ PATH_ERRORS = (  # what the system reports for a path that a user has given
     errno.EROFS,
     errno.ESTALE,
 )
+NO_FILES_ERRORS = (errno.EMFILE, errno.ENFILE)
 FULL_DISK_ERRORS = (errno.EDQUOT, errno.EFBIG, errno.ENOSPC)
 OWN_PACKAGES = ("util", "data", "tools")
 GROUP_TIMEOUT = timedelta(minutes=10)
@@ -426,10 +428,10 @@ def on_rank0(function: Callable[[], Item]) -> Item:
 def run_script(main: Callable[[], object]) -> None:
     """Run a script's `main()` and exit with a code.
 
-    A UserError, a missing package and a path that cannot be used become one line on stderr and
-    exit code 2, Ctrl-C exit code 130. If the reader of stdout has ended, as `head` does, the script
-    ends with the shell's code for that, 141, and without a message. Any failure ends all processes
-    of the run; only the first one prints its message or traceback.
+    A UserError, a missing package, a path that cannot be used and the limit of open files become
+    one line on stderr and exit code 2, Ctrl-C exit code 130. If the reader of stdout has ended, as
+    `head` does, the script ends with the shell's code for that, 141, and without a message. Any
+    failure ends all processes of the run; only the first one prints its message or traceback.
     """
     try:
         main()
@@ -486,6 +488,8 @@ def _exit_of(error: Exception | KeyboardInterrupt) -> tuple[int, str]:
                 2,
                 f"the package {package} is not installed. Run: pip install -r requirements.txt",
             )
+    if isinstance(error, OSError) and error.errno in NO_FILES_ERRORS:
+        return 2, open_files_problem(error)
     if isinstance(error, OSError) and is_path_error(error):
         return 2, path_problem(error)
     return 1, ""
@@ -550,6 +554,15 @@ def path_problem(error: OSError) -> str:
     if error.errno in FULL_DISK_ERRORS:
         cure = "Make room, or give another path."
     return f"{os.fsdecode(error.filename)} cannot be used ({error.strerror}). {cure}"
+
+
+def open_files_problem(error: OSError) -> str:
+    """Return why no file can be opened, in one line, and the cure. error: of NO_FILES_ERRORS."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return (
+        f"no more files can be opened ({error.strerror}; ulimit -n is {limit}): raise the limit or "
+        "lower --num_workers"
+    )
 
 
 def _stdout_is_broken() -> bool:
