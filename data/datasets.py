@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -29,6 +30,7 @@ from data.open_videos import OpenVideos
 from data.video import VideoInfo, VideoReader
 from data.video_index import VideoIndex
 from data.watchdog import WorkerWatchdog
+from data.worker_limits import check_open_files
 from util.dist import UserError
 from util.seeds import (
     MASK_NOISE_STREAM,
@@ -40,6 +42,7 @@ from util.seeds import (
 )
 
 SUBSTITUTES = 32  # number of other videos to try in place of an unreadable one
+BLACK_IMAGE = (256, 256)  # pixels of an image that stands for any
 MAX_REPLACED_SHARE = 0.1  # a file with a larger share of undecodable frames is listed as damaged
 
 
@@ -135,6 +138,10 @@ class SampleDataset(Dataset):
         """
         raise NotImplementedError
 
+    def sample_bytes(self) -> int:
+        """Return the size of a sample's tensors, found without reading a file; 0 for none."""
+        return 0
+
     def span_of(self, index: int) -> Span | None:
         """Return the part of its file that a sample consists of, None if all are whole files."""
         if self.spans is None:
@@ -157,6 +164,7 @@ class SampleDataset(Dataset):
         """Read the clips of sample `candidate` with the draws of sample `key`.
 
         Raises ReadError, also for any error that a library raises: one bad file must not end a run.
+        Raises UserError if this process can open no more files: then the file is not bad.
         """
         path = self.paths[candidate]
         reason = self._unreadable_reason(candidate, path)
@@ -168,10 +176,16 @@ class SampleDataset(Dataset):
                 info = None
                 if self.known is not None:
                     info = self.known.info(self.paths.files[candidate], path)
-                return self.read_clips(key, path, span, info)
-        except (ReadError, UserError, ImportError):  # a missing package is not the file's fault
+                read = self.read_clips(key, path, span, info)
+            if read.replaced:  # frames in files of their own may be intact
+                check_open_files()
+            return read
+        except UserError:
             raise
         except Exception as error:
+            check_open_files()
+            if isinstance(error, (ReadError, ImportError)):  # a missing package is not its fault
+                raise
             raise ReadError(f"{type(error).__name__}: {error_summary(error)}") from error
 
     def _candidates(self, epoch: int, index: int) -> list[int]:
@@ -318,6 +332,13 @@ class ClipDataset(SampleDataset):
         frames = len(windows) * self.sampling.num_frames
         return ReadClips(clips.permute(0, 4, 1, 2, 3), frames, replaced)
 
+    def sample_bytes(self) -> int:
+        """Return the size of a sample's clips and noise."""
+        with fork_rng(0):
+            clip = self.transform(self.videos.black_frames(self.sampling.num_frames))
+        noise_bytes = 4 * self.noise_tokens
+        return self.repeat_aug * (clip.nbytes + noise_bytes)
+
     def _read_windows(
         self, video: VideoReader, sampling: ClipSampling, span: Span | None, seeds: list[int]
     ) -> list[Tensor]:
@@ -425,6 +446,11 @@ class ViewDataset(SampleDataset):
         views = [self.transform(frames[clip]) for clip in positions]
         return ReadClips(torch.cat(views).transpose(1, 2), len(distinct), replaced)
 
+    def sample_bytes(self) -> int:
+        """Return the size of a sample's views."""
+        views = self.transform(self.videos.black_frames(self.sampling.num_frames))
+        return self.num_views * views.nbytes
+
     def __getitem__(self, key: tuple[int, int]) -> dict:
         """Read sample (0, index), see `SampleDataset`; if asked for with its `fixed_noise` (1, L).
 
@@ -465,3 +491,8 @@ class ImageDataset(SampleDataset):
         with fork_rng(derive_seed(self.seed, *key)):
             image = self.transform(read_image(path))
         return ReadClips(image[None, :, None])
+
+    def sample_bytes(self) -> int:
+        """Return the size of a sample's image."""
+        with fork_rng(0):
+            return self.transform(Image.new("RGB", BLACK_IMAGE)).nbytes

@@ -8,6 +8,9 @@ import contextlib
 import os
 from collections.abc import Iterator
 
+import torch
+from torch import Tensor
+
 from data.decode import open_video
 from data.video import VideoInfo, VideoReader
 
@@ -50,6 +53,10 @@ class OpenVideos:
             self._close_oldest()
         else:
             video.close()
+
+    def black_frames(self, num_frames: int) -> Tensor:
+        """Return frames (T, C, H, W) uint8 that stand for those of any video."""
+        return torch.zeros(num_frames, 3, self.short_side, self.short_side, dtype=torch.uint8)
 
     def _leave_to_parent(self) -> None:
         """Forget the files that this process has inherited: their positions are shared.
