@@ -1,35 +1,46 @@
 """Loaders: from samples to batches on the device, with worker processes that may die.
 
-Every batch holds clips (B, R, C, T, H, W) uint8: R clips of each of B videos; see `collate`. A file
-that hangs or kills its worker is quarantined, and the loader continues with the next batch.
+Every batch holds clips (B, R, C, T, H, W) uint8: R clips of each of B videos; see `collate`. When a
+worker dies, all workers are started again and continue with the next batch that is due. A file that
+hangs, or kills its worker twice, is quarantined.
 """
 
 import atexit
 import gc
+import multiprocessing
 import signal
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
+from multiprocessing import connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, default_collate
+from torch.utils.data import BatchSampler, DataLoader, default_collate
 
 from data.datasets import SampleDataset
 from data.samplers import DistributedEvalSampler, EpochSampler, note_left_over
 from data.watchdog import (
+    STALL_SECONDS,
     WorkerWatchdog,
     add_to_quarantine,
+    how_it_ended,
     ignore_dead_workers,
     init_worker,
     kill_workers,
     read_quarantine,
 )
-from util.dist import DistEnv, escaped, print_rank
+from data.worker_batches import BatchReader, PackedBatch, WorkerError
+from data.worker_limits import LoaderNeeds, check_limits, exhausted
+from util.dist import DistEnv, UserError, escaped, print_rank
 
 PREFETCHED_BATCHES = 4  # per worker
+MAX_RESTARTS = 5  # of the workers without a batch or a quarantined file between them
+END_SECONDS = 2  # for a worker to end after its connection has broken
 
 
 class WorkerSettings(NamedTuple):
@@ -91,41 +102,20 @@ def collate_readable(samples: list[dict]) -> dict:
     return batch
 
 
-def _start_pass(loader: DataLoader) -> Iterator[dict]:
-    """Start a pass of the DataLoader.
-
-    A dead worker raises RuntimeError only while its batch is awaited.
-    """
-    # Collect garbage before forking: a worker would deadlock if it finalized a multi-threaded
-    # decoder that this process has left behind.
-    gc.collect()
-    iterator = iter(loader)
-    # Exit functions run in reverse order: register again, to run before torch's own.
-    atexit.unregister(kill_workers)
-    atexit.register(kill_workers)
-    if callable(signal.getsignal(signal.SIGCHLD)):  # torch has installed its handler
-        signal.signal(signal.SIGCHLD, ignore_dead_workers)
-    return iterator
-
-
-def _wait_for_batch(iterator: Iterator[dict]) -> dict | None:
-    """Return the next batch of a DataLoader, None at its end.
-
-    Raises RuntimeError if a worker is dead.
-    """
-    while True:
-        try:
-            return next(iterator, None)
-        except (ConnectionError, EOFError):
-            continue  # a worker died while it sent a batch; the next wait raises RuntimeError
+def _unchanged(batch: object) -> object:
+    """Return a batch as it is, in place of the DataLoader's own conversion."""
+    return batch
 
 
 class FaultTolerantLoader:
-    """A DataLoader that is rebuilt when a file has killed a worker.
+    """A DataLoader that is rebuilt when a worker has died, and continues with the next batch.
 
-    The file is quarantined and the loader continues with the next batch. Workers live for the whole
-    run. Nothing is drawn from the global random number generators.
+    The file that a dead worker was reading is read once more. If it kills a worker again, or if it
+    hung, it is quarantined. Workers live for the whole run. Nothing is drawn from the global random
+    number generators.
     """
+
+    unstarted: weakref.WeakSet = weakref.WeakSet()  # loaders whose workers have not been started
 
     def __init__(
         self,
@@ -135,37 +125,185 @@ class FaultTolerantLoader:
         workers: WorkerSettings,
         collate_fn: Callable[[list[dict]], dict] = collate,
     ):
+        """Raise UserError if the system does not allow the workers what they need."""
         self.dataset = dataset
         self.sampler = sampler
         self.batch_size = batch_size
         self.workers = workers
         self.collate_fn = collate_fn
         self.loader: DataLoader | None = None
-        dataset.watchdog = WorkerWatchdog(workers.num_workers, workers.read_timeout)
+        self.processes: list[BaseProcess] = []
+        self.passes = 0  # that have begun
+        self.restarts = 0  # since the last batch or quarantined file
+        self.suspects: dict[str, int] = {}  # files that killed a worker: sampler.skip to forget at
+        self.watchdog = WorkerWatchdog(workers.num_workers, workers.read_timeout)
+        dataset.watchdog = self.watchdog
         if workers.quarantine is not None:
             dataset.quarantine = read_quarantine(workers.quarantine)
+        self.unstarted.add(self)
+        check_limits([loader.needs() for loader in self.unstarted])
+
+    def needs(self) -> LoaderNeeds:
+        """Return what the workers need from the system."""
+        num_workers = self.workers.num_workers
+        if num_workers == 0:
+            return LoaderNeeds(0, 0, 0)
+        batch_bytes = self.batch_size * self.dataset.sample_bytes()
+        return LoaderNeeds(num_workers, PREFETCHED_BATCHES * num_workers, batch_bytes)
 
     def __iter__(self) -> Iterator[dict]:
         self.sampler.skip = 0
-        while True:
-            if self.loader is None:
-                self.loader = self._make_loader()
-            try:
-                iterator = _start_pass(self.loader)
-                while (batch := _wait_for_batch(iterator)) is not None:
-                    self.sampler.skip += self.batch_size
-                    yield batch
-                return
-            except RuntimeError:
-                indices = self.dataset.watchdog.files_of_dead_workers()
-                if not indices:
-                    raise  # a worker died while it read no file
-                self.loader = None
-                for index in indices:
-                    self._quarantine(self.dataset.paths[index])
+        self.suspects.clear()
+        self.passes += 1
+        this_pass = self.passes
+        iterator = None
+        try:
+            while True:
+                try:
+                    if iterator is None:
+                        iterator = self._start_pass()
+                    batch = self._next_batch(iterator)
+                except (RuntimeError, OSError, EOFError) as error:
+                    iterator = None
+                    self._restart(error)
+                    continue
+                if batch is None:
+                    return
+                self.sampler.skip += self.batch_size
+                self.restarts = 0
+                yield batch
+        except BaseException:
+            if this_pass == self.passes:
+                self._end_workers()  # they would keep the batches of a pass that is not completed
+            raise
+
+    def _start_pass(self) -> Iterator[dict]:
+        """Start a pass of the DataLoader, with fresh workers if there are none."""
+        if self.loader is None:
+            self.loader = self._make_loader()
+            iterator = self._start_workers(self.loader)
+        else:
+            iterator = iter(self.loader)
+        # Exit functions run in reverse order: register again, to run before torch's own.
+        atexit.unregister(kill_workers)
+        atexit.register(kill_workers)
+        if callable(signal.getsignal(signal.SIGCHLD)):  # torch has installed its handler
+            signal.signal(signal.SIGCHLD, ignore_dead_workers)
+        return iterator
+
+    def _start_workers(self, loader: DataLoader) -> Iterator[dict]:
+        """Start the first pass of a DataLoader, which starts its workers. Raises UserError."""
+        self.unstarted.discard(self)
+        # Collect garbage before forking: a worker would deadlock if it finalized a multi-threaded
+        # decoder that this process has left behind.
+        gc.collect()
+        others = set(multiprocessing.active_children())
+        try:
+            iterator = iter(loader)
+        except OSError as error:
+            raise UserError(
+                f"{self.workers.num_workers} loader workers cannot be started ({error.strerror}): "
+                "lower --num_workers, or raise the limits of memory and processes (ulimit -u)",
+                print_on_any_rank=True,
+            ) from error
+        finally:
+            children = multiprocessing.active_children()
+            self.processes = [child for child in children if child not in others]
+        if self.processes:
+            self.watchdog.start(self.processes)
+        return iterator
+
+    def _next_batch(self, iterator: Iterator) -> dict | None:
+        """Return the next batch of a DataLoader, None at its end.
+
+        Raises RuntimeError, OSError or EOFError if a worker is dead, and UserError if a worker has
+        reported that the run must end.
+        """
+        self.watchdog.waiting = True
+        try:
+            batch = next(iterator, None)
+            if isinstance(batch, PackedBatch):
+                batch = batch.unpack()
+        finally:
+            self.watchdog.waiting = False
+        if isinstance(batch, WorkerError):
+            raise UserError(batch.message, print_on_any_rank=True)
+        return batch
+
+    def _restart(self, error: Exception) -> None:
+        """End all workers after an error, so that they are started again.
+
+        Quarantines files and prints what happened. Raises UserError if a limit of the system is the
+        reason or the workers die again and again, and the error itself if no worker is dead.
+        """
+        dead = self._wait_for_dead_workers()
+        if not dead:
+            reason = exhausted(error)
+            if reason and self.processes:
+                raise UserError(reason, print_on_any_rank=True) from error
+            raise error
+        ends = [self._how_a_worker_ended(worker) for worker in dead]
+        self._end_workers()
+        self.restarts += 1
+        for worker, end in zip(dead, ends, strict=True):
+            self._find_fault(worker, end)
+        if self.restarts > MAX_RESTARTS:
+            raise UserError(
+                f"loader workers died {self.restarts} times in a row before a batch was read "
+                f"(the last: {ends[-1]}): lower --num_workers, or give the job more memory and "
+                "more /dev/shm (docker run --shm-size)",
+                print_on_any_rank=True,
+            )
+
+    def _wait_for_dead_workers(self) -> list[BaseProcess]:
+        """Return the workers that are dead, or about to end: a broken connection comes first."""
+        if not self.processes:
+            return []
+        sentinels = [worker.sentinel for worker in self.processes]
+        ended = connection.wait(sentinels, END_SECONDS)
+        dead = [worker for worker in self.processes if worker.sentinel in ended]
+        for worker in dead:
+            worker.join()
+        return dead
+
+    def _how_a_worker_ended(self, worker: BaseProcess) -> str:
+        if self.watchdog.stalled:
+            return f"did nothing for {STALL_SECONDS} s"
+        return how_it_ended(worker.exitcode)
+
+    def _find_fault(self, worker: BaseProcess, end: str) -> None:
+        """Quarantine the file that a dead worker was reading, or remember it for the second time.
+
+        end: how the worker ended.
+        """
+        index = self.watchdog.file_of(worker.pid)
+        if index is None:
+            print_rank(f"note: a loader worker died ({end}): the workers are started again")
+            return
+        path = self.dataset.paths[index]
+        if worker.pid in self.watchdog.timed_out:
+            self._quarantine(path, f"hung for {self.workers.read_timeout:g} s")
+        elif self.suspects.get(path, -1) >= self.sampler.skip:
+            self._quarantine(path, f"killed its reader twice ({end})")
+        else:
+            ahead = PREFETCHED_BATCHES * self.workers.num_workers
+            self.suspects[path] = self.sampler.skip + ahead * self.batch_size
+            print_rank(
+                f"note: a loader worker died ({end}) while it read {escaped(path)}: the file is "
+                "read again"
+            )
+
+    def _end_workers(self) -> None:
+        """Kill the workers; the next batch is read by fresh ones."""
+        for worker in self.processes:
+            worker.kill()
+        for worker in self.processes:
+            worker.join()
+        self.processes = []
+        self.loader = None
 
     def _make_loader(self) -> DataLoader:
-        """Return a DataLoader with fresh workers."""
+        """Return a DataLoader without workers yet."""
         options: dict = {}
         if self.workers.num_workers > 0:
             options = {
@@ -174,21 +312,21 @@ class FaultTolerantLoader:
                 "worker_init_fn": init_worker,
                 "multiprocessing_context": "fork",  # no longer the default in Python 3.14
             }
+        drop_last = isinstance(self.sampler, EpochSampler)
         return DataLoader(
-            self.dataset,
-            batch_size=self.batch_size,
-            sampler=self.sampler,
+            BatchReader(self.dataset, self.collate_fn),
+            batch_size=None,  # the reader gets the keys of a whole batch
+            sampler=BatchSampler(self.sampler, self.batch_size, drop_last),
+            collate_fn=_unchanged,
             num_workers=self.workers.num_workers,
-            collate_fn=self.collate_fn,
             pin_memory=self.workers.pin_memory,
-            drop_last=isinstance(self.sampler, EpochSampler),
             generator=torch.Generator(),
             **options,
         )
 
-    def _quarantine(self, path: str) -> None:
+    def _quarantine(self, path: str, reason: str) -> None:
         """Put a file into the quarantine and print a line about it."""
-        reason = f"hung for {self.workers.read_timeout:g} s or killed its reader"
+        self.restarts = 0
         self.dataset.quarantine[path] = reason
         if self.workers.quarantine is None:
             print_rank(f"quarantined: {escaped(path)} {reason}")

@@ -15,6 +15,7 @@ nan                  make the loss of a micro-step NaN
 inf                  make a gradient of a micro-step infinite
 full disk, free disk limit files to "bytes" bytes, and remove that limit, at a micro-step
 slow                 wait "seconds" before each micro-step
+slow read            wait "seconds" before each file is opened
 no offset            start each epoch with its first sample, wherever it was interrupted
 in validation        send this process "signal" at the begin of a validation
 stop within          after a signal, allow "seconds" seconds without progress
@@ -42,6 +43,7 @@ import torch
 import engine_pretrain
 import models_vit
 import pretrain
+from data import open_videos
 from data.samplers import EpochSampler
 from util import checkpoint, dist, preemption
 
@@ -134,6 +136,17 @@ def patch_sampler() -> None:
     EpochSampler.set_updates = set_updates_without_offset
 
 
+def patch_reading(seconds: float) -> None:
+    """Make the opening of each file wait."""
+    open_video = open_videos.open_video
+
+    def open_slowly(*arguments):
+        time.sleep(seconds)
+        return open_video(*arguments)
+
+    open_videos.open_video = open_slowly
+
+
 def patch_validation(signal_name: str) -> None:
     """Make each validation begin with a signal to this process."""
     original = pretrain.validation_loss
@@ -196,6 +209,8 @@ def inject(faults: list[dict], out: Path) -> None:
     for fault in own_faults:
         if fault["do"] == "no offset":
             patch_sampler()
+        elif fault["do"] == "slow read":
+            patch_reading(fault["seconds"])
         elif fault["do"] == "in validation":
             patch_validation(fault["signal"])
         elif fault["do"] == "stop within":

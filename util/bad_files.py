@@ -1,6 +1,7 @@
 """Unreadable files of a run, merged over the ranks and listed in bad_videos.csv.
 
-Files that hang or kill a loader worker are also listed in quarantine.csv: see data/watchdog.py.
+Files that hang a loader worker or kill it twice are also listed in quarantine.csv: see
+data/watchdog.py.
 """
 
 from pathlib import Path
