@@ -203,7 +203,8 @@ def test_an_update_waits_only_to_log(group, case, run_group):
         waits = int(update["reduces"])
         assert update["syncs"] == waits, result["sync_lines"]
         assert update["pageable"] == waits
-        if "--num_workers" not in case.flags:  # a thread pins memory until its queue is full
+        # a thread pins memory until its queue is full; a save takes pinned memory of batches
+        if "--num_workers" not in case.flags and not update["after_save"]:
             assert update["allocations"] == 0
         assert update["launches"] > 0
 

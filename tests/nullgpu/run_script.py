@@ -69,8 +69,9 @@ def tally() -> dict[str, int]:
 class Recorder:
     """Counts for each update of a run.
 
-    An update is recorded with its number (from 1), `tally`, the graphs compiled so far, and the
-    peak memory since the update before in GiB.
+    An update is recorded with its number (from 1), `tally`, the graphs compiled so far, the peak
+    memory since the update before in GiB, and whether the end of an epoch, with a save, came
+    between them.
     """
 
     def __init__(self):
@@ -79,12 +80,15 @@ class Recorder:
         self.epoch_ends: list[dict] = []
         self.sync_lines: list[str] = []
         self.pending_lines: list[str] = []  # of the update in progress
+        self.after_save = False
 
     def add_update(self, state, log_every: int) -> None:
         """Record the update that the loop has just finished."""
         steps = state.schedule.steps_per_epoch
         reduces = state.step % log_every == 0 or state.step % steps == 0 or state.is_last_step()
         record = {"step": state.step, "reduces": reduces, "compiled": compiled_graphs()}
+        record["after_save"] = self.after_save
+        self.after_save = False
         record["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
         self.updates.append(record | tally())
         if state.step >= STEADY and not reduces:
@@ -131,6 +135,7 @@ def record_updates(recorder: Recorder, patches: contextlib.ExitStack) -> None:
     def record_and_end_epoch(self, *arguments) -> None:
         recorder.epoch_ends.append(tally())
         end_epoch(self, *arguments)
+        recorder.after_save = True
         recorder.start_update()
 
     patches.enter_context(patch.object(train_loop, "finish_update", finish_and_record))
