@@ -1,7 +1,7 @@
 """How many packets the tables of MP4 and its relatives list, found before FFmpeg trusts them.
 
-FFmpeg keeps 57 bytes of each listed packet. A damaged number can list 60 million in a small file.
-Source of the boxes: ISO/IEC 14496-12.
+FFmpeg keeps about 60 bytes of each listed packet. A damaged number can list 60 million of them in a
+small file. Source of the boxes: ISO/IEC 14496-12.
 """
 
 import os
@@ -12,9 +12,9 @@ CONTAINERS = (b"moov", b"trak", b"mdia", b"minf", b"stbl", b"moof", b"traf")
 COUNT_AT = {b"stsz": 16, b"stz2": 16, b"trun": 12}  # offset of the number of packets in a table
 HEAD = 24  # bytes of a box that are read: its size, its type and its first numbers
 MAX_BOXES = 1_000_000  # that are looked at: two fragments a second for a day
-FEW_PACKETS = 1_000_000  # whose memory does not matter
-MAX_PACKETS = 20_000_000  # a week at 30 frames/s; FFmpeg and the reader take 1.7 GB for them
-MIN_BYTES = 8  # that a packet and its entries in the tables take, on average
+FEW_PACKETS = 1_000_000  # take at most 600 MB, if all have to be read at once
+MAX_PACKETS = 10_000_000  # nearly four days at 30 frames/s
+MIN_BYTES = 16  # that a packet and its entries in the tables take, on average
 
 
 def check_tables(path: str) -> None:

@@ -1,5 +1,7 @@
 """Differences between PyAV 16 and 19, the oldest and the newest version that are supported."""
 
+from collections.abc import Iterable
+
 import av
 import numpy as np
 from av.video.reformatter import ColorRange
@@ -15,9 +17,9 @@ def open_container(path: str):
     return av.open(path, metadata_errors="ignore")
 
 
-def packet_table(stream) -> list:
-    """Return the container's table of a stream's packets. PyAV 16 has none: an empty list."""
-    return list(getattr(stream, "index_entries", ()))
+def packet_table(stream) -> Iterable:
+    """Return the entries of the container's table of a stream's packets. PyAV 16 shows none."""
+    return getattr(stream, "index_entries", ())
 
 
 def to_rgb(reformatter, frame, width: int, height: int) -> np.ndarray:
