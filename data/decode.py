@@ -20,6 +20,7 @@ from data.video import VideoInfo, VideoReader
 from util.dist import print0
 
 DECODERS = ("auto", "pyav", "decord")
+TRIED_FRAMES = 8  # to find the size of a video whose first frame is damaged
 
 
 def open_video(
@@ -71,7 +72,7 @@ def required_rate(frames_fps: float | None) -> float:
 
 
 def describe(path: str, frames_fps: float | None = None) -> VideoInfo:
-    """Return the properties of a video. Opens it and decodes the first frame of a file.
+    """Return the properties of a video. Opens it and decodes the first frame of a file, if it can.
 
     frames_fps: see `open_video`. Raises ReadError for anything that is not a readable video.
     """
@@ -81,8 +82,13 @@ def describe(path: str, frames_fps: float | None = None) -> VideoInfo:
     if os.path.isdir(path):
         return describe_frames(path, required_rate(frames_fps))
     with PyAVVideo(check_path(path), None) as video:
-        first_frame = video.read(np.zeros(1, dtype=int))[0]
-        height, width, _ = first_frame.shape
+        try:
+            frame = video.read(np.zeros(1, dtype=int))[0]
+            starts_damaged = False
+        except ReadError:
+            frame = video.read(_other_frames(video))[0]
+            starts_damaged = True
+        height, width, _ = frame.shape
         num_frames = video.frames_in_file()
         times = video.times
         if times is not None:
@@ -96,9 +102,14 @@ def describe(path: str, frames_fps: float | None = None) -> VideoInfo:
             key_distance=num_frames / len(video.gops),
             codec=video.codec.name,
             unseen=video.gops.unseen,
-            decord_reads=decord_is_exact(video),
+            decord_reads=not starts_damaged and decord_is_exact(video),
             times=times,
         )
+
+
+def _other_frames(video: VideoReader) -> np.ndarray:
+    """Return the indices of a few frames, of which one may be readable if the first one is not."""
+    return np.unique(np.linspace(0, video.num_frames - 1, TRIED_FRAMES).astype(int))
 
 
 def decord_installed() -> bool:

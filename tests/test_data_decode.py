@@ -438,6 +438,21 @@ def decode_as_player(path: Path) -> list[np.ndarray]:
     return images
 
 
+def test_f01_a_damaged_first_frame_costs_itself_alone(tmp_path):
+    path = str(write_video(tmp_path / "v.mov", codec="prores_ks", pix_fmt="yuv422p10le"))
+    info = describe(path)
+    with av.open(path) as container:
+        packet = next(container.demux(video=0))
+    content = bytearray(Path(path).read_bytes())
+    content[packet.pos : packet.pos + packet.size] = bytes(packet.size)
+    Path(path).write_bytes(content)
+    assert describe(path) == info._replace(decord_reads=False)
+    with open_video(path, "pyav") as video:
+        frames = video.read(np.arange(40))
+        assert video.replaced == 1
+    assert [frame_number(frame) for frame in frames] == [1, *range(1, 40)]
+
+
 def test_a_restart_forgets_earlier_reads(tmp_path):
     path = write_video(tmp_path / "v.mp4", frames=40)
     with PyAVVideo(str(path), None) as video:
