@@ -14,7 +14,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from torch.distributed import Store
 
@@ -22,8 +22,10 @@ POLL_SECONDS = 1.0
 WAIT_FOR_RANK0 = 5.0  # seconds that a failing rank waits for rank 0 to fail with the same error
 WAIT_FOR_OTHERS = 5.0  # seconds that the store's process stays after its failure
 WAIT_FOR_END = 60.0  # likewise after a run that has succeeded
+ANSWER_SECONDS = 10.0  # that the store may take, on the other side of a network that is cut
 FAILURE = "stmae/failure"  # keys in the store
 GONE = "stmae/gone"
+Answer = TypeVar("Answer")
 
 
 class Failure(NamedTuple):
@@ -43,6 +45,24 @@ def end_process(code: int) -> None:
     for worker in multiprocessing.active_children():
         worker.kill()
     os._exit(code)
+
+
+def answer_in_time(ask: Callable[[], Answer], seconds: float | None = None) -> Answer | None:
+    """Return what `ask` gets from the store, None if that takes longer or the store has ended.
+
+    A store that cannot be reached answers never, and no time-out of its own ends such a call.
+    seconds: None for ANSWER_SECONDS.
+    """
+    answers: list[Answer] = []
+
+    def wait() -> None:
+        with contextlib.suppress(RuntimeError):
+            answers.append(ask())
+
+    thread = threading.Thread(target=wait, daemon=True)
+    thread.start()
+    thread.join(ANSWER_SECONDS if seconds is None else seconds)
+    return answers[0] if answers else None
 
 
 class FailureWatch:
@@ -80,29 +100,35 @@ class FailureWatch:
         """
         own = Failure(self.rank, socket.gethostname(), code, reason)
         self.failed.set()
-        try:
-            deadline = time.monotonic() + WAIT_FOR_RANK0
-            while not at_once and self.rank > 0 and time.monotonic() < deadline:
-                if self.store.check([FAILURE]):
-                    break
-                time.sleep(0.2)
-            first = self.store.compare_set(FAILURE, "", json.dumps(own))
-        except RuntimeError:  # the store's process has ended
-            return own
-        return Failure(*json.loads(first))
+        return answer_in_time(lambda: self._exchange(own, at_once)) or own
+
+    def _exchange(self, own: Failure, at_once: bool) -> Failure:
+        """Announce this process's failure; return the first one. Raises RuntimeError."""
+        deadline = time.monotonic() + WAIT_FOR_RANK0
+        while not at_once and self.rank > 0 and time.monotonic() < deadline:
+            if self.store.check([FAILURE]):
+                break
+            time.sleep(0.2)
+        return Failure(*json.loads(self.store.compare_set(FAILURE, "", json.dumps(own))))
 
     def leave(self) -> None:
         """Stop watching, at the end of the process. The store's process waits for the others."""
         self.leaving.set()
-        self.thread.join()
+        self.thread.join(ANSWER_SECONDS)
         patience = WAIT_FOR_OTHERS if self.failed.is_set() else WAIT_FOR_END
+        answer_in_time(lambda: self._wait_for_others(patience), patience + ANSWER_SECONDS)
+
+    def _wait_for_others(self, patience: float) -> None:
+        """Count this process as gone, and the store's process waits for the others' end.
+
+        patience: seconds that it waits. Raises RuntimeError.
+        """
         deadline = time.monotonic() + patience
-        with contextlib.suppress(RuntimeError):
-            gone = self.store.add(GONE, 1)
-            hosts_store = self.rank == 0 and not self.outlives_ranks
-            while hosts_store and gone < self.world_size and time.monotonic() < deadline:
-                time.sleep(0.05)
-                gone = self.store.add(GONE, 0)
+        gone = self.store.add(GONE, 1)
+        hosts_store = self.rank == 0 and not self.outlives_ranks
+        while hosts_store and gone < self.world_size and time.monotonic() < deadline:
+            time.sleep(0.05)
+            gone = self.store.add(GONE, 0)
 
     def _watch(self) -> None:
         """End the process if another one has failed."""
@@ -129,6 +155,5 @@ class FailureWatch:
     def _end_for(self, failure: Failure) -> None:
         """End this process because of another one's failure."""
         self.report(failure)
-        with contextlib.suppress(RuntimeError):
-            self.store.add(GONE, 1)
+        answer_in_time(lambda: self.store.add(GONE, 1))
         end_process(failure.code)
