@@ -79,14 +79,21 @@ class Job:
         self, out: Path, script: str, arguments: list[str], *options: str, **environment: str
     ):
         """Start the script. options: of torchrun; environment: variables to set."""
+        self._record(out)
+        command = torchrun_command(script, 2, arguments, *options)
+        self.process = self._start(command, **environment)
+
+    def _record(self, out: Path) -> None:
+        """Prepare the output folder, and remember the processes of earlier jobs there."""
         out.mkdir(parents=True, exist_ok=True)
         self.out = out
         self.printed = out / "printed.txt"
-        self.earlier: list[int] = []  # processes that an earlier job with this folder left
-        self.earlier = self.processes()
-        command = torchrun_command(script, 2, arguments, *options)
+        self.earlier = self._processes_of_folder()  # that an earlier job with this folder left
+
+    def _start(self, command: list[str], **environment: str) -> subprocess.Popen:
+        """Start a process that appends its output to that of the job."""
         with open(self.printed, "a") as file:
-            self.process = subprocess.Popen(
+            return subprocess.Popen(
                 command, stdout=file, stderr=file, env=clean_environment(**environment)
             )
 
@@ -101,17 +108,31 @@ class Job:
             text = self.printed.read_text()
 
     def processes(self) -> list[int]:
-        """Return the ids of this job's processes: launcher, ranks and loader workers.
+        """Return the ids of this job's processes: launcher, ranks and loader workers."""
+        return [pid for pid in self._processes_of_folder() if pid not in self.earlier]
 
-        They are recognized by the output folder on their command lines.
-        """
+    def leftovers(self) -> list[int]:
+        """Return the ids of processes that an earlier job with this folder left."""
+        return [pid for pid in self._processes_of_folder() if pid in self.earlier]
+
+    def _processes_of_folder(self) -> list[int]:
+        """Return the ids of the processes with the output folder on their command lines."""
         pids = []
         for process in psutil.process_iter(["cmdline", "status"]):
             command_line = " ".join(process.info["cmdline"] or [])
             alive = process.info["status"] != psutil.STATUS_ZOMBIE
-            if alive and str(self.out) in command_line and process.pid not in self.earlier:
+            if alive and str(self.out) in command_line:
                 pids.append(process.pid)
         return pids
+
+    def rank_pids(self) -> list[int]:
+        """Return the ids of the ranks' own processes, in order: the children of torchrun."""
+        own = self.processes()
+        try:
+            children = psutil.Process(self.process.pid).children()
+        except psutil.NoSuchProcess:
+            return []
+        return [child.pid for child in children if child.pid in own]
 
     def wait_until_gone(self, seconds: float = GRACE) -> int:
         """Wait for the end of all processes, orphans too; return the launcher's exit code."""
