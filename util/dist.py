@@ -299,8 +299,14 @@ def _init_process_group(device: torch.device) -> None:
 
 
 def _join_store(timeout: timedelta) -> dist.Store:
-    """Meet the other processes at the launcher's address; from now on one's failure ends all."""
+    """Meet the other processes at the launcher's address; from now on one's failure ends all.
+
+    Raises UserError if torchrun has ended.
+    """
     global _failure_watch
+    launcher_has_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == str(True)
+    if launcher_has_store:
+        _require_launcher(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
     server, own_rank, processes = next(dist.rendezvous("env://", timeout=timeout))
     # torchrun's server outlives a start of the processes; the next one must not read its entries
     start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
@@ -309,10 +315,28 @@ def _join_store(timeout: timedelta) -> dist.Store:
         store,
         own_rank,
         processes,
-        outlives_ranks=os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == str(True),
+        outlives_ranks=launcher_has_store,
         report=_report_other_failure,
     )
     return store
+
+
+def _require_launcher(host: str, port: int) -> None:
+    """Raise UserError if nobody listens where torchrun has its store.
+
+    It was killed before this process watched it (util/preemption.py), which would wait for its
+    store until the time-out.
+    """
+    try:
+        socket.create_connection((host, port), timeout=10).close()
+    except ConnectionRefusedError as error:
+        raise UserError(
+            f"torchrun, which has started this process, has ended (its port {port} on {host} is "
+            "closed). Start it again.",
+            print_on_any_rank=True,
+        ) from error
+    except OSError:
+        return  # the name or the network: meeting the others fails with the reason
 
 
 def cleanup() -> None:
@@ -512,7 +536,7 @@ def _join_late() -> bool:
         if _is_srun_task():
             _set_torchrun_variables()
         _join_store(LATE_TIMEOUT)
-    except (ValueError, RuntimeError):  # no address, or nobody there
+    except (UserError, ValueError, RuntimeError):  # no address, or nobody there
         return False
     return True
 
