@@ -63,14 +63,9 @@ def kill_rank(run: DisturbedRun, disturbance: Disturbance) -> Hit:
 
 
 def kill_torchrun(run: DisturbedRun, disturbance: Disturbance) -> Hit:
-    """Kill torchrun. Half of the next starts come at once, while the ranks still run.
-
-    All do so if there was no update: a rank whose torchrun dies before both have connected waits
-    for it until the time-out of the process group.
-    """
+    """Kill torchrun. Half of the next starts come at once, while the ranks still run."""
     run.running().process.kill()
-    is_early = run.last_update() is None
-    return Hit("torchrun", must_end=True, orphans=is_early or disturbance.dice < 0.5)
+    return Hit("torchrun", must_end=True, orphans=disturbance.dice < 0.5)
 
 
 def terminate(run: DisturbedRun, _disturbance: Disturbance) -> Hit:
