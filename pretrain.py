@@ -469,8 +469,9 @@ def build_probe(args: argparse.Namespace, env: DistEnv, model: MaskedAutoencoder
         if not has_tokens:
             return probe(mean_features(model, batches, amp), labels, size)
         features, tokens = features_and_tokens(model, batches, len(labels), amp)
-        accuracy = dist.on_rank0(lambda: attentive_accuracy(model, tokens, labels, size, amp))
-        return probe(features, labels, size) | {"probe_attentive_acc1": accuracy}
+        with preemption.slow_work():
+            accuracy = dist.on_rank0(lambda: attentive_accuracy(model, tokens, labels, size, amp))
+            return probe(features, labels, size) | {"probe_attentive_acc1": accuracy}
 
     batches = center_clips(args, env, unlabeled(train.paths + val.paths))
     return Validation(batches, measure_probes)

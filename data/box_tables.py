@@ -10,7 +10,7 @@ from data.input_files import ReadError
 
 CONTAINERS = (b"moov", b"trak", b"mdia", b"minf", b"stbl", b"moof", b"traf")
 COUNT_AT = {b"stsz": 16, b"stz2": 16, b"trun": 12}  # offset of the number of packets in a table
-HEAD = 24  # bytes of a box that are read: its size, its type and its first numbers
+HEAD = 32  # bytes of a box that are read: its size, its type and its first numbers
 MAX_BOXES = 1_000_000  # that are looked at: two fragments a second for a day
 FEW_PACKETS = 1_000_000  # take at most 600 MB, if all have to be read at once
 MAX_PACKETS = 10_000_000  # nearly four days at 30 frames/s
@@ -35,13 +35,13 @@ def check_tables(path: str) -> None:
 def listed_packets(descriptor: int, size: int) -> int:
     """Return how many packets the tables of an open file of `size` bytes list.
 
-    Sound of one tick per packet, which is uncompressed, is left out: FFmpeg keeps its chunks.
+    Uncompressed sound (one tick per packet) is left out: FFmpeg lists it by chunk, not by packet.
     """
     listed = 0
     is_sound = False
     has_one_tick = False
     begin = 0
-    ends = [size]  # of the boxes around this place
+    ends = [size]  # of the boxes that contain offset `begin`, the outermost first
     for _ in range(MAX_BOXES):
         while ends and begin + 8 > ends[-1]:
             begin = ends.pop()
@@ -54,6 +54,7 @@ def listed_packets(descriptor: int, size: int) -> int:
         if box_size == 1:
             box_size = int.from_bytes(head[8:16], "big")
             header_size = 16
+            head = head[8:]  # the first numbers follow the longer header
         if box_size < 8:  # up to the end, or damaged
             box_size = ends[-1] - begin
         if kind in CONTAINERS:

@@ -1,4 +1,4 @@
-"""When one process fails, waits for ever or trains something else, all end and say why once (F04).
+"""One process fails, waits without end or trains something else: all end and say why once (F04).
 
 The processes are started by hand or with srun's variables: nothing else would end them.
 """
@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from launch import (
     clean_environment,
     end_processes,
@@ -23,9 +24,11 @@ from launch import (
 )
 from make_videos import write_folder
 from runs import pretrain_command
+from torch.distributed import HashStore, TCPStore
 
-from util import preemption, same_run
+from util import dist, failures, preemption, same_run
 from util.dist import UserError
+from util.failures import FailureWatch
 from util.preemption import Progress, StopRequest
 
 FLAGS = "--batch_size_per_gpu 2 --epochs 3".split()
@@ -171,7 +174,7 @@ def test_f04_a_stop_without_progress_ends_the_run(videos, tmp_path):
 
 @pytest.fixture
 def clock(monkeypatch):
-    """Return a list whose last entry is the time; progress starts anew."""
+    """Return a list whose last entry is the time; progress starts again."""
     times = [1000.0]
     monkeypatch.setattr(preemption.time, "monotonic", lambda: times[-1])
     monkeypatch.setattr(preemption, "_progress", Progress())
@@ -183,7 +186,7 @@ def seconds_until_stuck(clock: list[float], request: StopRequest, most: float = 
     begin = clock[-1]
     received = bytes([signal.SIGUSR1])
     while clock[-1] - begin < most:
-        if preemption._stuck(request, received):
+        if preemption.reason_to_end(request, received):
             return clock[-1] - begin
         received = b""
         clock.append(clock[-1] + preemption.POLL_SECONDS)
@@ -198,19 +201,19 @@ def test_f04_how_long_a_stop_may_take(longest, allowed, clock):
         clock.append(clock[-1] + longest)
     preemption.mark_progress()
     assert seconds_until_stuck(clock, StopRequest()) == pytest.approx(allowed, abs=1)
-    with preemption.saving():
+    with preemption.slow_work():
         assert seconds_until_stuck(clock, StopRequest()) == pytest.approx(600, abs=1)
 
 
 def test_f04_progress_and_suspension_prolong_a_stop(clock):
     preemption.mark_progress(update=True)
     request = StopRequest()
-    preemption._stuck(request, bytes([signal.SIGTERM]))
+    preemption.reason_to_end(request, bytes([signal.SIGTERM]))
     clock.append(clock[-1] + 3600)  # suspended
-    assert not preemption._stuck(request, b"")
+    assert not preemption.reason_to_end(request, b"")
     for _ in range(100):
         clock.append(clock[-1] + preemption.POLL_SECONDS)
-        assert not preemption._stuck(request, b"")
+        assert not preemption.reason_to_end(request, b"")
     preemption.mark_progress()
     assert 50 < seconds_until_stuck(clock, request) < 70
 
@@ -224,8 +227,48 @@ def test_f04_only_a_late_second_sigterm_ends_a_stop(clock):
         (signal.SIGUSR1, 5, False),
         (signal.SIGTERM, 0, True),
     ):
-        assert bool(preemption._stuck(request, bytes([signum]))) == stuck
+        assert bool(preemption.reason_to_end(request, bytes([signum]))) == stuck
         clock.append(clock[-1] + pause)
+
+
+def test_f04_a_failure_of_an_earlier_start_is_ignored():
+    """The store of torchrun serves all starts of the processes."""
+    server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    reported = []
+    watches = []
+
+    def start(rank):
+        settings = {"store_in_launcher": True, "report": reported.append}
+        watches.append(FailureWatch(server, rank, 2, **settings))
+        return watches[-1]
+
+    assert start(1).announce("earlier", 2, at_once=True).reason == "earlier"
+    first, second = start(0), start(1)
+    time.sleep(1.5 * failures.POLL_SECONDS)
+    assert reported == []
+    assert second.announce("now", 1, at_once=True).reason == "now"
+    assert first.announce("later", 2, at_once=True).reason == "now"
+    for watch in watches:
+        watch.leave()
+
+
+def test_f04_another_kind_of_device_ends_all_before_they_meet(monkeypatch):
+    store = HashStore()
+    monkeypatch.setenv("RANK", "0")
+    dist._compare_devices(store, torch.device("cuda", 0))
+    monkeypatch.setenv("RANK", "1")
+    dist._compare_devices(store, torch.device("cuda", 1))
+    with pytest.raises(UserError, match="^rank 1 on .* runs on cpu, rank 0 on cuda: "):
+        dist._compare_devices(store, torch.device("cpu"))
+
+
+def test_f04_a_terminal_that_is_gone_does_not_keep_a_process():
+    def fail():
+        raise BrokenPipeError
+
+    assert failures.call_with_timeout(fail) is None
+    assert failures.call_with_timeout(lambda: time.sleep(5), seconds=0.1) is None
+    assert failures.call_with_timeout(lambda: 3) == 3
 
 
 def test_f04_differences_name_rank_host_and_fact(monkeypatch):

@@ -15,7 +15,7 @@ from util import dist, failures
 from util.dist import UserError
 from util.failures import FailureWatch
 
-LIMITS = ("ANSWER_SECONDS", "POLL_SECONDS", "WAIT_FOR_OTHERS", "WAIT_FOR_RANK0", "WAIT_FOR_END")
+LIMITS = ("CALL_SECONDS", "POLL_SECONDS", "WAIT_FOR_OTHERS", "WAIT_FOR_RANK0", "WAIT_FOR_END")
 
 
 class SilentStore:
@@ -38,7 +38,7 @@ class SilentStore:
 def test_f04_a_process_ends_without_an_answer_of_the_store(at_once, monkeypatch):
     for limit in LIMITS:
         monkeypatch.setattr(failures, limit, 0.2)
-    watch = FailureWatch(SilentStore(), 1, 2, outlives_ranks=False, report=print)
+    watch = FailureWatch(SilentStore(), 1, 2, store_in_launcher=False, report=print)
     time.sleep(0.5)  # until its thread waits, too
     announced = []
 

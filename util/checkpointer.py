@@ -174,7 +174,7 @@ class Checkpointer:
         if self.unfinished_step not in (None, state.step):
             self._wait_for_earlier_saves()
         target = path or self.logger.files.checkpoint
-        with preemption.saving():
+        with preemption.slow_work():
             in_foreground = on_rank0(lambda: self._start_write(target, epoch, averaged))
         self.unfinished_step = state.step
         written = True
@@ -212,7 +212,7 @@ class Checkpointer:
         if self.unfinished_step is None:
             return True
         outcomes = None
-        with preemption.saving():
+        with preemption.slow_work():
             while outcomes is None:
                 outcomes = on_rank0(self._wait_for_writes)
         self.unfinished_step = None
@@ -350,8 +350,8 @@ class Checkpointer:
             self.any_rank.drain()
             self._save_stopped_run()
         finally:
-            self._report_problems()
             preemption.restore_signal_handlers()
+            self._report_problems()
 
     def _save_stopped_run(self) -> None:
         step = self.state.step

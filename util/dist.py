@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 
 from util import preemption
-from util.failures import Failure, FailureWatch, end_process
+from util.failures import Failure, FailureWatch, call_with_timeout, end_process
 
 Item = TypeVar("Item")  # any picklable object
 
@@ -44,6 +44,7 @@ PATH_ERRORS = (  # what the system reports for a path that a user has given
 )
 NO_FILES_ERRORS = (errno.EMFILE, errno.ENFILE)
 FULL_DISK_ERRORS = (errno.EDQUOT, errno.EFBIG, errno.ENOSPC)
+DEVICE = "stmae/device"  # key of rank 0's kind of device in the store
 OWN_PACKAGES = ("util", "data", "tools")
 GROUP_TIMEOUT = timedelta(minutes=10)
 LATE_TIMEOUT = timedelta(seconds=10)  # to reach the others after an error before the group exists
@@ -287,6 +288,7 @@ def _init_process_group(device: torch.device) -> None:
             "minutes, with the same MASTER_ADDR (host of rank 0) and MASTER_PORT (free there).",
             print_on_any_rank=True,
         ) from error
+    _compare_devices(store, device)
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(
         backend,
@@ -308,17 +310,32 @@ def _join_store(timeout: timedelta) -> dist.Store:
     if launcher_has_store:
         _require_launcher(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
     server, own_rank, processes = next(dist.rendezvous("env://", timeout=timeout))
-    # torchrun's server outlives a start of the processes; the next one must not read its entries
-    start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    store = dist.PrefixStore(f"start {start}", server)
+    store = dist.PrefixStore("default_pg", server)
     _failure_watch = FailureWatch(
         store,
         own_rank,
         processes,
-        outlives_ranks=launcher_has_store,
+        store_in_launcher=launcher_has_store,
         report=_report_other_failure,
     )
     return store
+
+
+def _compare_devices(store: dist.Store, device: torch.device) -> None:
+    """Raise UserError unless this process has the kind of device of rank 0: "cuda" or "cpu".
+
+    They could not form a group: it would wait for its time-out.
+    """
+    if rank() == 0:
+        store.set(DEVICE, device.type)
+        return
+    expected = store.get(DEVICE).decode()
+    if device.type != expected:
+        raise UserError(
+            f"rank {rank()} on {socket.gethostname()} runs on {device.type}, rank 0 on {expected}: "
+            "pass --device cpu to all, or check nvidia-smi there",
+            print_on_any_rank=True,
+        )
 
 
 def _require_launcher(host: str, port: int) -> None:
@@ -489,7 +506,7 @@ def _print_failure(code: int, line: str) -> None:
     """Print why this process fails: a line, or the traceback of the exception in hand."""
     end_progress()
     if line:
-        print_rank(f"error: {escaped(line)}{_place()}")
+        print_rank(f"error: {escaped(line)}{_location()}")
     elif code == 1:
         traceback.print_exc()
 
@@ -526,7 +543,7 @@ def _announce(reason: str, code: int, at_once: bool) -> Failure:
     """
     alone = _is_alone() or (_failure_watch is None and not _join_late())
     if alone or _failure_watch is None:
-        return Failure(rank(), "", code, reason)
+        return Failure(rank(), "", code, reason, 0.0)
     return _failure_watch.announce(reason, code, at_once)
 
 
@@ -536,7 +553,7 @@ def _join_late() -> bool:
         if _is_srun_task():
             _set_torchrun_variables()
         _join_store(LATE_TIMEOUT)
-    except (UserError, ValueError, RuntimeError):  # no address, or nobody there
+    except (UserError, KeyError, ValueError, RuntimeError):  # no address, or nobody there
         return False
     return True
 
@@ -545,7 +562,10 @@ def _end_now(reason: str, code: int) -> None:
     """End this process and the others, from another thread than the main one."""
     first = _announce(reason, code, at_once=True)
     if first.rank == rank():
-        print_rank(f"error: {reason}{_place()}")
+        line = f"error: {reason}{_location()}"
+        call_with_timeout(lambda: print_rank(line))  # the terminal may be gone
+    if _failure_watch is not None:
+        _failure_watch.leave()
     end_process(first.code)
 
 
@@ -555,7 +575,7 @@ def _report_other_failure(failure: Failure) -> None:
         print_rank(f"ended, because rank {failure.rank} on {failure.host} has failed")
 
 
-def _place() -> str:
+def _location() -> str:
     """Return where this process runs, for the end of a message; "" on rank 0."""
     if rank() == 0:
         return ""

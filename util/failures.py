@@ -1,9 +1,13 @@
 """When one process of a run fails, all of them end, within seconds and with one message.
 
-A process that fails writes why into the store of the process group, the key-value server through
-which the processes have found each other. In each process a thread looks there every second and
-ends its process if another one has failed: the main thread may wait in a collective for a process
-that is gone, and nothing else would end that.
+The processes share a key-value store: the server through which they have found each other, in
+torchrun or in rank 0.
+
+1. A process that fails writes its `Failure` there (`announce`); the first one counts.
+2. A thread of each process reads the entry every second and ends its process. The main thread may
+   wait in a collective for a process that is gone, which nothing else would end.
+3. Each process adds itself to NUM_LEFT when it leaves. Rank 0 waits for the others if it has the
+   store.
 """
 
 import contextlib
@@ -22,19 +26,20 @@ POLL_SECONDS = 1.0
 WAIT_FOR_RANK0 = 5.0  # seconds that a failing rank waits for rank 0 to fail with the same error
 WAIT_FOR_OTHERS = 5.0  # seconds that the store's process stays after its failure
 WAIT_FOR_END = 60.0  # likewise after a run that has succeeded
-ANSWER_SECONDS = 10.0  # that the store may take, on the other side of a network that is cut
+CALL_SECONDS = 10.0  # that a call of the store may take: on a cut network it never returns
 FAILURE = "stmae/failure"  # keys in the store
-GONE = "stmae/gone"
-Answer = TypeVar("Answer")
+NUM_LEFT = "stmae/num_left"
+Result = TypeVar("Result")
 
 
 class Failure(NamedTuple):
-    """What the first process that failed has told the others."""
+    """The entry of the first process that failed."""
 
     rank: int
     host: str
     code: int  # exit code, also of the others
     reason: str  # one line
+    time: float  # seconds since the epoch; makes each failure another one
 
 
 def end_process(code: int) -> None:
@@ -47,26 +52,25 @@ def end_process(code: int) -> None:
     os._exit(code)
 
 
-def answer_in_time(ask: Callable[[], Answer], seconds: float | None = None) -> Answer | None:
-    """Return what `ask` gets from the store, None if that takes longer or the store has ended.
+def call_with_timeout(call: Callable[[], Result], seconds: float | None = None) -> Result | None:
+    """Return `call()`, or None if it takes longer or its other end has closed.
 
-    A store that cannot be reached answers never, and no time-out of its own ends such a call.
-    seconds: None for ANSWER_SECONDS.
+    seconds: None for CALL_SECONDS.
     """
-    answers: list[Answer] = []
+    results: list[Result] = []
 
-    def wait() -> None:
-        with contextlib.suppress(RuntimeError):
-            answers.append(ask())
+    def run() -> None:
+        with contextlib.suppress(RuntimeError, OSError):
+            results.append(call())
 
-    thread = threading.Thread(target=wait, daemon=True)
+    thread = threading.Thread(target=run, daemon=True)
     thread.start()
-    thread.join(ANSWER_SECONDS if seconds is None else seconds)
-    return answers[0] if answers else None
+    thread.join(CALL_SECONDS if seconds is None else seconds)
+    return results[0] if results else None
 
 
 class FailureWatch:
-    """Tells the other processes of a run that this one fails, and ends it if another one does."""
+    """Announces that this process of a run fails, and ends it if another one does."""
 
     def __init__(
         self,
@@ -74,20 +78,22 @@ class FailureWatch:
         rank: int,
         world_size: int,
         *,
-        outlives_ranks: bool,
+        store_in_launcher: bool,
         report: Callable[[Failure], None],
     ):
         """Start the thread.
 
-        outlives_ranks: the store is in the launcher, not in rank 0. report: prints that another
+        store_in_launcher: the store is not in rank 0. Then it also serves the next start of the
+        processes, after a failure: that entry is kept and ignored. report: prints that another
         process has failed.
         """
-        self.server = store  # rank 0's process serves it as long as it has it
+        self.kept_alive = store  # rank 0's process serves it as long as it has it
         self.store = store.clone()  # with a connection of its own
         self.rank = rank
         self.world_size = world_size
-        self.outlives_ranks = outlives_ranks
+        self.store_in_launcher = store_in_launcher
         self.report = report
+        self.earlier_entry = self._entry() if store_in_launcher else ""
         self.failed = threading.Event()  # this process has announced a failure
         self.leaving = threading.Event()
         self.thread = threading.Thread(target=self._watch, daemon=True)
@@ -98,37 +104,38 @@ class FailureWatch:
 
         at_once: do not wait for rank 0, which may be about to fail with the same error.
         """
-        own = Failure(self.rank, socket.gethostname(), code, reason)
+        own = Failure(self.rank, socket.gethostname(), code, reason, time.time())
         self.failed.set()
-        return answer_in_time(lambda: self._exchange(own, at_once)) or own
+        return call_with_timeout(lambda: self._exchange(own, at_once)) or own
 
     def _exchange(self, own: Failure, at_once: bool) -> Failure:
         """Announce this process's failure; return the first one. Raises RuntimeError."""
         deadline = time.monotonic() + WAIT_FOR_RANK0
         while not at_once and self.rank > 0 and time.monotonic() < deadline:
-            if self.store.check([FAILURE]):
+            if self._announced() is not None:
                 break
             time.sleep(0.2)
-        return Failure(*json.loads(self.store.compare_set(FAILURE, "", json.dumps(own))))
+        first = self.store.compare_set(FAILURE, self.earlier_entry, json.dumps(own))
+        return Failure(*json.loads(first))
 
     def leave(self) -> None:
         """Stop watching, at the end of the process. The store's process waits for the others."""
         self.leaving.set()
-        self.thread.join(ANSWER_SECONDS)
-        patience = WAIT_FOR_OTHERS if self.failed.is_set() else WAIT_FOR_END
-        answer_in_time(lambda: self._wait_for_others(patience), patience + ANSWER_SECONDS)
+        self.thread.join(CALL_SECONDS)
+        seconds = WAIT_FOR_OTHERS if self.failed.is_set() else WAIT_FOR_END
+        call_with_timeout(lambda: self._wait_for_others(seconds), seconds + CALL_SECONDS)
 
-    def _wait_for_others(self, patience: float) -> None:
-        """Count this process as gone, and the store's process waits for the others' end.
+    def _wait_for_others(self, seconds: float) -> None:
+        """Count this process as gone, and wait for the others' end if this process has the store.
 
-        patience: seconds that it waits. Raises RuntimeError.
+        Raises RuntimeError.
         """
-        deadline = time.monotonic() + patience
-        gone = self.store.add(GONE, 1)
-        hosts_store = self.rank == 0 and not self.outlives_ranks
-        while hosts_store and gone < self.world_size and time.monotonic() < deadline:
+        deadline = time.monotonic() + seconds
+        num_left = self.store.add(NUM_LEFT, 1)
+        has_store = self.rank == 0 and not self.store_in_launcher
+        while has_store and num_left < self.world_size and time.monotonic() < deadline:
             time.sleep(0.05)
-            gone = self.store.add(GONE, 0)
+            num_left = self.store.add(NUM_LEFT, 0)
 
     def _watch(self) -> None:
         """End the process if another one has failed."""
@@ -138,22 +145,25 @@ class FailureWatch:
             try:
                 failure = self._announced()
             except RuntimeError:
-                if self.outlives_ranks:
+                if self.store_in_launcher:
                     return  # the launcher has died: see util/preemption.py
                 if self.leaving.wait(WAIT_FOR_OTHERS):
                     return
-                failure = Failure(0, "its host", 1, "")
+                failure = Failure(0, "its host", 1, "", 0.0)
             if failure is not None and not self.failed.is_set():
                 self._end_for(failure)
 
+    def _entry(self) -> str:
+        """Return the failure in the store as text, "" if there is none. Raises RuntimeError."""
+        return self.store.get(FAILURE).decode() if self.store.check([FAILURE]) else ""
+
     def _announced(self) -> Failure | None:
-        """Return the failure of another process, if there is one. Raises RuntimeError."""
-        if not self.store.check([FAILURE]):
-            return None
-        return Failure(*json.loads(self.store.get(FAILURE)))
+        """Return the failure that was announced, if there is one. Raises RuntimeError."""
+        entry = self._entry()
+        return None if entry == self.earlier_entry else Failure(*json.loads(entry))
 
     def _end_for(self, failure: Failure) -> None:
         """End this process because of another one's failure."""
-        self.report(failure)
-        answer_in_time(lambda: self.store.add(GONE, 1))
+        call_with_timeout(lambda: self.report(failure))  # the terminal may be gone
+        call_with_timeout(lambda: self.store.add(NUM_LEFT, 1))
         end_process(failure.code)

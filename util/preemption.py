@@ -8,7 +8,7 @@ A stop is requested by SIGTERM, SIGUSR1 or SIGINT (Ctrl-C), and by the death of 
 3. `Checkpointer.graceful_shutdown` saves and writes the .PREEMPTED marker;
 4. the script ends with exit code 0, or 2 if the checkpoint could not be written.
 
-Before the first update Ctrl-C exits at once; the other signals wait for that update.
+Before the training loop Ctrl-C exits at once; in it, signals wait for the first update.
 
 A process that cannot stop so, because it waits for another one, is ended by a second SIGTERM, or
 when nothing has been done for a while after a signal: see `_watch_signals`.
@@ -33,7 +33,7 @@ POLL_SECONDS = 0.5  # how often to check that the launcher is alive, and a stop 
 SECOND_SIGNAL_SECONDS = 10.0  # closer ones are the launcher's and the scheduler's
 STOP_SECONDS = 60.0  # after a signal: longest time without progress
 STOP_UPDATES = 5  # likewise, in times of the longest update
-FIRST_UPDATE_SECONDS = 600.0  # likewise before the first update, and while a checkpoint is written
+SLOW_SECONDS = 600.0  # likewise before the first update, and in `slow_work`
 GROUP_TIMEOUT = timedelta(minutes=30)
 
 
@@ -44,11 +44,11 @@ class StopRequest:
     reason: str = ""  # a signal's name, or "launcher died"
     time: float = 0.0  # of the signal, on the monotonic clock
     training: bool = False  # before the first update Ctrl-C exits at once
-    # as `_watch_signals` knows it, which sees a signal before the main thread does:
+    # of the thread of `_watch_signals`, which gets a signal before the main thread does:
     first_signal: str = ""
     first_time: float = 0.0  # of SIGTERM or Ctrl-C
     events: int = 0  # of `Progress`
-    last_call: float = 0.0  # of `_stuck`
+    last_call: float = 0.0  # of `reason_to_end`
     waited: float = 0.0  # seconds since the last of these events
     over: bool = False  # the run has ended or stopped
 
@@ -61,12 +61,12 @@ class Progress:
     updates: int = 0
     last_time: float = 0.0  # of an event, on the monotonic clock
     longest: float = 0.0  # seconds from one event to the next update
-    saving: bool = False
+    in_slow_work: bool = False
 
     def seconds_allowed(self) -> float:
         """Return how long a stop may take from one event to the next."""
-        if self.saving or self.updates == 0:
-            return FIRST_UPDATE_SECONDS
+        if self.in_slow_work or self.updates == 0:
+            return SLOW_SECONDS
         return max(STOP_SECONDS, STOP_UPDATES * self.longest)
 
 
@@ -135,13 +135,13 @@ def mark_progress(update: bool = False) -> None:
 
 
 @contextlib.contextmanager
-def saving() -> Iterator[None]:
-    """Wrap the writing of a checkpoint, which may take longer than an update."""
-    _progress.saving = True
+def slow_work() -> Iterator[None]:
+    """Wrap work that may take longer than an update: a checkpoint is written, a probe trained."""
+    _progress.in_slow_work = True
     try:
         yield
     finally:
-        _progress.saving = False
+        _progress.in_slow_work = False
         mark_progress()
 
 
@@ -192,17 +192,17 @@ def _watch_signals(reader: int) -> None:
     while True:
         ready, _, _ = select.select([reader], [], [], POLL_SECONDS)
         received = os.read(reader, 4096) if ready else b""
-        problem = _stuck(_request, received)
+        problem = reason_to_end(_request, received)
         if problem and not _request.over and _end is not None:
             _end(problem, 128 + signal.SIGTERM)
 
 
-def _stuck(request: StopRequest, received: bytes) -> str:
-    """Return why a process that was told to stop must be ended, "" if it need not be.
+def reason_to_end(request: StopRequest, received: bytes) -> str:
+    """Return why a process must end that should have stopped after a signal, "" for no reason.
 
-    received: numbers of the signals since the last call. The reasons are a second SIGTERM, or no
-    progress for the time that `Progress` allows. A suspended process loses little of that time: a
-    call adds no more than it should have taken.
+    received: numbers of the signals since the last call. The reasons are a second SIGTERM or
+    Ctrl-C, and no progress for the time that `Progress` allows. Time in which the process is
+    suspended does not count: a call adds two polls at most.
     """
     now = time.monotonic()
     for number in received:
