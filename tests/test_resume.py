@@ -248,7 +248,7 @@ def test_a_complete_run_is_kept_and_a_longer_one_continues(videos, tmp_path):
 
 @pytest.mark.slow
 def test_a_repeated_command_with_a_path_resumes_its_own_run(videos, tmp_path):
-    flags = [*BATCH, *"--checkpoint_every_steps 1 --max_steps".split()]
+    flags = [*BATCH, *"--checkpoint_every_steps 1 --sync_save --max_steps".split()]
     check_ranks(1, pretrain_command(videos, tmp_path / "first", *flags, "2"))
     out = tmp_path / "second"
     first = str(tmp_path / "first/run.pth")
