@@ -210,7 +210,7 @@ def test_t04_two_ranks_one_and_two_again_at_the_same_global_batch(videos, tmp_pa
 
 
 def test_t04_another_global_batch_is_refused_unless_forced(videos, tmp_path):
-    flags = "--epochs 4 --checkpoint_every_steps 3 --batch_size_per_gpu".split()
+    flags = "--epochs 4 --checkpoint_every_steps 3 --sync_save --batch_size_per_gpu".split()
     # killed when 12 of the 16 samples of the first epoch are used
     run_ranks(1, pretrain_command(videos, tmp_path, *flags, "4"), [{"do": "SIGKILL", "at": 4}])
     before = (tmp_path / "run.pth").read_bytes()
@@ -230,7 +230,7 @@ def test_t04_another_global_batch_is_refused_unless_forced(videos, tmp_path):
 
 
 def test_t04_with_a_larger_batch_the_epoch_continues(videos, tmp_path):
-    flags = "--epochs 4 --checkpoint_every_steps 1 --batch_size_per_gpu".split()
+    flags = "--epochs 4 --checkpoint_every_steps 1 --sync_save --batch_size_per_gpu".split()
     # killed when one update of two samples is saved
     run_ranks(1, pretrain_command(videos, tmp_path, *flags, "2"), [{"do": "SIGKILL", "at": 2}])
     check_ranks(1, pretrain_command(videos, tmp_path, *flags, "4", "--force_resume"))
