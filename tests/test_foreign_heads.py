@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -136,20 +137,24 @@ def test_our_read_out_is_recorded_and_a_contradiction_refused(tmp_path):
         load_classifier(tmp_path / "run.pth", given={"global_pool": True})
 
 
-@pytest.mark.parametrize(
-    ("recorded", "classes"),
-    [
-        ([7, None, "run"], ["7", "None", "run", "3", "4"]),
-        (["too", "many", "names", "for", "the", "head"], ["0", "1", "2", "3", "4"]),
-        ("run", ["0", "1", "2", "3", "4"]),
-        ({"run": 0}, ["0", "1", "2", "3", "4"]),
-    ],
-)
-def test_recorded_class_names_are_texts_of_all_outputs(recorded, classes, tmp_path):
+def save_with_classes(recorded: object, path: Path) -> None:
+    """Save a classifier of five outputs that records something as its class names."""
     model = tiny_vit()
     config = model.config | {"mean": VIDEO_MEAN, "std": VIDEO_STD, "classes": recorded}
-    torch.save({"model": model.state_dict(), "config": config}, tmp_path / "run.pth")
-    assert load_classifier(tmp_path / "run.pth").config["classes"] == classes
+    torch.save({"model": model.state_dict(), "config": config}, path)
+
+
+def test_more_recorded_class_names_than_outputs_become_numbers(tmp_path):
+    save_with_classes(["too", "many", "names", "for", "the", "head"], tmp_path / "run.pth")
+    classes = load_classifier(tmp_path / "run.pth").config["classes"]
+    assert classes == ["0", "1", "2", "3", "4"]
+
+
+@pytest.mark.parametrize("recorded", [[7, None, "run"], "run", {"run": 0}], ids=str)
+def test_recorded_class_names_that_are_no_list_of_texts_are_refused(recorded, tmp_path):
+    save_with_classes(recorded, tmp_path / "run.pth")
+    with pytest.raises(UserError, match="config.classes is .* not a list of text"):
+        load_classifier(tmp_path / "run.pth")
 
 
 def test_the_args_of_a_pretraining_run_tell_no_read_out():

@@ -364,10 +364,11 @@ def test_f07_too_few_open_files_are_one_line(folder, tmp_path, limit):
 
 def test_f07_the_soft_limit_of_open_files_is_raised():
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    low = highest_descriptor() + 10
     try:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (40, hard))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (low, hard))
         check_limits([LoaderNeeds(0, 0, 0)])
-        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (40, hard)
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (low, hard)
         check_limits([LoaderNeeds(2, 8, 1)])
         assert resource.getrlimit(resource.RLIMIT_NOFILE) == (hard, hard)
     finally:
