@@ -29,7 +29,7 @@ from torch.distributed import HashStore, TCPStore
 from util import dist, failures, preemption, same_run
 from util.dist import UserError
 from util.failures import FailureWatch
-from util.preemption import Progress, StopRequest
+from util.preemption import Progress, StopTimer
 
 FLAGS = "--batch_size_per_gpu 2 --epochs 3".split()
 SLOW = {"do": "slow", "seconds": 0.2}
@@ -181,12 +181,12 @@ def clock(monkeypatch):
     return times
 
 
-def seconds_until_stuck(clock: list[float], request: StopRequest, most: float = 3000) -> float:
+def seconds_until_end(clock: list[float], timer: StopTimer, most: float = 3000) -> float:
     """Return how long a process without progress lives after a signal."""
     begin = clock[-1]
     received = bytes([signal.SIGUSR1])
     while clock[-1] - begin < most:
-        if preemption.reason_to_end(request, received):
+        if timer.reason_to_end(received):
             return clock[-1] - begin
         received = b""
         clock.append(clock[-1] + preemption.POLL_SECONDS)
@@ -195,31 +195,31 @@ def seconds_until_stuck(clock: list[float], request: StopRequest, most: float = 
 
 @pytest.mark.parametrize(("longest", "allowed"), [(1, 60), (11, 60), (40, 200)])
 def test_f04_how_long_a_stop_may_take(longest, allowed, clock):
-    assert seconds_until_stuck(clock, StopRequest()) == pytest.approx(600, abs=1)  # compiling
+    assert seconds_until_end(clock, StopTimer()) == pytest.approx(600, abs=1)  # compiling
     for _ in range(2):
         preemption.mark_progress(update=True)
         clock.append(clock[-1] + longest)
     preemption.mark_progress()
-    assert seconds_until_stuck(clock, StopRequest()) == pytest.approx(allowed, abs=1)
+    assert seconds_until_end(clock, StopTimer()) == pytest.approx(allowed, abs=1)
     with preemption.slow_work():
-        assert seconds_until_stuck(clock, StopRequest()) == pytest.approx(600, abs=1)
+        assert seconds_until_end(clock, StopTimer()) == pytest.approx(600, abs=1)
 
 
 def test_f04_progress_and_suspension_prolong_a_stop(clock):
     preemption.mark_progress(update=True)
-    request = StopRequest()
-    preemption.reason_to_end(request, bytes([signal.SIGTERM]))
+    timer = StopTimer()
+    timer.reason_to_end(bytes([signal.SIGTERM]))
     clock.append(clock[-1] + 3600)  # suspended
-    assert not preemption.reason_to_end(request, b"")
+    assert not timer.reason_to_end(b"")
     for _ in range(100):
         clock.append(clock[-1] + preemption.POLL_SECONDS)
-        assert not preemption.reason_to_end(request, b"")
+        assert not timer.reason_to_end(b"")
     preemption.mark_progress()
-    assert 50 < seconds_until_stuck(clock, request) < 70
+    assert 50 < seconds_until_end(clock, timer) < 70
 
 
 def test_f04_only_a_late_second_sigterm_ends_a_stop(clock):
-    request = StopRequest()
+    timer = StopTimer()
     for signum, pause, stuck in (
         (signal.SIGUSR1, 100, False),
         (signal.SIGTERM, 0.1, False),
@@ -227,7 +227,7 @@ def test_f04_only_a_late_second_sigterm_ends_a_stop(clock):
         (signal.SIGUSR1, 5, False),
         (signal.SIGTERM, 0, True),
     ):
-        assert bool(preemption.reason_to_end(request, bytes([signum]))) == stuck
+        assert bool(timer.reason_to_end(bytes([signum]))) == stuck
         clock.append(clock[-1] + pause)
 
 

@@ -43,14 +43,7 @@ class StopRequest:
 
     reason: str = ""  # a signal's name, or "launcher died"
     time: float = 0.0  # of the signal, on the monotonic clock
-    training: bool = False  # before the first update Ctrl-C exits at once
-    # of the thread of `_watch_signals`, which gets a signal before the main thread does:
-    first_signal: str = ""
-    first_time: float = 0.0  # of SIGTERM or Ctrl-C
-    events: int = 0  # of `Progress`
-    last_call: float = 0.0  # of `reason_to_end`
-    waited: float = 0.0  # seconds since the last of these events
-    over: bool = False  # the run has ended or stopped
+    training: bool = False  # before the training loop Ctrl-C exits at once
 
 
 @dataclass
@@ -70,8 +63,69 @@ class Progress:
         return max(STOP_SECONDS, STOP_UPDATES * self.longest)
 
 
+@dataclass
+class StopTimer:
+    """Decides when a process that does not stop after a signal must be ended.
+
+    Used by the thread of `_watch_signals`, which gets a signal even while the main thread waits.
+    """
+
+    first_signal: str = ""
+    first_time: float = 0.0  # of SIGTERM or Ctrl-C, on the monotonic clock
+    last_call: float = 0.0  # of `reason_to_end`, likewise
+    events: int = 0  # of `Progress`, at the last call
+    seconds: float = 0.0  # since the last of these events, or since the first signal
+    run_has_ended: bool = False
+
+    def reason_to_end(self, received: bytes) -> str:
+        """Return why the process must end, "" for no reason.
+
+        received: numbers of the signals since the last call. The reasons are a second SIGTERM or
+        Ctrl-C, and no progress for the time that `Progress` allows.
+        """
+        reason = ""
+        for number in received:
+            if number in STOP_SIGNALS and not reason:
+                reason = self._note_signal(signal.Signals(number))
+        return reason or self._note_time()
+
+    def _note_signal(self, received: signal.Signals) -> str:
+        """Note a stop signal; return the reason to end if it is the second one."""
+        now = time.monotonic()
+        if not self.first_signal:
+            self.first_signal = received.name
+            self.last_call = now
+        if received == signal.SIGUSR1:
+            return ""
+        if self.first_time and now - self.first_time >= SECOND_SIGNAL_SECONDS:
+            return f"ended by a second {received.name}, without another checkpoint"
+        self.first_time = self.first_time or now
+        return ""
+
+    def _note_time(self) -> str:
+        """Note that time has passed; return the reason to end if it is too much.
+
+        Time in which the process is suspended does not count: a call adds two polls at most.
+        """
+        if not self.first_signal:
+            return ""
+        now = time.monotonic()
+        self.seconds += min(now - self.last_call, 2 * POLL_SECONDS)
+        self.last_call = now
+        if self.events != _progress.events:
+            self.events = _progress.events
+            self.seconds = 0.0
+        if self.seconds <= _progress.seconds_allowed():
+            return ""
+        return (
+            f"ended {self.seconds:.0f} s after {self.first_signal} or the last update after it: "
+            "it waits for another process or for its files, and could not save"
+        )
+
+
 _request = StopRequest()
 _progress = Progress()
+_timer = StopTimer()
 _end: Callable[[str, int], None] | None = None  # see `start_watchdogs`
 _signal_pipe: tuple[int, int] | None = None  # of this process, read by `_watch_signals`
 
@@ -82,9 +136,10 @@ class Stopped(Exception):
 
 def install_signal_handlers() -> None:
     """Make the stop signals set a flag; before training starts, Ctrl-C still exits at once."""
-    global _request, _progress
+    global _request, _progress, _timer
     _request = StopRequest()
     _progress = Progress()
+    _timer = StopTimer()
     for signum in STOP_SIGNALS:
         signal.signal(signum, _handle_signal)
     signal.set_wakeup_fd(_signal_writer(), warn_on_full_buffer=False)
@@ -93,7 +148,7 @@ def install_signal_handlers() -> None:
 def restore_signal_handlers() -> None:
     """Make the stop signals end the process again."""
     _request.training = False
-    _request.over = True
+    _timer.run_has_ended = True
     signal.set_wakeup_fd(-1)
     for signum in STOP_SIGNALS:
         if signal.getsignal(signum) is not _handle_signal:
@@ -192,44 +247,10 @@ def _watch_signals(reader: int) -> None:
     while True:
         ready, _, _ = select.select([reader], [], [], POLL_SECONDS)
         received = os.read(reader, 4096) if ready else b""
-        problem = reason_to_end(_request, received)
-        if problem and not _request.over and _end is not None:
-            _end(problem, 128 + signal.SIGTERM)
-
-
-def reason_to_end(request: StopRequest, received: bytes) -> str:
-    """Return why a process must end that should have stopped after a signal, "" for no reason.
-
-    received: numbers of the signals since the last call. The reasons are a second SIGTERM or
-    Ctrl-C, and no progress for the time that `Progress` allows. Time in which the process is
-    suspended does not count: a call adds two polls at most.
-    """
-    now = time.monotonic()
-    for number in received:
-        if number not in STOP_SIGNALS:
-            continue
-        name = signal.Signals(number).name
-        if not request.first_signal:
-            request.first_signal = name
-            request.last_call = now
-        if number == signal.SIGUSR1:
-            continue
-        if request.first_time and now - request.first_time >= SECOND_SIGNAL_SECONDS:
-            return f"ended by a second {name}, without another checkpoint"
-        request.first_time = request.first_time or now
-    if not request.first_signal:
-        return ""
-    request.waited += min(now - request.last_call, 2 * POLL_SECONDS)
-    request.last_call = now
-    if request.events != _progress.events:
-        request.events = _progress.events
-        request.waited = 0.0
-    if request.waited <= _progress.seconds_allowed():
-        return ""
-    return (
-        f"ended {request.waited:.0f} s after {request.first_signal} or the last update after it: "
-        "it waits for another process or for its files, and could not save"
-    )
+        timer = _timer
+        reason = timer.reason_to_end(received)
+        if reason and not timer.run_has_ended and _end is not None:
+            _end(reason, 128 + signal.SIGTERM)
 
 
 class AnyRank:
