@@ -182,6 +182,36 @@ def test_f09_a_resume_falls_back_to_the_good_file(fault, run, tmp_path, capsys):
     assert (tmp_path / "run.pth.damaged").read_bytes() == content
 
 
+def fill_weight(value: float):
+    """Return a change of one weight."""
+    return lambda state: next(iter(state["model"].values())).view(-1)[:1].fill_(value)
+
+
+def fill_moment(name: str, value: float):
+    """Return a change of one value of a moment."""
+    return lambda state: state["optimizer"]["state"][1][name].view(-1)[:1].fill_(value)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (fill_weight(float("nan")), "model.* has values that are not finite"),
+        (fill_weight(float("-inf")), "model.* has values that are not finite"),
+        (fill_moment("exp_avg", float("nan")), "optimizer.state.1 has values that are no moments"),
+        (fill_moment("exp_avg_sq", -1), "optimizer.state.1 has values that are no moments"),
+        (fill_moment("exp_avg_sq", float("nan")), "optimizer.state.1 has values that are no mom"),
+    ],
+    ids=["weight nan", "weight inf", "mean nan", "square negative", "square nan"],
+)
+def test_f09_values_that_end_a_run_are_not_resumed(change, words, run, tmp_path, capsys):
+    path = broken(run, change, tmp_path)
+    good = resume.find_resume(RunFiles(tmp_path, "run"), "auto", False)
+    assert good == tmp_path / "run_previous2.pth"
+    assert re.search(f"run.pth cannot be used .{words}.*; renamed", capsys.readouterr().out)
+    with pytest.raises(UserError, match=words):
+        resume.find_resume(RunFiles(tmp_path, "new"), f"{path}.damaged", False)
+
+
 def test_f09_resume_continues_from_the_good_file(run, videos, tmp_path):
     """With moments that the fused kernel would read beyond their ends."""
     broken(run, FAULTS["cut"][0], tmp_path)

@@ -3,11 +3,14 @@
 import builtins
 import errno
 import shutil
+import subprocess
+import threading
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
-from launch import torchrun
+from launch import script_command, torchrun
 from make_videos import write_folder
 from runs import log_records, pretrain_command, saved_state, video_command
 from tiny import same
@@ -15,7 +18,8 @@ from tiny import same
 import finetune
 import pretrain
 from util import dist, train_loop
-from util.files import append_rows, read_rows
+from util.files import RunFiles, append_rows, read_rows
+from util.logger import RunLogger, report_thread_error
 
 TWO_UPDATES = "--batch_size_per_gpu 4 --max_steps 2 --log_every 1".split()
 FULL = "cannot be used (No space left on device). Make room, or give another path."
@@ -139,3 +143,60 @@ def test_f08_rows_after_a_torn_line_are_kept(tmp_path):
     assert read_rows(path) == ([], "")
     path.mkdir()
     assert "Is a directory" in read_rows(path)[1]
+
+
+def test_f08_a_full_disk_below_stdout_costs_lines_only(videos, tmp_path):
+    """Its log is on the disk: printing must not end the run, nor its exit."""
+    command = script_command("pretrain.py", pretrain_command(videos, tmp_path, *TWO_UPDATES))
+    with open("/dev/full", "w") as full:
+        ended = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=100)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stderr == ""
+    assert saved_state(tmp_path)["step"] == 2
+
+
+def test_f08_an_error_on_a_full_disk_keeps_its_exit_code(tmp_path):
+    command = script_command("pretrain.py", ["--data_dirs", str(tmp_path / "absent")])
+    with open("/dev/full", "w") as full:
+        ended = subprocess.run(command, stdout=full, stderr=full, timeout=100, cwd=tmp_path)
+    assert ended.returncode == 2
+
+
+def test_f08_a_log_that_is_no_text_loses_its_odd_lines(videos, tmp_path):
+    pretrain.main(pretrain_command(videos, tmp_path, *TWO_UPDATES))
+    with open(tmp_path / "run_log.txt", "ab") as log:
+        log.write(b"\xe9\x00\n")
+    more = "--batch_size_per_gpu 4 --max_steps 4 --log_every 1".split()
+    pretrain.main(pretrain_command(videos, tmp_path, *more))
+    assert [record["step"] for record in log_records(tmp_path)][-1] == 4
+
+
+def test_f08_a_failure_of_tensorboard_is_one_warning(tmp_path, capsys, monkeypatch):
+    """However many lines cannot be written, until one can."""
+    logger = RunLogger(RunFiles(tmp_path, "run"))
+    logger.open({})
+    full = OSError(errno.ENOSPC, "No space left on device")
+    broken = Mock(add_scalar=Mock(side_effect=full))
+    for writer in (broken, broken, Mock(), broken):
+        monkeypatch.setattr(logger, "_take_writer", lambda writer=writer: writer)
+        with logger.warn_on_oserror("to TensorBoard"):
+            logger._take_writer().add_scalar("loss", 1.0, 1)
+    assert capsys.readouterr().out.count("could not write to TensorBoard") == 2
+
+
+def test_f08_a_thread_of_tensorboard_prints_no_traceback(capfd):
+    class Writer(threading.Thread):
+        def run(self):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    previous = threading.excepthook
+    threading.excepthook = report_thread_error
+    try:
+        for module in ("tensorboard.summary.writer.event_file_writer", "another"):
+            Writer.__module__ = module
+            thread = Writer()
+            thread.start()
+            thread.join()
+    finally:
+        threading.excepthook = previous
+    assert capfd.readouterr().err.count("Traceback") == 1

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from util.checkpoint_schema import SchemaError, all_tensors, check_contents
+from util.checkpoint_schema import SchemaError, all_tensors, check_contents, check_values
 from util.dist import UserError
 from util.file_kind import ZIP_START, kind_of_file
 from util.files import fsync_path, sha256_of
@@ -165,6 +165,21 @@ def load(path: str | Path, check: bool = True, lazily: bool = False) -> dict:
     return state
 
 
+def load_to_resume(path: Path) -> dict:
+    """Read a run's checkpoint, checksums and values of all tensors included, without keeping them.
+
+    Raises UserError if it is missing or unreadable; CorruptCheckpoint, a UserError, if it is
+    corrupt or a run cannot continue from it.
+    """
+    state = load(path, lazily=True)
+    require_parts(path, state, RUN_PARTS)
+    try:
+        check_values(state)
+    except SchemaError as error:
+        raise CorruptCheckpoint(f"checkpoint {path} cannot be used ({error})") from error
+    return state
+
+
 def file_of(path: str | Path) -> Path:
     """Return the file of a checkpoint that is given as a file, a folder or hf:...
 
@@ -182,6 +197,8 @@ def file_of(path: str | Path) -> Path:
                 cure = f"Pass one of its files ({truncate(', '.join(others))})."
             raise UserError(f"checkpoint {path} is a folder without {PREFERRED[0]}. {cure}")
         file = file / names[0]
+    if file.exists() and not file.is_file():
+        raise UserError(f"checkpoint {path} is not a regular file: pass a file of weights")
     if not file.is_file():
         raise UserError(f"checkpoint {path} not found: check the path")
     refuse_parts(path, [file.name])

@@ -159,6 +159,23 @@ def check_contents(state: dict) -> None:
         _check_progress(state)
 
 
+def check_values(state: dict) -> None:
+    """Raise SchemaError if a run cannot continue from the weights or moments of its checkpoint.
+
+    Weights must be finite, moments numbers, and mean squares not negative. Reads all of them. The
+    parts are those that `check_contents` accepts.
+    """
+    for name, weight in state["model"].items():
+        if weight.is_floating_point() and weight.numel() > 0:
+            lowest, highest = weight.aminmax()  # NaN if any value is
+            if not (lowest.isfinite() and highest.isfinite()):
+                raise SchemaError(f"model.{name} has values that are not finite")
+    for index, entry in state["optimizer"]["state"].items():
+        mean, mean_square = (entry[name] for name in MOMENTS)
+        if mean.numel() > 0 and (mean.aminmax().min.isnan() or not mean_square.min() >= 0):
+            raise SchemaError(f"optimizer.state.{index} has values that are no moments")
+
+
 def all_tensors(state: dict) -> Iterator[Tensor]:
     """Yield the tensors in all parts of a checkpoint that `check_contents` accepts."""
     waiting: list[object] = [state]

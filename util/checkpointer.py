@@ -305,11 +305,11 @@ class Checkpointer:
         try:
             target.parent.mkdir(parents=True, exist_ok=True)  # in case somebody has removed it
             checkpoint.save(target, contents, keep)
-        except OSError as error:
+        except (OSError, MemoryError) as error:
             self.lost_best = self.lost_best or target == files.best
             return (
                 f"warning: could not save {target} at update {contents['step']} "
-                f"({error.strerror or error}); "
+                f"({getattr(error, 'strerror', None) or checkpoint.first_line(error)}); "
                 "the run continues, the previous checkpoint is untouched"
             )
         return ""

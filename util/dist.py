@@ -6,6 +6,7 @@ user error: one line on stderr, then exit code 2.
 """
 
 import errno
+import functools
 import os
 import re
 import resource
@@ -45,6 +46,7 @@ PATH_ERRORS = (  # what the system reports for a path that a user has given
 NO_FILES_ERRORS = (errno.EMFILE, errno.ENFILE)
 FULL_DISK_ERRORS = (errno.EDQUOT, errno.EFBIG, errno.ENOSPC)
 DEVICE = "stmae/device"  # key of rank 0's kind of device in the store
+INTERRUPTED = 128 + signal.SIGINT  # exit code after Ctrl-C
 OWN_PACKAGES = ("util", "data", "tools")
 GROUP_TIMEOUT = timedelta(minutes=10)
 LATE_TIMEOUT = timedelta(seconds=10)  # to reach the others after an error before the group exists
@@ -170,7 +172,21 @@ def _print_line(stream: TextIO, *values: object, sep: str = " ") -> None:
     text = "\n".join(map(escaped, text.split("\n")))
     encoding = getattr(stream, "encoding", None) or "utf-8"  # a stream in memory has none
     text = text.encode(encoding, "backslashreplace").decode(encoding)
-    print(text, file=stream, flush=True)
+    _write(stream, f"{text}\n")
+
+
+def _write(stream: TextIO, text: str) -> None:
+    """Write to stdout or stderr at once. A full disk costs what is printed, not the run.
+
+    Raises BrokenPipeError if stdout has no reader.
+    """
+    try:
+        print(text, end="", file=stream, flush=True)
+    except BrokenPipeError:
+        if stream is sys.stdout:
+            raise
+    except OSError:
+        return
 
 
 def escaped(text: str) -> str:
@@ -196,9 +212,9 @@ def show_progress(line: str) -> None:
     if rank() != 0:
         return
     if not sys.stdout.isatty():
-        print(line, flush=True)
+        _write(sys.stdout, f"{line}\n")
         return
-    print(f"\r\033[K{line}", end="", flush=True)
+    _write(sys.stdout, f"\r\033[K{line}")
     _progress_line_open = True
 
 
@@ -206,7 +222,7 @@ def end_progress() -> None:
     """End a terminal's progress line, if one is open, so that the next output starts a line."""
     global _progress_line_open
     if _progress_line_open:
-        print(flush=True)
+        _write(sys.stdout, "\n")
         _progress_line_open = False
 
 
@@ -482,12 +498,14 @@ def run_script(main: Callable[[], object]) -> None:
             raise
         at_once = not isinstance(error, UserError) or error.print_on_any_rank
         first = _announce(line or _first_line(error), code, at_once)
-        if first.rank == rank():
-            _print_failure(code, line)
-        else:
+        if first.rank != rank():
             _report_other_failure(first)
+        elif _is_alone():
+            _print_failure(error, code, line)
+        else:
+            # nobody may read what is printed
+            call_with_timeout(functools.partial(_print_failure, error, code, line))
         if not _is_alone():
-            sys.stdout.flush()
             if _failure_watch is not None:
                 _failure_watch.leave()
             end_process(first.code)
@@ -495,6 +513,15 @@ def run_script(main: Callable[[], object]) -> None:
     finally:
         end_progress()
         cleanup()
+        _flush_or_discard(sys.stdout)
+
+
+def _flush_or_discard(stream: TextIO) -> None:
+    """Discard what cannot be written, for example to a full disk: the interpreter would fail."""
+    try:
+        stream.flush()
+    except OSError:
+        discard_output(stream)
 
 
 def _is_alone() -> bool:
@@ -502,13 +529,15 @@ def _is_alone() -> bool:
     return _int_from_env("WORLD_SIZE", 1) == 1 and not _is_srun_task()
 
 
-def _print_failure(code: int, line: str) -> None:
-    """Print why this process fails: a line, or the traceback of the exception in hand."""
+def _print_failure(error: BaseException, code: int, line: str) -> None:
+    """Print why this process fails: a line, or the traceback of its error."""
     end_progress()
     if line:
         print_rank(f"error: {escaped(line)}{_location()}")
     elif code == 1:
-        traceback.print_exc()
+        traceback.print_exception(error)
+    elif code == INTERRUPTED and not _is_alone():
+        print_rank(f"interrupted by Ctrl-C{_location()}")
 
 
 def _exit_of(error: Exception | KeyboardInterrupt) -> tuple[int, str]:
@@ -517,7 +546,7 @@ def _exit_of(error: Exception | KeyboardInterrupt) -> tuple[int, str]:
     Code 1 means an error of the program, to be shown with its traceback.
     """
     if isinstance(error, KeyboardInterrupt):
-        return 130, ""
+        return INTERRUPTED, ""
     if isinstance(error, UserError):
         return 2, str(error)
     if isinstance(error, BrokenPipeError) and _stdout_is_broken():
@@ -616,6 +645,11 @@ def _stdout_is_broken() -> bool:
     events = [event for _, event in poll.poll(0)]
     if not any(event & (select.POLLERR | select.POLLHUP) for event in events):
         return False
-    discarded = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(discarded, sys.stdout.fileno())  # the interpreter flushes stdout once more at its end
+    discard_output(sys.stdout)
     return True
+
+
+def discard_output(stream: TextIO) -> None:
+    """Discard what is printed to a stream from here on: the interpreter flushes it at its end."""
+    discarded = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(discarded, stream.fileno())

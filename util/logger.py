@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
 from datetime import timedelta
@@ -45,6 +46,7 @@ class RunLogger:
     def __init__(self, files: RunFiles):
         """Write nothing before `open`."""
         self.files = files
+        self.warned: set[str] = set()  # what could not be written last time
         self.eta_start: tuple[int, float] | None = None  # step and time of the first line
         self.last_line_time = time.monotonic()
         self.last_epoch_time = time.monotonic()
@@ -64,6 +66,7 @@ class RunLogger:
         # imported now, so that a missing package is reported before any training
         import torch.utils.tensorboard  # noqa: F401
 
+        threading.excepthook = report_thread_error
         folder = self.files.folder
         with writing_to(folder):
             folder.mkdir(parents=True, exist_ok=True)
@@ -82,7 +85,7 @@ class RunLogger:
         if step == 0:
             rename_aside(log, ".before")
             return
-        lines = log.read_text().splitlines(keepends=True)
+        lines = log.read_text("utf-8", errors="replace").splitlines(keepends=True)
         last = step - 1 if epoch_is_open else step
         kept = [line for line in lines if 0 <= logged_step(line) <= last]  # -1: a corrupt line
         if kept != lines:
@@ -90,12 +93,15 @@ class RunLogger:
 
     @contextlib.contextmanager
     def warn_on_oserror(self, what: str) -> Iterator[None]:
-        """Turn an OSError in the block into a warning that names `what`."""
+        """Turn an OSError in the block into a warning that names `what`, once until it succeeds."""
         try:
             yield
+            self.warned.discard(what)
         except OSError as error:
-            reason = error.strerror or error
-            print0(f"warning: could not write {what} ({reason}); the run continues")
+            if what not in self.warned:
+                self.warned.add(what)
+                reason = error.strerror or error
+                print0(f"warning: could not write {what} ({reason}); the run continues")
 
     def _take_writer(self) -> SummaryWriter:
         """Return TensorBoard's writer, to be given back to `self.writer` after it has written.
@@ -224,14 +230,26 @@ class RunLogger:
                 self._take_writer().close()
 
 
+def report_thread_error(failed: threading.ExceptHookArgs) -> None:
+    """Print the traceback of a thread, except where TensorBoard's cannot write.
+
+    The writer's next call in the main thread raises that OSError again, which is a warning.
+    """
+    of_tensorboard = type(failed.thread).__module__.startswith("tensorboard")
+    if not (of_tensorboard and isinstance(failed.exc_value, OSError)):
+        threading.__excepthook__(failed)
+
+
 @contextlib.contextmanager
 def writing_to(folder: Path) -> Iterator[None]:
     """Turn an OSError in the block into a UserError about --output_dir."""
     try:
         yield
     except OSError as error:
+        place = os.fsdecode(error.filename or folder)
         raise UserError(
-            f"cannot write to {folder} ({error.strerror}): make room, or give another --output_dir"
+            f"cannot write to {folder} ({place}: {error.strerror}): make room or remove what is in "
+            "the way, or give another --output_dir"
         ) from error
 
 
