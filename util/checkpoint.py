@@ -172,7 +172,6 @@ def load_to_resume(path: Path) -> dict:
     corrupt or a run cannot continue from it.
     """
     state = load(path, lazily=True)
-    require_parts(path, state, RUN_PARTS)
     try:
         check_values(state)
     except SchemaError as error:

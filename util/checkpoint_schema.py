@@ -162,17 +162,19 @@ def check_contents(state: dict) -> None:
 def check_values(state: dict) -> None:
     """Raise SchemaError if a run cannot continue from the weights or moments of its checkpoint.
 
-    Weights must be finite, moments numbers, and mean squares not negative. Reads all of them. The
-    parts are those that `check_contents` accepts.
+    Weights must be finite, moments numbers, and mean squares not negative. Reads all of them.
+    `check_contents` has accepted the parts.
     """
-    for name, weight in state["model"].items():
-        if weight.is_floating_point() and weight.numel() > 0:
+    for name, weight in state.get("model", {}).items():
+        if isinstance(weight, Tensor) and weight.is_floating_point() and weight.numel() > 0:
             lowest, highest = weight.aminmax()  # NaN if any value is
             if not (lowest.isfinite() and highest.isfinite()):
                 raise SchemaError(f"model.{name} has values that are not finite")
-    for index, entry in state["optimizer"]["state"].items():
-        mean, mean_square = (entry[name] for name in MOMENTS)
-        if mean.numel() > 0 and (mean.aminmax().min.isnan() or not mean_square.min() >= 0):
+    for index, entry in state.get("optimizer", {}).get("state", {}).items():
+        mean, mean_square = (entry.get(name) for name in MOMENTS)
+        if mean is None or mean_square is None or mean.numel() == 0:
+            continue  # of another optimizer, which does not fit the run
+        if mean.aminmax().min.isnan() or not mean_square.min() >= 0:
             raise SchemaError(f"optimizer.state.{index} has values that are no moments")
 
 
