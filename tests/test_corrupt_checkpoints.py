@@ -6,7 +6,7 @@ from corrupt_checkpoints import GOOD
 
 
 @pytest.mark.parametrize(
-    ("mutants", "seed"), [(8, 1), pytest.param(60, 2, marks=pytest.mark.slow)], ids=["few", "many"]
+    ("mutants", "seed"), [(8, 1), pytest.param(30, 2, marks=pytest.mark.slow)], ids=["few", "many"]
 )
 def test_f09_damaged_checkpoints_fool_no_program(mutants, seed, tmp_path):
     outcomes = list(corrupt_checkpoints.campaign(mutants, seed, tmp_path))
