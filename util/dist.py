@@ -498,13 +498,13 @@ def run_script(main: Callable[[], object]) -> None:
             raise
         at_once = not isinstance(error, UserError) or error.print_on_any_rank
         first = _announce(line or _first_line(error), code, at_once)
+        say = functools.partial(_print_failure, error, code, line)
         if first.rank != rank():
-            _report_other_failure(first)
-        elif _is_alone():
-            _print_failure(error, code, line)
+            say = functools.partial(_report_other_failure, first)
+        if _is_alone():
+            say()
         else:
-            # nobody may read what is printed
-            call_with_timeout(functools.partial(_print_failure, error, code, line))
+            call_with_timeout(say)  # nobody may read what is printed
         if not _is_alone():
             if _failure_watch is not None:
                 _failure_watch.leave()
