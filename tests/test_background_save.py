@@ -129,6 +129,17 @@ def test_best_and_newest_are_written_from_one_copy(images, tmp_path, monkeypatch
     check_same_files(tmp_path / "sync", tmp_path / "late")
 
 
+@pytest.mark.parametrize("probe", ["linear", "attentive"])
+def test_a_head_chosen_after_a_save_is_in_the_next_one(probe, images, tmp_path):
+    """The save of an epoch's last update comes before the validation that chooses the head."""
+    flags = f"--probe {probe} --epochs 3 --batch_size_per_gpu 2 --checkpoint_every_steps 1".split()
+    for name, more in (("background", []), ("foreground", [SYNC])):
+        command = image_command(images, tmp_path / name, *flags, *more)
+        at = command.index("--lr")  # probes have several
+        finetune_on_image.main(command[:at] + command[at + 2 :])
+    check_same_files(tmp_path / "background", tmp_path / "foreground")
+
+
 @pytest.mark.parametrize("sync", [[], [SYNC]], ids=["background", "foreground"])
 def test_a_best_checkpoint_that_is_lost_does_not_count(sync, images, tmp_path, monkeypatch):
     """The newest checkpoint, which is written after it, has the accuracy of the file before."""

@@ -32,6 +32,10 @@ class HostCopy:
         self.buffers: dict[int, tuple[UntypedStorage, Tensor]] = {}
         self.copied: set[int] = set()  # data_ptr of the sources copied at `step`
 
+    def forget(self) -> None:
+        """Copy all tensors at the next save: some have changed without an update."""
+        self.step = -1
+
     def missing_bytes(self, contents: dict) -> int:
         """Return how many bytes a copy of these contents has to allocate."""
         sources = {}
@@ -45,7 +49,7 @@ class HostCopy:
         """Return a copy of a checkpoint's contents, with all tensors on the host.
 
         step: number of updates done. Tensors that were copied at this step are not copied again,
-        since only updates change them. What shares memory does so in the copy, so torch.save writes
+        unless `forget` was called: updates change them. What shares memory does so in the copy, so torch.save writes
         the same bytes. Raises MemoryError.
         """
         if step != self.step:

@@ -195,6 +195,14 @@ class Checkpointer:
         self.save(epoch, self.logger.files.best, averaged)
         self.best_is_under_way = self.unfinished_step is not None
 
+    def weights_changed(self) -> None:
+        """Note that weights have changed without an update. Call on every rank.
+
+        The next save copies them, so the writes that read the copy must end.
+        """
+        self.finish_saves()
+        self.host_copy.forget()
+
     def settle_best(self) -> None:
         """Wait for the best checkpoint, if it is under way. Call on every rank.
 
