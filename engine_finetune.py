@@ -560,9 +560,8 @@ def prepare_probe(
 
     def validate_heads() -> dict[str, Scores]:
         by_head = evaluate_heads(heads, features.validation(), args.batch_size_per_gpu, amp)
-        chosen = choose_head(model, by_head, args.probe_lrs)
-        checkpointer.weights_changed()
-        return chosen
+        checkpointer.prepare_other_weights()
+        return choose_head(model, by_head, args.probe_lrs)
 
     micro_steps = seeded_micro_step(args, env, step, state)
     return Work(wrapped, features.training, micro_steps, validate_heads)

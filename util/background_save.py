@@ -49,8 +49,8 @@ class HostCopy:
         """Return a copy of a checkpoint's contents, with all tensors on the host.
 
         step: number of updates done. Tensors that were copied at this step are not copied again,
-        unless `forget` was called: updates change them. What shares memory does so in the copy, so torch.save writes
-        the same bytes. Raises MemoryError.
+        unless `forget` was called: updates change them. What shares memory does so in the copy, so
+        torch.save writes the same bytes. Raises MemoryError.
         """
         if step != self.step:
             self.step = step

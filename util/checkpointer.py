@@ -195,10 +195,10 @@ class Checkpointer:
         self.save(epoch, self.logger.files.best, averaged)
         self.best_is_under_way = self.unfinished_step is not None
 
-    def weights_changed(self) -> None:
-        """Note that weights have changed without an update. Call on every rank.
+    def prepare_other_weights(self) -> None:
+        """Prepare for weights that change without an update. Call on every rank.
 
-        The next save copies them, so the writes that read the copy must end.
+        The next save copies them again, so the writes that read the copy must end.
         """
         self.finish_saves()
         self.host_copy.forget()
