@@ -17,7 +17,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
-from typing import NamedTuple, TextIO, TypeVar
+from typing import NamedTuple, NoReturn, TextIO, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -494,21 +494,13 @@ def run_script(main: Callable[[], object]) -> None:
         main()
     except (Exception, KeyboardInterrupt) as error:
         code, line = _exit_of(error)
-        if _is_alone() and code == 1:
-            raise
-        at_once = not isinstance(error, UserError) or error.print_on_any_rank
-        first = _announce(line or _first_line(error), code, at_once)
-        say = functools.partial(_print_failure, error, code, line)
-        if first.rank != rank():
-            say = functools.partial(_report_other_failure, first)
-        if _is_alone():
-            say()
-        else:
-            call_with_timeout(say)  # nobody may read what is printed
+        report = functools.partial(_print_failure, error, code, line)
         if not _is_alone():
-            if _failure_watch is not None:
-                _failure_watch.leave()
-            end_process(first.code)
+            only_here = not isinstance(error, UserError) or error.print_on_any_rank
+            _end_all_processes(line or _first_line(error), code, report, only_here)
+        if code == 1:
+            raise
+        report()
         sys.exit(code)
     finally:
         end_progress()
@@ -565,19 +557,30 @@ def _exit_of(error: Exception | KeyboardInterrupt) -> tuple[int, str]:
     return 1, ""
 
 
-def _announce(reason: str, code: int, at_once: bool) -> Failure:
-    """Tell the other processes that this one fails. Return the failure that was announced first.
+def _end_all_processes(
+    reason: str, code: int, report: Callable[[], object], at_once: bool
+) -> NoReturn:
+    """Announce that this process fails, which ends the others, and end it.
 
-    at_once: only this process fails. Otherwise rank 0 may fail alike, and goes first.
+    report: prints the reason; not called if another process has failed before. at_once: only this
+    process fails. Otherwise rank 0 may fail alike, and goes first. Safe in any thread.
     """
-    alone = _is_alone() or (_failure_watch is None and not _join_late())
-    if alone or _failure_watch is None:
-        return Failure(rank(), "", code, reason, 0.0)
-    return _failure_watch.announce(reason, code, at_once)
+    first = Failure(rank(), "", code, reason, 0.0)
+    if _failure_watch is not None or _join_late():
+        assert _failure_watch is not None  # since the processes have met
+        first = _failure_watch.announce(reason, code, at_once)
+    if first.rank != rank():
+        report = functools.partial(_report_other_failure, first)
+    call_with_timeout(report)  # nobody may read what is printed
+    if _failure_watch is not None:
+        _failure_watch.leave()
+    end_process(first.code)
 
 
 def _join_late() -> bool:
     """Meet the other processes after an error that came before. Return whether that worked."""
+    if _is_alone():
+        return False
     try:
         if _is_srun_task():
             _set_torchrun_variables()
@@ -587,15 +590,10 @@ def _join_late() -> bool:
     return True
 
 
-def _end_now(reason: str, code: int) -> None:
-    """End this process and the others, from another thread than the main one."""
-    first = _announce(reason, code, at_once=True)
-    if first.rank == rank():
-        line = f"error: {reason}{_location()}"
-        call_with_timeout(lambda: print_rank(line))  # the terminal may be gone
-    if _failure_watch is not None:
-        _failure_watch.leave()
-    end_process(first.code)
+def _end_now(reason: str, code: int) -> NoReturn:
+    """End all processes with a line, from another thread than the main one."""
+    line = f"error: {reason}{_location()}"
+    _end_all_processes(reason, code, functools.partial(print_rank, line), at_once=True)
 
 
 def _report_other_failure(failure: Failure) -> None:

@@ -18,7 +18,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, NoReturn, TypeVar
 
 from torch.distributed import Store
 
@@ -42,7 +42,7 @@ class Failure(NamedTuple):
     time: float  # seconds since the epoch; makes each failure another one
 
 
-def end_process(code: int) -> None:
+def end_process(code: int) -> NoReturn:
     """End this process at once, its loader workers included, from any thread.
 
     Nothing is waited for, unlike at the interpreter's own exit: no collective, and no thread.
