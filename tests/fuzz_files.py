@@ -28,7 +28,6 @@ import traceback
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
-from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
@@ -49,6 +48,7 @@ from data.input_files import ReadError
 from data.open_videos import OpenVideos
 from data.video import VideoInfo
 from data.video_index import new_index
+from util.logger import installed_version
 
 RESULTS = ROOT / "benchmarks" / "results" / "fuzz_files.json"
 SECONDS = 20  # of CPU time for a mutant
@@ -525,16 +525,8 @@ def summarize(outcomes: list[Outcome], seed: int, minutes: float) -> dict:
         "max_cpu_seconds": round(max(each.seconds for each in outcomes), 2),
         "minutes": round(minutes, 1),
         "python": platform.python_version(),
-        "versions": {name: version_of(name) for name in packages},
+        "versions": {name: installed_version(name) for name in packages},
     }
-
-
-def version_of(package: str) -> str:
-    """Return the version of a package, "none" if it is not installed."""
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "none"
 
 
 def main() -> None:
