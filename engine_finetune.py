@@ -539,12 +539,8 @@ def prepare_probe(
     state = checkpointer.state
     heads = heads_of(model)
     amp = amp_dtype(args.amp, env.device)
-    encoder = FrozenEncoder(
-        model.eval(),
-        prepare=partial(model_input, config=config, still_frames=val_data.still_frames),
-        clips_per_forward=args.batch_size_per_gpu,
-        amp=amp,
-    )
+    prepare = partial(model_input, config=config, still_frames=val_data.still_frames)
+    encoder = FrozenEncoder(model.eval(), prepare, args.batch_size_per_gpu, amp)
     features = probe_features(args, env, encoder, data, checkpointer)
     wrapped = dist.wrap_ddp(heads, env, static_graph=args.accum_iter == 1)
     transform = BatchTransform(args, config, val_data.still_frames)

@@ -213,7 +213,7 @@ def check_same_run(path: Path, state: dict, current: dict, force: bool) -> None:
     if saved_data["sha256"] != current["data"]["sha256"]:
         samples = f"{saved_data['samples']} -> {current['data']['samples']} samples"
         changes.append(f"training set of {samples}, or the same samples in another order")
-        if "train_data_path" in current["args"]:  # images are listed anew
+        if "train_data_path" in current["args"]:  # images are listed at every start
             fixes.append("--train_data_path, --shots, --frac_retained and --seed")
         else:
             fixes.append("the manifest in --datafile_dir")
