@@ -197,6 +197,16 @@ def test_f14_a_wrong_number_in_a_marked_table_is_found():
     assert sum(read(page).count("<!-- rows of ") for page in PAGES) >= 8
 
 
+def test_f14_the_readme_has_the_probes_of_the_results():
+    lines = (RESULTS / "learning_medium.md").read_text().splitlines()
+    table = rows_of([line for line in lines if line.startswith("|")])
+    (row,) = [row for row in table if row["labels a class"] == "16"]
+    columns = ("pretrained", "attentive probe, --probe", "linear probe, --probe")
+    finetuned, attentive, linear = (row[name].partition(" ")[0] for name in columns)
+    text = " ".join(read("README.md").split())
+    assert f"finetuned {finetuned}, attentive probe {attentive}, linear {linear}." in text
+
+
 def body(table: str) -> list[str]:
     """Return the rows of Markdown tables, without their headers."""
     lines = table.splitlines()
