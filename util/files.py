@@ -6,6 +6,7 @@ import contextlib
 import csv
 import errno
 import hashlib
+import io
 import math
 import os
 from collections.abc import Iterator
@@ -79,21 +80,27 @@ def atomic_write(path: Path) -> Iterator[Path]:
         raise
 
 
-def append_rows(path: Path, rows: list[tuple[str, str]]) -> None:
-    """Append rows (path, reason) to a CSV file. Raises OSError.
+def append_lines(path: Path, lines: bytes) -> None:
+    """Append lines to a file; if its last line is incomplete, end it first. Raises OSError."""
+    with open(path, "a+b") as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            if file.read() != b"\n":
+                file.write(b"\n")
+        file.write(lines)
 
-    If the last line is incomplete, it is ended first.
-    """
-    with open(path, "a", encoding="utf-8", errors="surrogateescape", newline="") as file:
-        if file.tell() > 0 and path.read_bytes()[-1:] != b"\n":
-            file.write("\n")
-        csv.writer(file).writerows(rows)
+
+def append_rows(path: Path, rows: list[tuple[str, str]]) -> None:
+    """Append rows (path, reason) to a CSV file. Raises OSError."""
+    text = io.StringIO(newline="")
+    csv.writer(text).writerows(rows)
+    append_lines(path, text.getvalue().encode("utf-8", "surrogateescape"))
 
 
 def read_rows(path: Path) -> tuple[list[list[str]], str]:
-    """Return the rows (path, reason) of a CSV file, and what is wrong with its other lines.
+    """Return the rows (path, reason) of a CSV file, and its problem, "" if all lines are valid.
 
-    The latter is "" for nothing. A file that does not exist has no rows.
+    A file that does not exist has no rows.
     """
     rows = []
     other_lines = 0

@@ -29,7 +29,7 @@ from util.dist import (
     show_progress,
     world_size,
 )
-from util.files import RunFiles, atomic_write, save_csv
+from util.files import RunFiles, append_lines, atomic_write, save_csv
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -104,10 +104,9 @@ class RunLogger:
                 print0(f"warning: could not write {what} ({reason}); the run continues")
 
     def _take_writer(self) -> SummaryWriter:
-        """Return TensorBoard's writer, to be given back to `self.writer` after it has written.
+        """Return TensorBoard's writer and forget it: after a failure it would never write again.
 
-        A writer cannot recover from a failure, so one that is not given back is replaced. Raises
-        OSError if its folder has vanished or cannot be made.
+        Makes one if there is none. Raises OSError if its folder has vanished or cannot be made.
         """
         from torch.utils.tensorboard import SummaryWriter
 
@@ -118,6 +117,13 @@ class RunLogger:
             return SummaryWriter(str(folder), purge_step=self.purge_step)
         folder.stat()  # TensorBoard writes in a thread, which would print a traceback
         return writer
+
+    @contextlib.contextmanager
+    def _tensorboard(self) -> Iterator[SummaryWriter]:
+        """Yield TensorBoard's writer, which is kept unless the block fails. Raises OSError."""
+        writer = self._take_writer()
+        yield writer
+        self.writer = writer
 
     def log_step(
         self,
@@ -140,11 +146,9 @@ class RunLogger:
             self.eta_start = (step, time.time())
         line = progress_line(step, total_steps, epoch, values, rates)
         show_progress(line + self._eta(step, total_steps))
-        with self.warn_on_oserror("to TensorBoard"):
-            writer = self._take_writer()
+        with self.warn_on_oserror("to TensorBoard"), self._tensorboard() as writer:
             for name, value in (values | rates).items():
                 writer.add_scalar(f"train/{name}", value, step)
-            self.writer = writer
 
     def _eta(self, step: int, total_steps: int) -> str:
         """Return the time left, by the mean speed since the first line."""
@@ -170,14 +174,12 @@ class RunLogger:
         if rank() != 0:
             return
         with self.warn_on_oserror(self.files.log.name):
-            append_line(self.files.log, json.dumps(record))
-        with self.warn_on_oserror("to TensorBoard"):
-            writer = self._take_writer()
+            append_lines(self.files.log, json.dumps(record).encode() + b"\n")
+        with self.warn_on_oserror("to TensorBoard"), self._tensorboard() as writer:
             for name, value in record.items():
                 if isinstance(value, (int, float)) and name != "epoch":
                     writer.add_scalar(f"epoch/{name}", value, record["epoch"])
             writer.flush()
-            self.writer = writer
 
     def log_image(self, name: str, image: Tensor, epoch: int, numbered: bool = True) -> None:
         """Save an image (3, H, W) uint8 as {prefix}_{name}[_{epoch}].png, and in TensorBoard."""
@@ -187,10 +189,8 @@ class RunLogger:
         path = self.files.path(suffix)
         with self.warn_on_oserror(path.name):
             Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)
-        with self.warn_on_oserror("to TensorBoard"):
-            writer = self._take_writer()
+        with self.warn_on_oserror("to TensorBoard"), self._tensorboard() as writer:
             writer.add_image(name, image, epoch)
-            self.writer = writer
 
     def save_table(self, name: str, columns: dict[str, list]) -> None:
         """Save a table as {prefix}_{name}.csv."""
@@ -286,16 +286,6 @@ def logged_step(line: str) -> int:
         return json.loads(line)["step"]
     except (ValueError, KeyError, TypeError):
         return -1
-
-
-def append_line(path: Path, line: str) -> None:
-    """Append a line to a file; if the last line is incomplete, end it first."""
-    with open(path, "a+b") as file:
-        if file.tell():
-            file.seek(-1, os.SEEK_END)
-            if file.read() != b"\n":
-                file.write(b"\n")
-        file.write(line.encode() + b"\n")
 
 
 def replace_text(path: Path, text: str) -> None:
