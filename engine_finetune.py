@@ -556,7 +556,7 @@ def prepare_probe(
 
     def validate_heads() -> dict[str, Scores]:
         by_head = evaluate_heads(heads, features.validation(), args.batch_size_per_gpu, amp)
-        checkpointer.prepare_other_weights()
+        checkpointer.before_changing_weights()
         return choose_head(model, by_head, args.probe_lrs)
 
     micro_steps = seeded_micro_step(args, env, step, state)
@@ -804,7 +804,7 @@ def keep_best(
     validations: see `validate`. The one with the higher top-1 counts, the weights' if they are
     equal.
     """
-    checkpointer.settle_best()
+    checkpointer.wait_for_best()
     best_name = max(validations, key=lambda name: validations[name].acc1)
     best = validations[best_name]
     state = checkpointer.state

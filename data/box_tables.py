@@ -11,8 +11,8 @@ from data.input_files import ReadError
 CONTAINERS = (b"moov", b"trak", b"mdia", b"minf", b"stbl", b"moof", b"traf")
 COUNT_AT = {b"stsz": 16, b"stz2": 16, b"trun": 12}  # offset of the number of packets in a table
 HEAD = 32  # bytes of a box that are read: its size, its type and its first numbers
-MAX_BOXES = 1_000_000  # that are looked at: two fragments a second for a day
-FEW_PACKETS = 1_000_000  # take at most 600 MB, if all have to be read at once
+MAX_BOXES = 1_000_000  # to parse: two fragments a second for a day
+ALWAYS_ALLOWED_PACKETS = 1_000_000  # in a file of any size; they take at most 600 MB
 MAX_PACKETS = 10_000_000  # nearly four days at 30 frames/s
 MIN_BYTES = 16  # that a packet and its entries in the tables take, on average
 
@@ -28,7 +28,7 @@ def check_tables(path: str) -> None:
         listed = listed_packets(descriptor, size)
     finally:
         os.close(descriptor)
-    if listed > max(FEW_PACKETS, min(size // MIN_BYTES, MAX_PACKETS)):
+    if listed > max(ALWAYS_ALLOWED_PACKETS, min(size // MIN_BYTES, MAX_PACKETS)):
         raise ReadError(f"damaged: its tables list {listed} packets, more than it can hold")
 
 

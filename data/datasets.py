@@ -42,7 +42,7 @@ from util.seeds import (
 )
 
 SUBSTITUTES = 32  # number of other videos to try in place of an unreadable one
-BLACK_IMAGE = (256, 256)  # pixels of an image that stands for any
+DUMMY_IMAGE_SIZE = (256, 256)  # pixels, to find out how many bytes a transformed image has
 MAX_REPLACED_SHARE = 0.1  # a file with a larger share of undecodable frames is listed as damaged
 
 
@@ -335,7 +335,7 @@ class ClipDataset(SampleDataset):
     def sample_bytes(self) -> int:
         """Return the size of a sample's clips and noise."""
         with fork_rng(0):
-            clip = self.transform(self.videos.black_frames(self.sampling.num_frames))
+            clip = self.transform(self.videos.dummy_frames(self.sampling.num_frames))
         noise_bytes = 4 * self.noise_tokens
         return self.repeat_aug * (clip.nbytes + noise_bytes)
 
@@ -448,7 +448,7 @@ class ViewDataset(SampleDataset):
 
     def sample_bytes(self) -> int:
         """Return the size of a sample's views."""
-        views = self.transform(self.videos.black_frames(self.sampling.num_frames))
+        views = self.transform(self.videos.dummy_frames(self.sampling.num_frames))
         return self.num_views * views.nbytes
 
     def __getitem__(self, key: tuple[int, int]) -> dict:
@@ -495,4 +495,4 @@ class ImageDataset(SampleDataset):
     def sample_bytes(self) -> int:
         """Return the size of a sample's image."""
         with fork_rng(0):
-            return self.transform(Image.new("RGB", BLACK_IMAGE)).nbytes
+            return self.transform(Image.new("RGB", DUMMY_IMAGE_SIZE)).nbytes

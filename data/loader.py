@@ -135,7 +135,7 @@ class FaultTolerantLoader:
         self.processes: list[BaseProcess] = []
         self.passes = 0  # that have begun
         self.restarts = 0  # since the last batch or quarantined file
-        self.suspects: dict[str, int] = {}  # files that killed a worker: sampler.skip to forget at
+        self.suspects: dict[str, int] = {}  # {file: sampler.skip up to which a second death counts}
         self.watchdog = WorkerWatchdog(workers.num_workers, workers.read_timeout)
         dataset.watchdog = self.watchdog
         if workers.quarantine is not None:

@@ -54,8 +54,8 @@ class OpenVideos:
         else:
             video.close()
 
-    def black_frames(self, num_frames: int) -> Tensor:
-        """Return frames (T, C, H, W) uint8 that stand for those of any video."""
+    def dummy_frames(self, num_frames: int) -> Tensor:
+        """Return frames (T, C, H, W) uint8 of the size of decoded ones, all zero."""
         return torch.zeros(num_frames, 3, self.short_side, self.short_side, dtype=torch.uint8)
 
     def _leave_to_parent(self) -> None:

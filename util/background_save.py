@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, UntypedStorage
 
-from util.checkpoint import MACHINE_FAULT
+from util.checkpoint import SYSTEM_ERROR
 from util.checkpoint_schema import all_tensors
 
 
@@ -32,7 +32,7 @@ class HostCopy:
         self.buffers: dict[int, tuple[UntypedStorage, Tensor]] = {}
         self.copied: set[int] = set()  # data_ptr of the sources copied at `step`
 
-    def forget(self) -> None:
+    def invalidate(self) -> None:
         """Copy all tensors at the next save: some have changed without an update."""
         self.step = -1
 
@@ -49,8 +49,8 @@ class HostCopy:
         """Return a copy of a checkpoint's contents, with all tensors on the host.
 
         step: number of updates done. Tensors that were copied at this step are not copied again,
-        unless `forget` was called: updates change them. What shares memory does so in the copy, so
-        torch.save writes the same bytes. Raises MemoryError.
+        unless `invalidate` was called: updates change them. What shares memory does so in the copy,
+        so torch.save writes the same bytes. Raises MemoryError.
         """
         if step != self.step:
             self.step = step
@@ -105,7 +105,7 @@ def new_buffer(source: UntypedStorage) -> Tensor:
             source.nbytes(), dtype=torch.uint8, pin_memory=source.device.type == "cuda"
         )
     except RuntimeError as error:
-        if MACHINE_FAULT.search(str(error)) is None:
+        if SYSTEM_ERROR.search(str(error)) is None:
             raise
         raise MemoryError(str(error)) from error
 

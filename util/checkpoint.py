@@ -30,7 +30,7 @@ from util.files import fsync_path, sha256_of
 from util.hub import PREFERRED, WEIGHT_SUFFIXES, local_path, refuse_parts
 
 # In the message of torch's RuntimeError for too little memory, and for a file that it cannot open.
-MACHINE_FAULT = re.compile("alloc|unable to (open|mmap)")
+SYSTEM_ERROR = re.compile("alloc|unable to (open|mmap)")
 RUN_PARTS = {
     "model": dict,
     "optimizer": dict,
@@ -165,8 +165,8 @@ def load(path: str | Path, check: bool = True, lazily: bool = False) -> dict:
     return state
 
 
-def load_to_resume(path: Path) -> dict:
-    """Read a run's checkpoint, checksums and values of all tensors included, without keeping them.
+def check_resumable(path: Path) -> None:
+    """Check a run's checkpoint, checksums and values of all tensors included.
 
     Raises UserError if it is missing or unreadable; CorruptCheckpoint, a UserError, if it is
     corrupt or a run cannot continue from it.
@@ -176,7 +176,6 @@ def load_to_resume(path: Path) -> dict:
         check_values(state)
     except SchemaError as error:
         raise CorruptCheckpoint(f"checkpoint {path} cannot be used ({error})") from error
-    return state
 
 
 def file_of(path: str | Path) -> Path:
@@ -309,7 +308,7 @@ def _unreadable(path: str | Path, file: Path, error: Exception) -> UserError:
     that the file is corrupt, nor do objects in it that are not loaded.
     """
     message = f"checkpoint {path} cannot be read"
-    if _is_of_machine(error):
+    if _is_system_error(error):
         return UserError(f"{message} ({first_line(error)}): check memory, disk and permissions")
     refused = _refused_class(error)
     kind = kind_of_file(file)
@@ -328,11 +327,11 @@ def _unreadable(path: str | Path, file: Path, error: Exception) -> UserError:
     return CorruptCheckpoint(message)
 
 
-def _is_of_machine(error: Exception) -> bool:
+def _is_system_error(error: Exception) -> bool:
     """Return whether memory, disk or network are at fault for a failed read."""
     if isinstance(error, (OSError, MemoryError)):
         return True
-    return isinstance(error, RuntimeError) and MACHINE_FAULT.search(str(error)) is not None
+    return isinstance(error, RuntimeError) and SYSTEM_ERROR.search(str(error)) is not None
 
 
 def _refused_class(error: Exception) -> str | None:

@@ -145,7 +145,7 @@ REQUIRED_CONFIG = {"embed_dim", "depth", "num_heads", "mean", "std"}
 
 def check_contents(state: dict) -> None:
     """Raise SchemaError if a checkpoint of any family has a part that cannot be right."""
-    _check_ends(state)
+    _check_nesting_and_memory(state)
     config = state.get("config")
     if isinstance(config, dict):
         check_entries("config", config, COLORS)
@@ -237,7 +237,7 @@ def _require_description(state: dict) -> None:
 # Any file
 
 
-def _check_ends(state: dict) -> None:
+def _check_nesting_and_memory(state: dict) -> None:
     """Raise SchemaError if parts are nested without end, or a tensor is larger than its memory."""
     count = 0
     for key, part in state.items():
@@ -287,12 +287,17 @@ def _check_value(part: str, value: object) -> None:
 # Checkpoints of this repository
 
 
-def _check_plain_parts(state: dict) -> None:
-    """Raise SchemaError for a wrong entry in a part without tensors."""
-    for part in ("args", "config", "data", "unreadable"):
+def _require_text_names(state: dict, parts: tuple[str, ...]) -> None:
+    """Raise SchemaError for an entry of these parts whose name is not text."""
+    for part in parts:
         for name in state.get(part, {}):
             if not isinstance(name, str):
                 raise SchemaError(f"{part} has the name {shown(name)}, which is not text")
+
+
+def _check_plain_parts(state: dict) -> None:
+    """Raise SchemaError for a wrong entry in a part without tensors."""
+    _require_text_names(state, ("args", "config", "data", "unreadable"))
     for part in ("args", "config"):
         for name, value in state.get(part, {}).items():
             if any(isinstance(entry, Tensor) for entry in (value, *_inner(value))):
@@ -310,11 +315,10 @@ def _check_plain_parts(state: dict) -> None:
 
 def _check_weights(state: dict) -> None:
     """Raise SchemaError unless model and EMA are tensors of weights, of equal names and shapes."""
+    _require_text_names(state, ("model", "ema"))
     shapes = []
     for part in ("model", "ema"):
         for name, value in state.get(part, {}).items():
-            if not isinstance(name, str):
-                raise SchemaError(f"{part} has the name {shown(name)}, which is not text")
             if not isinstance(value, Tensor) or not value.is_floating_point():
                 raise SchemaError(f"{part}.{name} is {shown(value)}, not a tensor of weights")
         shapes.append({name: value.shape for name, value in state.get(part, {}).items()})

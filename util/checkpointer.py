@@ -52,8 +52,8 @@ class Checkpointer:
         self.host_copy = HostCopy()
         self.writer = BackgroundWriter()
         self.noted: set[str] = set()  # notes that were printed: each is, once
-        self.unfinished_step: int | None = None  # of the writes under way, equal on all ranks
-        self.best_is_under_way = False
+        self.step_being_written: int | None = None  # of the writes under way, equal on all ranks
+        self.best_is_being_written = False
         self.best_before = -1.0  # accuracy of the best checkpoint before the one under way
         self.lost_best = False  # the writer could not write the best checkpoint
         self.last_saved_step = 0
@@ -171,12 +171,12 @@ class Checkpointer:
         self.bad_files.gather()
         if epoch is None:
             epoch, _ = state.position()
-        if self.unfinished_step not in (None, state.step):
+        if self.step_being_written not in (None, state.step):
             self._wait_for_earlier_saves()
         target = path or self.logger.files.checkpoint
         with preemption.slow_work():
             in_foreground = on_rank0(lambda: self._start_write(target, epoch, averaged))
-        self.unfinished_step = state.step
+        self.step_being_written = state.step
         written = True
         if wait or in_foreground:
             written = self.finish_saves()
@@ -193,22 +193,22 @@ class Checkpointer:
         """
         self.best_before = best_before
         self.save(epoch, self.logger.files.best, averaged)
-        self.best_is_under_way = self.unfinished_step is not None
+        self.best_is_being_written = self.step_being_written is not None
 
-    def prepare_other_weights(self) -> None:
-        """Prepare for weights that change without an update. Call on every rank.
+    def before_changing_weights(self) -> None:
+        """Prepare for a change of weights outside an update. Call on every rank.
 
-        The next save copies them again, so the writes that read the copy must end.
+        Waits for the writes of the present copy. The next save copies all weights again.
         """
         self.finish_saves()
-        self.host_copy.forget()
+        self.host_copy.invalidate()
 
-    def settle_best(self) -> None:
+    def wait_for_best(self) -> None:
         """Wait for the best checkpoint, if it is under way. Call on every rank.
 
         From then on `state.best_acc1` is the accuracy of a file that exists.
         """
-        if self.best_is_under_way:
+        if self.best_is_being_written:
             self.finish_saves()
 
     def finish_saves(self) -> bool:
@@ -217,14 +217,14 @@ class Checkpointer:
         Returns whether the last one succeeded. The ranks meet every WAIT_SECONDS, so that no
         collective times out.
         """
-        if self.unfinished_step is None:
+        if self.step_being_written is None:
             return True
         outcomes = None
         with preemption.slow_work():
             while outcomes is None:
                 outcomes = on_rank0(self._wait_for_writes)
-        self.unfinished_step = None
-        self.best_is_under_way = False
+        self.step_being_written = None
+        self.best_is_being_written = False
         files = self.logger.files
         for outcome in outcomes:
             if outcome.path == files.checkpoint and outcome.written:
@@ -292,8 +292,8 @@ class Checkpointer:
         if self.sync_save:
             return None
         missing = self.host_copy.missing_bytes(contents)
-        available = available_memory()
-        if not missing or available is None or missing + MEMORY_RESERVE <= available:
+        available = available_memory() if missing else None
+        if available is None or missing + MEMORY_RESERVE <= available:
             try:
                 return self.host_copy.take(contents, self.state.step)
             except MemoryError:

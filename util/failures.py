@@ -149,7 +149,7 @@ class FailureWatch:
                     return  # the launcher has died: see util/preemption.py
                 if self.leaving.wait(WAIT_FOR_OTHERS):
                     return
-                failure = Failure(0, "its host", 1, "", 0.0)
+                failure = Failure(0, "an unknown host", 1, "", 0.0)
             if failure is not None and not self.failed.is_set():
                 self._end_for(failure)
 

@@ -79,7 +79,7 @@ def find_resume(files: RunFiles, resume: str, overwrite: bool) -> Path | None:
             "run. Use another --save_prefix, or --overwrite."
         )
     if path:
-        checkpoint.load_to_resume(path)  # raises if it is missing or unreadable
+        checkpoint.check_resumable(path)  # raises if it is missing or unreadable
     return path
 
 
@@ -119,7 +119,7 @@ def newest_readable(path: Path) -> Path | None:
     corrupt = []
     for candidate in candidates:
         try:
-            checkpoint.load_to_resume(candidate)
+            checkpoint.check_resumable(candidate)
         except CorruptCheckpoint as error:
             corrupt.append((candidate, error))
             continue

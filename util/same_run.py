@@ -15,7 +15,7 @@ from util.logger import installed_version
 PACKAGES = ("torch", "torchvision", "numpy", "av", "decord", "flash-attn", "triton")
 LOCAL_FLAGS = ("num_workers", "pin_mem", "read_timeout", "device", "output_dir", "datafile_dir")
 MOST_DIFFERENCES = 5  # that a message names
-ABSENT = "nothing"
+ABSENT = "(absent)"
 
 
 def compare_commands(flags: dict[str, object]) -> None:

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from util.checkpoint_schema import MOMENTS
 from util.ema import WeightAverage
 from util.metrics import DataWaitTimer, MetricSums
 from util.optim import Schedule, set_learning_rate
@@ -91,9 +92,9 @@ class TrainState:
 
     def position_facts(self) -> dict[str, object]:
         """Return what must be equal on all processes: data, position, a sample of the weights."""
-        weights = hashlib.sha256()
-        for value in self.model.state_dict().values():
-            weights.update(repr(value.flatten()[:4].tolist()).encode())
+        tensors = self.model.state_dict().values()
+        values = torch.cat([value.flatten()[:4].float() for value in tensors])
+        weights = hashlib.sha256(repr(values.tolist()).encode())
         return {
             "the training set": self.data,
             "the update to start from": self.step,
@@ -147,7 +148,7 @@ class TrainState:
         groups = self.optimizer.param_groups
         parameters = [parameter for group in groups for parameter in group["params"]]
         for index, entry in saved["state"].items():
-            for name in ("exp_avg", "exp_avg_sq"):
+            for name in MOMENTS:
                 shape = tuple(entry[name].shape)
                 expected = tuple(parameters[index].shape)
                 if shape != expected:
